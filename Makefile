@@ -1,0 +1,64 @@
+# Every target works from a fresh clone: it sets up what it needs.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+MAKEFLAGS += --no-print-directory
+
+# The Python that makes .venv, 3.11 or newer, and the index of torch's CPU builds (empty: the ordinary index).
+PYTHON ?= python3
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+EX ?=
+SUBMISSION ?= exercises
+
+export PYTHONPATH := $(CURDIR)/checks
+export PYTHONWARNINGS := ignore
+VENV := .venv/bin
+RUN := $(VENV)/python -P
+STRICT := --strict --allow-untyped-calls --no-error-summary --cache-dir build/mypy-strict
+LENIENT := --no-error-summary --cache-dir build/mypy --cache-fine-grained
+
+##@ Learn
+.PHONY: watch
+watch: .venv/ready ## judge each exercise when you save it: make watch [EX=1]
+	@$(RUN) -m harness.watch '$(EX)'
+
+.PHONY: check
+check: .venv/ready ## judge once: make check [EX=1] [SUBMISSION=folder]
+	@$(RUN) checks/harness/client.py check --ex '$(EX)' --submission '$(SUBMISSION)'
+
+.PHONY: reset
+reset: .venv/ready ## start one over, your work is kept: make reset EX=1
+	@$(RUN) -m harness.reset '$(EX)'
+
+##@ Set up
+.PHONY: setup
+setup: .venv/ready ## install everything into .venv
+
+.venv/ready: requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is not there; install Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) checks/harness/install.py '$(TORCH_INDEX)'
+
+.PHONY: hooks
+hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
+	@$(VENV)/pre-commit install
+
+##@ Develop
+.PHONY: test
+test: .venv/ready lint ## the project's own tests: answers, mistakes, variants, starters, harness
+	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest
+
+.PHONY: lint
+lint: .venv/ready ## ruff and mypy on everything but exercises/
+	@$(VENV)/ruff check --quiet --extend-exclude exercises .
+	@$(VENV)/ruff format --check --quiet --extend-exclude exercises .
+	@$(VENV)/mypy $(STRICT) checks/conftest.py checks/test_*.py checks/harness checks/mistakes checks/selftest
+	@$(VENV)/mypy $(LENIENT) answers && $(VENV)/mypy $(LENIENT) checks/starters
+
+.PHONY: format
+format: .venv/ready ## ruff's formatting and fixes, on everything but exercises/
+	@$(VENV)/ruff check --fix --quiet --extend-exclude exercises . ; $(VENV)/ruff format --extend-exclude exercises .
+
+.PHONY: help
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

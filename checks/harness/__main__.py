@@ -1,0 +1,30 @@
+"""Runs a command without a warm process: `python -m harness check …`, or `bank exNN [name]` for authors."""
+
+import sys
+
+import pytest
+
+from harness import board, commands, kill_matrix, supervise, warm
+from harness.specification import UsageError, selected
+
+
+def bank(session: pytest.Session, ex: str, only: str = "") -> int:
+    """Prints the kill matrix of an exercise; 1 if anything does not hold."""
+    matrix = kill_matrix.build(supervise.Judge(session), selected(ex)[0], only)
+    kill_matrix.show(matrix, board.console())
+    return 1 if matrix.problems else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Collects the checks and runs a command on them."""
+    if arguments[:1] == ["bank"]:
+        return warm.collected(lambda session: bank(session, *arguments[1:]))
+    return warm.collected(lambda session: commands.run(arguments, supervise.Judge(session)))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (warm.CollectionFailed, UsageError) as error:
+        print(error)
+        sys.exit(2)

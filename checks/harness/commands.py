@@ -1,0 +1,130 @@
+"""What `make check` and `make watch` do once a session with all checks is at hand; runs in the process that asked or
+in a fork.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from harness import board
+from harness.ledger import Entry, Ledger, checks_version, stamp
+from harness.specification import TOP, Exercise, UsageError, exercises, selected
+from harness.submission import LoadError, read
+from harness.supervise import LANES, Judge
+from harness.verdicts import ExerciseVerdict, Result
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command: its name first."""
+    parser = argparse.ArgumentParser(prog="harness", allow_abbrev=False)
+    parser.add_argument("command", choices=["check", "save"])
+    parser.add_argument("watched", nargs="*", help="the folders that pytest-watch appends to its runner; not needed")
+    parser.add_argument("--ex", default="")
+    parser.add_argument("--submission", default="exercises")
+    return parser.parse_intermixed_args(arguments)
+
+
+def submission_folder(name: str) -> Path:
+    """The folder that SUBMISSION names, absolute.
+
+    Raises:
+        UsageError: it is missing, no folder, or holds no exercise.
+    """
+    folder = (TOP / name).resolve()
+    if not folder.is_dir():
+        raise UsageError(f"SUBMISSION={name}: no such folder; it is relative to {TOP.name}/, as in SUBMISSION=answers")
+    if not any((folder / exercise.file_name).exists() for exercise in exercises().values()):
+        names = ", ".join(exercise.file_name for exercise in exercises().values())
+        raise UsageError(f"SUBMISSION={name}: holds no exercise; files are named like {names}")
+    return folder
+
+
+def judge_file(exercise: Exercise, folder: Path, judge: Judge, before: Entry | None) -> Entry:
+    """Judges a submission's file now. An own test that passed before is not run again while nothing it depends on has
+    changed.
+    """
+    path = folder / exercise.file_name
+    at, start = stamp(path), time.perf_counter()
+    try:
+        text = read(path)
+    except LoadError:
+        text = ""
+    own = judge.own_test_digest(exercise, text)
+    kept: dict[str, Result] = {}
+    if before is not None and own and own == before.own_test:
+        kept = {result.name: result for result in before.results if judge.lane(exercise, result.name) == "own test"}
+    if any(result.outcome != "passed" for result in kept.values()):
+        kept = {}
+    lanes = tuple(lane for lane in LANES if not (kept and lane == "own test"))
+    found = {result.name: result for result in judge.results(exercise, folder, lanes)} | kept
+    results = tuple(found[name] for _, name in judge.expected(exercise))
+    return Entry(at, text == exercise.starter, time.perf_counter() - start, own, results)
+
+
+def check(options: argparse.Namespace, judge: Judge) -> int:
+    """Judges everything asked for once; 0 if all of it is done."""
+    chosen, folder = selected(options.ex), submission_folder(options.submission)
+    out = board.console()
+    ledger = Ledger(checks_version()) if folder == TOP / "exercises" else None
+    verdicts = []
+    for exercise in chosen:
+        entry = judge_file(exercise, folder, judge, None)
+        verdicts.append(entry.verdict(exercise))
+        if ledger is not None:
+            ledger.store(exercise, entry)
+    board.board(out, verdicts)
+    _details(out, verdicts, folder)
+    out.print("\n" + _next_step(verdicts, folder), style="dim", soft_wrap=True)
+    return 0 if all(verdict.state == "done" for verdict in verdicts) else 1
+
+
+def save(options: argparse.Namespace, judge: Judge) -> int:
+    """Judges what has no verdict of its present state, and shows the whole board."""
+    chosen, folder = selected(options.ex), TOP / "exercises"
+    out, started = board.console(), time.perf_counter()
+    ledger = Ledger(checks_version())
+    stale = [exercise for exercise in chosen if ledger.stale(exercise, folder / exercise.file_name)]
+    for exercise in stale:
+        board.begin(out, exercise, folder)
+        ledger.store(exercise, judge_file(exercise, folder, judge, ledger.entries.get(exercise.id)))
+    verdicts = [ledger.entries[exercise.id].verdict(exercise) for exercise in chosen]
+    board.board(out, verdicts)
+    _details(out, [verdict for verdict in verdicts if verdict.exercise in stale], folder)
+    names = ", ".join(exercise.id for exercise in stale) or "nothing new"
+    took = f"{time.strftime('%H:%M:%S')} judged {names} in {time.perf_counter() - started:.2f} s"
+    out.print(f"\n{_next_step(verdicts, folder)}", style="dim", soft_wrap=True)
+    out.print(f"{took}; waiting for the next save, Ctrl-C ends", style="dim", soft_wrap=True)
+    return 0
+
+
+def _details(out: Console, verdicts: list[ExerciseVerdict], folder: Path) -> None:
+    for verdict in verdicts:
+        if len(verdicts) == 1 or verdict.state not in ("done", "not started"):
+            board.detail(out, verdict, folder)
+
+
+def _next_step(verdicts: list[ExerciseVerdict], folder: Path) -> str:
+    for verdict in verdicts:
+        number = int(verdict.exercise.id[2:])
+        if verdict.state == "done":
+            continue
+        path = board.shown(folder / verdict.exercise.file_name)
+        if verdict.state == "not started":
+            return f"next: open {path} and work on its TODOs; every save is judged"
+        return f"next: edit {path} and save; make reset EX={number} starts it over"
+    return "all done"
+
+
+COMMANDS = {"check": check, "save": save}
+
+
+def run(arguments: list[str], judge: Judge) -> int:
+    """Runs a command; what cannot be done is said in one line."""
+    options = parse(arguments)
+    try:
+        return COMMANDS[options.command](options, judge)
+    except UsageError as error:
+        board.console().print(str(error), style="red", markup=False, soft_wrap=True)
+        return 2

@@ -1,0 +1,36 @@
+"""What check files use: one door to the learner's code, one comparison, probes, guards, own tests.
+
+A check file imports from here alone, and names fixtures for the rest: subject, close, rng, on, trials,
+submission_file, ruff, mypy.
+"""
+
+import pytest
+
+from harness.banks import Mistake
+from harness.compare import Close, Where, is_tensor, refuses
+from harness.guards import Prebuilt, forbid, prebuilt_attention
+from harness.own_test import OwnTest, Trials
+from harness.probes import Trace, calls
+from harness.submission import Subject, seed
+from harness.verdicts import Hang
+
+requirement = pytest.mark.requirement
+
+__all__ = [
+    "Close",
+    "Hang",
+    "Mistake",
+    "OwnTest",
+    "Prebuilt",
+    "Subject",
+    "Trace",
+    "Trials",
+    "Where",
+    "calls",
+    "forbid",
+    "is_tensor",
+    "prebuilt_attention",
+    "refuses",
+    "requirement",
+    "seed",
+]

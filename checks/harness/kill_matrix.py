@@ -1,0 +1,136 @@
+"""Judges the judge: runs an exercise's whole bank through its checks and names what does not hold."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from harness import banks, plugin, verdicts
+from harness.banks import Mistake
+from harness.specification import Exercise, public_names
+from harness.supervise import LANES, Judge
+from harness.verdicts import READABILITY, ExerciseVerdict, Result
+
+
+@dataclass
+class Matrix:
+    """What each mistake failed, by requirement, and what is wrong with the bank or the checks, one sentence each."""
+
+    exercise: Exercise
+    rows: dict[str, dict[str, str]] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def build(judge: Judge, exercise: Exercise, only: str = "") -> Matrix:
+    """Runs the starter, the answer, every variant and every mistake (or those whose name contains `only`)."""
+    matrix = Matrix(exercise)
+    mistakes = banks.mistakes(exercise)
+    matrix.problems += _form(exercise, mistakes)
+    if not only:
+        _starter(judge, matrix)
+    right = {
+        "answer": banks.answer(exercise),
+        **{slug: path.read_text() for slug, path in banks.variants(exercise).items()},
+    }
+    for name, text in right.items():
+        if only in name:
+            _right(judge, matrix, name, text)
+    for mistake in mistakes.values():
+        if only in mistake.name:
+            _wrong(judge, matrix, mistake)
+    return matrix
+
+
+def show(matrix: Matrix, out: Console) -> None:
+    """Prints the matrix: a row per mistake, a column per requirement, the count of failed checks in the cells."""
+    columns = [requirement.id for requirement in matrix.exercise.requirements]
+    width = max(map(len, matrix.rows), default=0)
+    out.print(f"{matrix.exercise.id}: checks failed by each mistake", soft_wrap=True)
+    out.print(f"{'':<{width}} " + " ".join(f"{column:>5}" for column in columns), soft_wrap=True)
+    for name, row in matrix.rows.items():
+        cells = " ".join(f"{row.get(column, '.'):>5}" for column in columns)
+        out.print(f"{name:<{width}} {cells}", soft_wrap=True, markup=False)
+    for problem in matrix.problems:
+        out.print(f"problem: {problem}", style="red", soft_wrap=True, markup=False)
+
+
+def _form(exercise: Exercise, mistakes: dict[str, Mistake]) -> Iterator[str]:
+    for slip in exercise.slips:
+        if slip not in mistakes:
+            yield f"slip {slip} is no mistake of the bank"
+    ids = {requirement.id for requirement in exercise.requirements}
+    for mistake in mistakes.values():
+        for number in set(mistake.requirements) - ids:
+            yield f"mistake {mistake.name} is caught by {number}, which is no requirement"
+    alone = {mistake.requirements[0] for mistake in mistakes.values() if mistake.only}
+    for requirement in exercise.requirements:
+        if requirement.id not in alone and requirement.criterion != READABILITY:
+            yield f"requirement {requirement.id} has no mistake that it alone catches"
+
+
+def _starter(judge: Judge, matrix: Matrix) -> None:
+    verdict, results = _judged(judge, matrix.exercise, matrix.exercise.starter, ("code", "own test"))
+    if verdict.state != "not started" or verdict.score:
+        matrix.problems.append(f"the starter is {verdict.state!r} with {verdict.score} points")
+    for result in results:
+        if result.outcome == "error":
+            matrix.problems.append(f"on the starter, {result.name} ends in an error: {result.message}")
+
+
+def _right(judge: Judge, matrix: Matrix, name: str, text: str) -> None:
+    lanes = LANES if _has_own_test(matrix.exercise, text) else ("code", "lint")
+    verdict, results = _judged(judge, matrix.exercise, text, lanes)
+    for result in results:
+        if result.outcome != "passed":
+            matrix.problems.append(f"{name} fails {result.requirement} {result.name}: {result.message}")
+    if lanes == LANES and verdict.score != verdict.max_score:
+        matrix.problems.append(f"{name} earns {verdict.score} of {verdict.max_score} points")
+
+
+def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake) -> None:
+    exercise = matrix.exercise
+    try:
+        text = mistake.applied_to(banks.answer(exercise))
+    except banks.BankError as error:
+        matrix.problems.append(str(error))
+        return
+    items = judge.items(exercise)
+    lanes = {"code", *(plugin.lane_of(item) for item in items if plugin.requirement_of(item) in mistake.requirements)}
+    _, results = _judged(judge, exercise, text, tuple(lanes))
+    failed = [result for result in results if result.outcome != "passed"]
+    row: dict[str, str] = {}
+    for result in failed:
+        row[result.requirement] = str(int(row.get(result.requirement, "0")) + 1)
+    matrix.rows[mistake.name] = row
+    for number in mistake.requirements:
+        if number not in row:
+            matrix.problems.append(f"mistake {mistake.name} passes {number}")
+    if mistake.only and (others := set(row) - set(mistake.requirements)):
+        matrix.problems.append(
+            f"mistake {mistake.name} also fails {', '.join(sorted(others))}, not {mistake.caught_by} only"
+        )
+    first = next((result for result in failed if result.requirement == mistake.requirements[0]), None)
+    if first is not None:
+        matrix.messages[mistake.name] = first.message
+        if mistake.says.lower() not in first.message.lower():
+            matrix.problems.append(
+                f"mistake {mistake.name}: {first.name} says {first.message!r}, without {mistake.says!r}"
+            )
+
+
+def _has_own_test(exercise: Exercise, text: str) -> bool:
+    own = {name for name in public_names(exercise.starter) if name.startswith("test_")}
+    return own <= public_names(text)
+
+
+def _judged(
+    judge: Judge, exercise: Exercise, text: str, lanes: tuple[str, ...]
+) -> tuple[ExerciseVerdict, list[Result]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / exercise.file_name
+        path.write_text(text, encoding="utf-8")
+        results = judge.results(exercise, Path(folder), lanes)
+    return verdicts.judge(exercise, results, untouched=text == exercise.starter), results

@@ -1,0 +1,148 @@
+"""What "reads well" asks: ruff and mypy find nothing in a learner's file, under the project's settings whatever the
+file says.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from harness.specification import TOP, Exercise, public_names
+from harness.submission import read
+
+SETTINGS = TOP / "pyproject.toml"
+DAEMON_FILE = TOP / "build" / "dmypy.json"
+MYPY_SECONDS = 120
+_RULES = "E,W,B,D101,D103"
+_DOCSTRING_CODES = ("D101", "D103")
+_BLANKET = re.compile(
+    r"#\s*(?:(?:ruff|flake8)\s*:\s*(?:noqa|disable)|mypy\s*:\s*(?:ignore-errors|disable-error-code)|type\s*:\s*ignore(?!\[))"
+)
+
+
+class LintError(AssertionError):
+    """Findings in a learner's file; `line` is the first one's."""
+
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def ruff(path: Path, exercise: Exercise) -> None:
+    """Fails with what ruff finds: E, F, W, B, and a missing docstring (D101, D103) of a name that the starter lacks."""
+    text = read(path)
+    findings = [
+        f"{number}: {blanket[0].strip()} silences a whole file; name the one rule on the one line"
+        for number, line in enumerate(text.splitlines(), start=1)
+        if (blanket := _BLANKET.search(line))
+    ]
+    given = public_names(exercise.starter)
+    found = _ruff(path, f"{_RULES},F")
+    if "noqa" in text:
+        found = _ruff(path, _RULES) + _ruff(path, "F", "--ignore-noqa")
+    findings += [
+        f"{row}: {code} {message}"
+        for row, code, message in found
+        if not (code in _DOCSTRING_CODES and _name_at(text, row) in given)
+    ]
+    _fail_on(findings, path, "ruff")
+
+
+def mypy(path: Path) -> None:
+    """Fails with what mypy finds. With its daemon, which `make watch` starts, this takes a tenth of a second."""
+    read(path)
+    found = _mypy_daemon(path) if DAEMON_FILE.exists() and os.environ.get("EXERCISES_MYPY_DAEMON") else None
+    if found is None:
+        found = _run([sys.executable, "-m", "mypy", *_mypy_options(), str(path)])
+    code, output = found
+    if code not in (0, 1):
+        raise RuntimeError(f"mypy itself failed: {output.strip()[-500:]}")
+    pattern = re.compile(rf"^(?:.*{re.escape(path.name)}):(\d+): error: (.*)$")
+    findings = [f"{row[1]}: {row[2]}" for line in output.splitlines() if (row := pattern.match(line))]
+    if code == 1 and not findings:
+        raise RuntimeError(f"mypy found errors elsewhere: {output.strip()[-500:]}")
+    _fail_on(findings, path, "mypy")
+
+
+def start_mypy_daemon() -> None:
+    """Starts mypy's daemon for the exercises and lets it read torch's types; returns at once."""
+    command = [sys.executable, "-m", "mypy.dmypy", "--status-file", str(DAEMON_FILE), "run", "--timeout", "36000", "--"]
+    answers = sorted(str(file) for file in (TOP / "checks" / "starters").glob("ex*.py"))
+    subprocess.Popen(
+        [*command, *_mypy_options(), "--use-fine-grained-cache", *answers[:1]],
+        cwd=TOP,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def stop_mypy_daemon() -> None:
+    """Ends mypy's daemon, if one runs."""
+    if DAEMON_FILE.exists():
+        _run([sys.executable, "-m", "mypy.dmypy", "--status-file", str(DAEMON_FILE), "kill"])
+
+
+def _mypy_options() -> list[str]:
+    return [
+        "--config-file",
+        str(SETTINGS),
+        "--cache-dir",
+        str(TOP / "build" / "mypy"),
+        "--cache-fine-grained",
+        "--no-error-summary",
+        "--hide-error-context",
+    ]
+
+
+def _mypy_daemon(path: Path) -> tuple[int, str] | None:
+    code, output = _run(
+        [sys.executable, "-m", "mypy.dmypy", "--status-file", str(DAEMON_FILE), "check", "--", str(path)]
+    )
+    return (code, output) if code in (0, 1) and "Daemon" not in output else None
+
+
+def _ruff(path: Path, rules: str, *options: str) -> list[tuple[int, str, str]]:
+    settings = ["--isolated", "--line-length", "120", "--target-version", "py311", "--no-cache"]
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        *settings,
+        "--output-format",
+        "json",
+        "--select",
+        rules,
+        *options,
+        str(path),
+    ]
+    code, output = _run(command)
+    if code not in (0, 1):
+        raise RuntimeError(f"ruff itself failed: {output.strip()[-500:]}")
+    return [(item["location"]["row"], item["code"] or "syntax", item["message"]) for item in json.loads(output)]
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    done = subprocess.run(
+        command, cwd=TOP, capture_output=True, text=True, timeout=MYPY_SECONDS, stdin=subprocess.DEVNULL
+    )
+    return done.returncode, done.stdout or done.stderr
+
+
+def _name_at(text: str, row: int) -> str:
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return next((node.name for node in ast.parse(text).body if isinstance(node, kinds) and node.lineno == row), "")
+
+
+def _fail_on(findings: list[str], path: Path, tool: str) -> None:
+    if not findings:
+        return
+    findings.sort(key=lambda finding: int(finding.split(":")[0]))
+    shown = [f"line {finding}" for finding in findings[:5]]
+    rest = [f"and {len(findings) - 5} more"] if len(findings) > 5 else []
+    count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
+    raise LintError("\n".join([f"{tool}: {count} in {path.name}", *shown, *rest]), int(findings[0].split(":")[0]))

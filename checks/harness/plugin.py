@@ -1,0 +1,164 @@
+"""The pytest hooks and fixtures that tie the harness to check files; thin."""
+
+import importlib
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import lint as linters
+from harness.compare import CPU, CUDA, Close, Where
+from harness.explain import NotRun, explain
+from harness.own_test import Trials
+from harness.specification import TOP, exercise_of
+from harness.submission import Subject, neutral_state
+from harness.verdicts import Result
+
+SINK = pytest.StashKey[Callable[[Result], None]]()
+_TRIALS = pytest.StashKey[Trials]()
+_RESULT = pytest.StashKey[Result]()
+_HUNG = pytest.StashKey[set[Path]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("exercises")
+    group.addoption(
+        "--submission", default="exercises", metavar="DIR", help="the folder that is judged (default: exercises)"
+    )
+    group.addoption(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="also run the agreement checks on this device"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Forked children hang in their first computation if this process has ever computed with several threads.
+    torch.set_num_threads(1)
+    # torch loads these 800 modules at the first comparison or dispatch mode: once here rather than in every fork.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._dynamo")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "on" in metafunc.fixturenames:
+        places = [CPU, *(CUDA if metafunc.config.getoption("--device", "cpu") == "cuda" else ())]
+        metafunc.parametrize("on", places, ids=str)
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Starts the helper of own tests before the first check."""
+    if any("trials" in _fixtures(item) for item in session.items):
+        start_trials(session.config)
+
+
+def start_trials(config: pytest.Config) -> None:
+    """Starts the helper process of own tests; only before any tensor work in this process."""
+    config.stash[_TRIALS] = Trials()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (trials := config.stash.get(_TRIALS, None)) is not None:
+        trials.close()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.path in item.config.stash.setdefault(_HUNG, set()):
+        raise NotRun
+    os.chdir(TOP)
+    neutral_state()
+
+
+@pytest.fixture
+def subject(submission_file: Path) -> Subject:
+    """The learner's module, loaded at the first use of one of its names."""
+    return Subject(submission_file)
+
+
+@pytest.fixture
+def submission_file(request: pytest.FixtureRequest) -> Path:
+    """The learner's file of the exercise that this check belongs to."""
+    return submission_path(request.node)
+
+
+@pytest.fixture
+def close(request: pytest.FixtureRequest) -> Close:
+    """The one comparison; its tolerance is that of `on`, where the check asks for `on`."""
+    place: Where = request.getfixturevalue("on") if "on" in request.fixturenames else CPU
+    return Close(place.tolerance)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """A CPU generator of this check's own, seeded by its name."""
+    return torch.Generator().manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def trials(request: pytest.FixtureRequest) -> Trials:
+    """The helper process that runs own tests."""
+    return request.config.stash[_TRIALS]
+
+
+@pytest.fixture
+def ruff(request: pytest.FixtureRequest, submission_file: Path) -> Callable[[], None]:
+    """Runs ruff on the learner's file and fails on findings."""
+    return lambda: linters.ruff(submission_file, exercise_of(request.node.path))
+
+
+@pytest.fixture
+def mypy(submission_file: Path) -> Callable[[], None]:
+    """Runs mypy on the learner's file and fails on findings."""
+    return lambda: linters.mypy(submission_file)
+
+
+def submission_path(item: pytest.Item) -> Path:
+    folder = item.config.getoption("--submission", "exercises")
+    return Path(TOP, folder, exercise_of(item.path).file_name)
+
+
+def requirement_of(item: pytest.Item) -> str:
+    """The requirement that an item decides."""
+    mark = item.get_closest_marker("requirement")
+    if mark is None:
+        raise pytest.UsageError(f"{item.nodeid}: no @requirement")
+    return str(mark.args[0])
+
+
+def lane_of(item: pytest.Item) -> str:
+    """Which process runs an item: the learner's code ("code"), their test ("own test") and the linters ("lint") do
+    not share one.
+    """
+    fixtures = _fixtures(item)
+    return "own test" if "trials" in fixtures else "lint" if {"ruff", "mypy"} & set(fixtures) else "code"
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    return getattr(item, "fixturenames", [])
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Turns what a check raised into a message for the learner: no traceback of the harness's own."""
+    outcome: Any = yield
+    report: pytest.TestReport = outcome.get_result()
+    if call.excinfo is not None:
+        path = submission_path(item)
+        result = explain(call.excinfo.value, requirement_of(item), item.name, path, exercise_of(item.path))
+        item.stash.setdefault(_RESULT, result)
+        if result.outcome == "timeout":
+            item.config.stash[_HUNG].add(item.path)
+        report.outcome, report.longrepr = "failed", f"{result.requirement}: {result.message}\n{_location(path, result)}"
+        if result.kind == "unjudged":
+            report.outcome, report.longrepr = "skipped", (str(item.path), 0, result.message)
+    if call.when == "teardown" and (sink := item.config.stash.get(SINK, None)) is not None:
+        sink(item.stash.get(_RESULT, Result(requirement_of(item), item.name, "passed")))
+
+
+def _location(path: Path, result: Result) -> str:
+    shown = path.relative_to(TOP) if path.is_relative_to(TOP) else path
+    return f"{shown}:{result.line}" if result.line else str(shown)

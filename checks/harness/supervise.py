@@ -1,0 +1,268 @@
+"""Runs the checks of one exercise in child processes with limits, and collects what they report, whatever becomes of
+them.
+
+The supervising process never runs a learner's code. It knows which checks must report; what does not report earns
+nothing.
+"""
+
+import json
+import os
+import resource
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from harness import plugin
+from harness.output import Output
+from harness.own_test import digest
+from harness.processes import CAN_FORK, Lines, Stopwatch, die_with_parent, end
+from harness.specification import Exercise, exercise_of
+from harness.submission import describe
+from harness.verdicts import NOT_RUN, Result
+
+HANG_SECONDS = 10.0
+MEMORY_BYTES = 12 << 30
+OUTPUT_BYTES = 16 << 20
+_LIMITS = ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, OUTPUT_BYTES), (resource.RLIMIT_CORE, 0))
+LANES = ("lint", "own test", "code")
+
+
+class Abandoned(Exception):
+    """Whoever asked for the verdict has gone."""
+
+
+@dataclass
+class Lane:
+    """One child process and the checks that it has to report, in their order."""
+
+    pid: int
+    lines: Lines
+    token: str
+    expected: list[pytest.Item]
+    watch: Stopwatch
+    results: dict[str, Result]
+    running: pytest.Item | None = None
+
+    def waiting(self) -> list[pytest.Item]:
+        return [item for item in self.expected if item.name not in self.results]
+
+
+class Judge:
+    """Judges exercises from a session that has collected their checks.
+
+    Args:
+        hangup: a descriptor that becomes readable when nobody wants the verdict any more.
+    """
+
+    def __init__(self, session: pytest.Session, hangup: int | None = None) -> None:
+        self._session = session
+        self._hangup = hangup
+
+    def items(self, exercise: Exercise) -> list[pytest.Item]:
+        """The checks of an exercise, as collected."""
+        return [item for item in self._session.items if exercise_of(item.path) == exercise]
+
+    def expected(self, exercise: Exercise) -> list[tuple[str, str]]:
+        """The list of checks that must report: requirement and name of each."""
+        return [(plugin.requirement_of(item), item.name) for item in self.items(exercise)]
+
+    def lane(self, exercise: Exercise, name: str) -> str:
+        """The lane of the check called `name`; empty if there is none of that name."""
+        return next((plugin.lane_of(item) for item in self.items(exercise) if item.name == name), "")
+
+    def own_test_digest(self, exercise: Exercise, text: str) -> str:
+        """What the verdict on the own test in `text` depends on; empty if the exercise has none, or the text does not
+        parse.
+        """
+        modules = (getattr(item, "module", None) for item in self.items(exercise))
+        own = next((found for module in modules if (found := getattr(module, "OWN_TEST", None)) is not None), None)
+        try:
+            return digest(text, own.swaps) if own is not None else ""
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return ""
+
+    def results(self, exercise: Exercise, folder: Path, lanes: tuple[str, ...] = LANES) -> list[Result]:
+        """Judges one exercise of the submission `folder` in child processes, one per lane, side by side.
+
+        Args:
+            lanes: which lanes to run; the checks of others have no result.
+
+        Raises:
+            Abandoned: nobody wants the verdict any more; the children are gone.
+        """
+        items = [item for item in self.items(exercise) if plugin.lane_of(item) in lanes]
+        running: list[Lane] = []
+        try:
+            for name in LANES:
+                if of_lane := [item for item in items if plugin.lane_of(item) == name]:
+                    running.append(_started(of_lane, folder, _fork if CAN_FORK else _spawn))
+            _supervise(running, self._hangup)
+        finally:
+            for lane in running:
+                end(lane.pid)
+                os.close(lane.lines.descriptor)
+        found = {name: result for lane in running for name, result in lane.results.items()}
+        return [found[item.name] for item in items]
+
+
+def _started(items: list[pytest.Item], folder: Path, start: Callable[[list[pytest.Item], Path, int, str], int]) -> Lane:
+    reading, writing = os.pipe()
+    token = secrets.token_hex(8)
+    pid = start(items, folder, writing, token)
+    os.close(writing)
+    return Lane(pid, Lines(reading), token, items, Stopwatch(pid), {})
+
+
+def _fork(items: list[pytest.Item], folder: Path, writing: int, token: str) -> int:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setsid()
+            die_with_parent()
+            run_lane(items, folder, writing, token)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def _spawn(items: list[pytest.Item], folder: Path, writing: int, token: str) -> int:
+    exercise, lane = exercise_of(items[0].path).id, plugin.lane_of(items[0])
+    command = [
+        sys.executable,
+        "-P",
+        "-W",
+        "ignore",
+        "-m",
+        "harness.cold",
+        exercise,
+        lane,
+        str(folder),
+        str(writing),
+        token,
+    ]
+    return subprocess.Popen(command, pass_fds=[writing], start_new_session=True).pid
+
+
+def run_lane(items: list[pytest.Item], folder: Path, writing: int, token: str) -> None:
+    """In the child, which leads a session of its own: runs a lane's checks and reports each start and each result."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for kind, limit in _LIMITS:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(kind, (limit, limit))
+    output = Output()
+    config = items[0].config
+    config.option.submission = str(folder)
+
+    def report(what: object) -> None:
+        os.write(writing, f"{token} {json.dumps(what)}\n".encode())
+
+    def sink(result: Result) -> None:
+        if result.outcome != "passed" and not result.printed:
+            result = replace(result, printed=output.tail())
+        report(asdict(result))
+
+    config.stash[plugin.SINK] = sink
+    if plugin.lane_of(items[0]) == "own test":
+        plugin.start_trials(config)
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        output.redirect()
+        report(item.name)
+        try:
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        except BaseException as error:
+            sink(Result(plugin.requirement_of(item), item.name, "failed", f"your code raises {describe(error)}"))
+
+
+def _supervise(lanes: list[Lane], hangup: int | None) -> None:
+    """Reads the lanes' reports until each has reported or ended; a lane that hangs stops its exercise's code."""
+    open_lanes = list(lanes)
+    while open_lanes:
+        waiting = [lane.lines.descriptor for lane in open_lanes]
+        ready, _, _ = select.select([*waiting, *([hangup] if hangup is not None else [])], [], [], 0.1)
+        if hangup in ready:
+            raise Abandoned
+        for lane in list(open_lanes):
+            if lane.lines.descriptor in ready:
+                for line in lane.lines.take():
+                    _note(lane, line)
+            if lane.lines.ended or not lane.waiting():
+                _close(lane)
+                open_lanes.remove(lane)
+            elif lane.watch.seconds() > _limit(lane.running):
+                _give_up(lane)
+                open_lanes.remove(lane)
+
+
+def _note(lane: Lane, line: str) -> None:
+    """Takes one report: a check's name when it starts, its result when it ends. Lines without the run's token are not
+    reports.
+    """
+    token, _, body = line.partition(" ")
+    if token != lane.token:
+        return
+    report = json.loads(body)
+    if isinstance(report, str):
+        lane.running = next(item for item in lane.expected if item.name == report)
+        lane.watch.restart()
+    elif report["name"] not in lane.results:
+        lane.results[report["name"]] = Result(**report)
+
+
+def _close(lane: Lane) -> None:
+    """A lane has ended: what it did not report has failed together with its process."""
+    missing = lane.waiting()
+    if not missing:
+        return
+    status = os.waitstatus_to_exitcode(_reaped(lane.pid))
+    how = (
+        f"your code ended the process (exit code {status})"
+        if status >= 0
+        else f"the interpreter died ({signal.Signals(-status).name})"
+    )
+    for item in missing:
+        first = item is missing[0]
+        message = how if first else f"not run: {how} in {missing[0].name}"
+        lane.results[item.name] = Result(
+            plugin.requirement_of(item), item.name, "error" if first else "missing", message
+        )
+
+
+def _reaped(pid: int) -> int:
+    """The exit status of a child that has closed its reports: it is ending, or it lives on in silence and is killed."""
+    for _ in range(20):
+        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if info is not None:
+            return info.si_status << 8 if info.si_code == os.CLD_EXITED else info.si_status
+        time.sleep(0.05)
+    return signal.SIGKILL
+
+
+def _give_up(lane: Lane) -> None:
+    missing = lane.waiting()
+    for item in missing:
+        if item is missing[0]:
+            text = f"did not end within {_limit(lane.running):g} s: an endless loop, or a wait that nothing ends"
+            result = Result(plugin.requirement_of(item), item.name, "timeout", text)
+        else:
+            result = Result(plugin.requirement_of(item), item.name, "missing", NOT_RUN)
+        lane.results[item.name] = result
+
+
+def _limit(item: pytest.Item | None) -> float:
+    mark = item.get_closest_marker("limit") if item is not None else None
+    if mark is not None:
+        return float(mark.args[0])
+    return 150.0 if item is not None and plugin.lane_of(item) == "lint" else HANG_SECONDS
