@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import (
+from harness.door import (
     Close,
     OwnTest,
     Subject,
@@ -28,6 +28,8 @@ OWN_TEST = OwnTest(
     __file__, "test_multihead_attention", swaps=("MultiHeadAttention",), right=("answer", "einsum", "softmax_by_hand")
 )
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
+BAD_MASK_SHAPES = [(LQ, LK), (B, LK), (LK,), (B, 1, LK), (1, B, 1, 1, LK)]
+BAD_MASK_SHAPES += [(B, 1, 1, LK + 1), (B + 1, 1, 1, LK), (B, H - 1, 1, LK), (B, 1, LQ + 1, LK)]
 MASK_SHAPES = [(B, 1, 1, LK), (1, 1, LQ, LK), (B, H, LQ, LK), (1, H, 1, LK), (B, 1, LQ, 1), (1, 1, 1, 1)]
 
 
@@ -44,7 +46,7 @@ def inputs(rng: torch.Generator, dtype: torch.dtype = torch.float64, lq: int = L
 
 
 def reference(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output and weights in float64, from the formula, with the weights of the given linear layers."""
 
@@ -268,9 +270,9 @@ def test_masks_agree_with_pytorch(subject: Subject, close: Close, rng: torch.Gen
 @requirement("1.2")
 @pytest.mark.parametrize(
     "shape",
-    [(LQ, LK), (B, LK), (LK,), (B, 1, LK), (1, B, 1, 1, LK), (B, 1, 1, LK + 1), (B + 1, 1, 1, LK), (B, H - 1, 1, LK), (B, 1, LQ + 1, LK)],
+    BAD_MASK_SHAPES,
     ids=lambda shape: "x".join(map(str, shape)),
-)  # fmt: skip
+)
 def test_a_mask_of_a_bad_shape_is_refused(subject: Subject, rng: torch.Generator, shape: tuple[int, ...]) -> None:
     """forward refuses a mask without 4 dimensions, or whose sizes do not fit, with both shapes."""
     given = inputs(rng)
@@ -339,7 +341,7 @@ def large(subject: Subject, rng: torch.Generator) -> tuple[Any, list[Tensor], in
 
 
 def large_agree(close: Close, attention: Any, given: list[Tensor], result: Any, masked: bool) -> None:
-    """The result is right; with a mask, whose values are 1.2's business, it is at least attention: rows of weights sum to 1."""
+    """The result is right; with a mask, whose values are 1.2's business, rows of weights at least sum to 1."""
     output, weights = unpack(result)
     expected_output, expected_weights = reference(attention, *given)
     if masked:
@@ -567,7 +569,7 @@ def test_dropout_acts_on_the_weights_alone(subject: Subject, close: Close, rng: 
     assert weights.shape == expected.shape, f"forward: weights of shape {tuple(weights.shape)} came"
     dropped = weights == 0
     close(weights[~dropped], expected[~dropped] / (1 - p), "forward in training: weights kept by dropout",
-          hint=f"a kept weight is w / (1 - {p}), so that the mean is preserved; the weights returned are those after dropout")  # fmt: skip
+          hint=f"a kept weight is w / (1 - {p}): the mean is preserved; those after dropout are returned")  # fmt: skip
     share = dropped.double().mean().item()
     assert abs(share - p) < 0.05, f"forward in training: {share:.2f} of the weights are dropped, {p} was wanted"
     joined = (weights.detach() @ v).transpose(1, 2).flatten(2)
@@ -640,7 +642,7 @@ def test_agrees_with_pytorch(subject: Subject, close: Close, rng: torch.Generato
 def agrees_with_pytorch(
     subject: Subject, close: Close, rng: torch.Generator, on: Where, lq: int, lk: int, mask: Tensor | None
 ) -> None:
-    """Compares output, weights and all gradients with nn.MultiheadAttention's, under a mask that leaves every row something."""
+    """Output, weights and all gradients equal nn.MultiheadAttention's, under a mask that leaves every row something."""
     given = [x.to(on.device, on.dtype) for x in inputs(rng, lq=lq, lk=lk)]
     probes = [torch.randn(shape, generator=rng).to(on.device, on.dtype) for shape in ((B, lq, D), (B, H, lq, lk))]
     attention = build(subject, on)

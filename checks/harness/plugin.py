@@ -38,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Forked children hang in their first computation if this process has ever computed with several threads.
     torch.set_num_threads(1)
+    # makereport below writes a failure's message; pytest's own, for which it parses the whole file, costs 50 ms each.
+    config.option.tbstyle = "native"
     # torch loads these 800 modules at the first comparison or dispatch mode: once here rather than in every fork.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
 """Wrong answers to ex01 that its checks must catch."""
 
-from harness import Mistake
+from harness.banks import Mistake
 
 SCORES = """        scale = q.size(-1) ** -0.25
         return (q * scale) @ (k * scale).mT
