@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 EX ?=
+FORCE ?=
 SUBMISSION ?= exercises
 
 export PYTHONPATH := $(CURDIR)/checks
@@ -31,6 +32,10 @@ check: .venv/ready ## judge once: make check [EX=1] [SUBMISSION=folder]
 reset: .venv/ready ## start one over, your work is kept: make reset EX=1
 	@$(RUN) -m harness.reset '$(EX)'
 
+.PHONY: answer
+answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
+	@$(RUN) -m harness.answer '$(EX)' '$(FORCE)'
+
 ##@ Set up
 .PHONY: setup
 setup: .venv/ready ## install everything into .venv
@@ -47,6 +52,13 @@ hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
 .PHONY: test
 test: .venv/ready lint ## the project's own tests: answers, mistakes, variants, starters, harness
 	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest
+
+.PHONY: bench-loop
+bench-loop: .venv/bench ## measure save -> board: build/bench/loop.png
+	@$(RUN) -m harness.bench_loop
+
+.venv/bench: requirements-bench.txt .venv/ready
+	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt && touch $@
 
 .PHONY: lint
 lint: .venv/ready ## ruff and mypy on everything but exercises/

@@ -7,13 +7,13 @@ and a softmax.
 Requirements
 1.1 (correctness) Support variable sequence lengths: any number of queries and of keys, also 1. A batch row gives what
     it gives alone.
-1.2 (robustness) Handle padding masks: a key that is masked out changes nothing, even if its values are 1e6. Masks may
-    differ per head and per batch row. A fully masked row gives zeros, never NaN, in the gradient neither. Every 0/1
-    dtype works. A mask of a bad shape and a bad d_model are refused.
-1.3 (efficiency) Be memory efficient: nothing with more elements than the scores is ever made (no [B, H, Lq, Lk, Dh]),
-    and no tensor of the scores' size is made from the mask. In float32, at most 5 tensors of the scores' size are
-    alive at once at inference, and at most 4 are kept for backward with dropout 0. Nothing of the last call stays
-    alive in the module.
+1.2 (robustness) Handle padding masks: a key that is masked out changes nothing, even if its values are 1e6 (in
+    float32 and float64). Masks may differ per head and per batch row. A fully masked row gives zeros, never NaN, in
+    the gradient neither. Every 0/1 dtype works. A mask of a bad shape and a bad d_model are refused.
+1.3 (efficiency) Be memory efficient: where the scores are larger than the inputs, nothing with more elements than the
+    scores is made (no [B, H, Lq, Lk, Dh]), and no smaller mask is expanded to their size in memory. In float32, at
+    most 5 tensors of the scores' size are alive at once at inference, and at most 4 are kept for backward with
+    dropout 0. Nothing of the last call stays alive in the module.
 1.4 (correctness) Support self-attention and cross-attention: query, key and value may all differ, also in length (key
     and value share theirs), and may be equal or overlapping tensors, with any strides. Inputs and masks are never
     written to.
@@ -28,7 +28,8 @@ Requirements
 1.9 (correctness) Write your own test: `test_multihead_attention` passes on right code, whoever wrote it, and fails on
     each of the slips listed below.
 1.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you
-    add) and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
+    add) and mypy (typed definitions, not --strict) find nothing. Counts once half of the other requirements are
+    earned.
 
 In plain text
     head_h  = softmax(q_h k_hᵀ / √Dh) v_h        q_h, k_h, v_h: columns h·Dh … (h+1)·Dh - 1 of the projections
@@ -42,16 +43,16 @@ Conventions
   `F.scaled_dot_product_attention`; `nn.MultiheadAttention`'s masks mean the opposite.
 - A mask has 4 dimensions and broadcasts to [B, H, Lq, Lk] without enlarging it: a key padding mask comes as [B, 1, 1,
   Lk]. Any other shape is a ValueError from `forward` that names both shapes, the mask's and the scores', as Python
-  prints them: `2, 1, 1, 5`; a [B, Lk] mask would silently be read as [Lq, Lk] whenever B = Lq. `apply_mask` gets
-  valid masks only.
+  prints them, in any brackets: `2, 1, 1, 5`; a [B, Lk] mask would silently be read as [Lq, Lk] whenever B = Lq.
+  `apply_mask` gets valid masks only.
 - A query that may attend to nothing gets zero weights, so a zero context vector: what
   `F.scaled_dot_product_attention` gives.
 - The weights returned are those that were multiplied with the values, after dropout; they carry gradient.
 - Output and weights have the query's dtype; under autocast they may have autocast's.
 - The module may be cast or moved and its weights changed between calls: keep nothing that was computed from them.
 
-Your own test (1.9) uses contract names only, sets its own seed, takes at most 1 s, and has to fail on each of these
-slips:
+Your own test (1.9) is run with other implementations put in place of the class, by its name: it uses contract names
+only, sets its own seed, takes at most 1 s, and has to fail on each of these slips:
 - no_scale: the scores are not divided by √head_dim
 - scale_by_d_model: the scores are divided by √d_model
 - no_transpose: the projections are viewed as [B, H, L, Dh] without a transpose

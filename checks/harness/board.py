@@ -53,6 +53,10 @@ def detail(out: Console, verdict: ExerciseVerdict, folder: Path) -> None:
     """The requirements of one exercise with their marks, and its first failure."""
     exercise = verdict.exercise
     out.print(f"\n[bold]{exercise.id} {escape(exercise.title)}[/]: {verdict.score} of {verdict.max_score} points")
+    if verdict.reason and verdict.state == "not started":
+        back = f"make reset EX={int(exercise.id[2:])} brings the starter back"
+        out.print(f"  {shown(folder / exercise.file_name)}: {verdict.reason}; {back}", soft_wrap=True)
+        return
     width = max(len(v.requirement.id) for v in verdict.requirements)
     for one in verdict.requirements:
         mark, style = _mark(one)

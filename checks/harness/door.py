@@ -9,9 +9,10 @@ import pytest
 from harness.banks import Mistake
 from harness.compare import Close, Where, is_tensor, refuses
 from harness.guards import Prebuilt, forbid, prebuilt_attention
-from harness.own_test import OwnTest, Trials
+from harness.own_test import OwnTest
 from harness.probes import Trace, calls
 from harness.submission import Subject, seed
+from harness.trials import Trials
 from harness.verdicts import Hang
 
 requirement = pytest.mark.requirement

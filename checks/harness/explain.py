@@ -23,7 +23,7 @@ def explain(error: BaseException, requirement: str, name: str, path: Path, exerc
     if isinstance(error, NotRun):
         return Result(requirement, name, "missing", NOT_RUN)
     raised_at = getattr(error, "line", 0) or line_in(error, path) or line_in(error.__context__, path)
-    line = raised_at or place_of(requirement, read(path), exercise.starter)
+    line = raised_at or place_of(requirement, describe_plainly(error), read(path), exercise.starter)
     if isinstance(error, Hang):
         return Result(requirement, name, "timeout", describe_plainly(error), line)
     if isinstance(error, NotImplementedError) and (raised_at or isinstance(error, OwnTestNotWritten)):

@@ -14,9 +14,9 @@ import torch
 from harness import lint as linters
 from harness.compare import CPU, CUDA, Close, Where
 from harness.explain import NotRun, explain
-from harness.own_test import Trials
 from harness.specification import TOP, exercise_of
 from harness.submission import Subject, neutral_state
+from harness.trials import Trials
 from harness.verdicts import Result
 
 SINK = pytest.StashKey[Callable[[Result], None]]()

@@ -127,18 +127,22 @@ def todo_lines(text: str) -> dict[str, int]:
     return lines
 
 
-def place_of(requirement: str, text: str, starter: str) -> int:
-    """The line of a learner's `text` where a requirement is worked on: its TODO, else the function that holds the
-    TODO in the starter, else line 1.
+def place_of(requirement: str, message: str, text: str, starter: str) -> int:
+    """The line of a learner's `text` to look at: the definition that the message begins with ("forward: …"), else the
+    requirement's TODO, else the definition that holds the TODO in the starter, else line 1.
     """
-    if (line := todo_lines(text).get(requirement)) is not None:
-        return line
-    starter_line = todo_lines(starter).get(requirement, 0)
-    wanted = _enclosing(starter, starter_line)
     try:
         definitions = _definitions(ast.parse(text))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return 1
+        definitions = []
+    named = re.match(r"\w*", message)
+    called = named[0] if named else ""
+    for path, node in definitions:
+        if path.rpartition(".")[2] == called:
+            return node.lineno
+    if (line := todo_lines(text).get(requirement)) is not None:
+        return line
+    wanted = _enclosing(starter, todo_lines(starter).get(requirement, 0))
     return next((node.lineno for path, node in definitions if path == wanted), 1)
 
 

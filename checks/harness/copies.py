@@ -1,0 +1,123 @@
+"""Copies of the workspace in which its commands run for real, for tests and benches."""
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from harness.specification import TOP
+
+COPIED = (
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "Makefile",
+    "README.md",
+    "answers",
+    "checks",
+    "exercises",
+    "pyproject.toml",
+    "requirements.txt",
+)
+
+
+class Workspace:
+    """A copy of the workspace that shares the environment and mypy's cache with the original."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        top.mkdir()
+        for name in COPIED:
+            source = TOP / name
+            if source.is_dir():
+                shutil.copytree(source, top / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                shutil.copy2(source, top / name)
+        for starter in (TOP / "checks" / "starters").glob("ex*.py"):
+            shutil.copy2(starter, top / "exercises")
+        (top / ".venv").mkdir()
+        (top / ".venv" / "ready").touch()
+        (top / "build").mkdir()
+        if (TOP / "build" / "mypy").is_dir():
+            (top / "build" / "mypy").symlink_to(TOP / "build" / "mypy")
+
+    def make_command(self, *arguments: str) -> list[str]:
+        """`make …` with this environment in place of the copy's own .venv."""
+        return ["make", *arguments, f"VENV={Path(sys.executable).parent}"]
+
+    def make(self, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+        """Runs a target as people do; the result's stdout holds both streams."""
+        environment = {**os.environ, "COLUMNS": "100"}
+        command = self.make_command(*arguments)
+        return subprocess.run(
+            command,
+            cwd=self.top,
+            env=environment,
+            timeout=seconds,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def answer(self, file_name: str) -> str:
+        """The text of an answer."""
+        return (self.top / "answers" / file_name).read_text(encoding="utf-8")
+
+
+READY = "waiting for the next save"
+
+
+class Terminal:
+    """A command in a terminal of its own, 80 columns wide."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self.pid, self._screen = pty.fork()
+        if self.pid == 0:
+            os.chdir(folder)
+            os.execvpe(command[0], command, {**os.environ, "TERM": "dumb", "COLUMNS": "80"})
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        """What is printed until `text` has come."""
+        seen, deadline = b"", time.monotonic() + seconds
+        while text.encode() not in seen:
+            assert time.monotonic() < deadline, f"no {text!r} in: {seen.decode(errors='replace')}"
+            if select.select([self._screen], [], [], 0.1)[0]:
+                try:
+                    seen += os.read(self._screen, 65536)
+                except OSError:
+                    raise AssertionError(f"ended before {text!r}: {seen.decode(errors='replace')}") from None
+        return seen.decode(errors="replace").replace("\r\n", "\n")
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        os.write(self._screen, b"\x03")
+
+    def ended(self, seconds: float = 15) -> bool:
+        """Whether the command has ended, at the latest after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if select.select([self._screen], [], [], 0.1)[0]:
+                with suppress(OSError):
+                    os.read(self._screen, 65536)
+            if os.waitpid(self.pid, os.WNOHANG)[0]:
+                return True
+        return False
+
+
+def processes(workspace: Workspace, what: str) -> list[int]:
+    """Processes of this copy of the workspace: their working directory tells."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if what in command and os.readlink(entry / "cwd") == str(workspace.top):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found

@@ -1,0 +1,34 @@
+"""Judges many texts in one collected session; a request comes on standard input, one line of JSON goes out."""
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import supervise, verdicts, warm
+from harness.specification import exercises
+
+
+def use(session: pytest.Session) -> int:
+    request = json.load(sys.stdin)
+    exercise = exercises()[request["exercise"]]
+    judge = supervise.Judge(session)
+    given: dict[str, dict[str, Any]] = {}
+    for name, text in request["texts"].items():
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / exercise.file_name).write_bytes(bytes.fromhex(text))
+            start = time.monotonic()
+            results = judge.results(exercise, Path(folder), tuple(request["lanes"]))
+            verdict = verdicts.judge(exercise, results, untouched=False)
+            given[name] = {"state": verdict.state, "reason": verdict.reason, "seconds": time.monotonic() - start}
+            given[name]["results"] = [asdict(result) for result in results]
+    print(json.dumps(given))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(warm.collected(use))

@@ -1,0 +1,39 @@
+"""The kill matrix of every exercise: right answers pass, each mistake fails where and as it should."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from harness.banks import BankError, Mistake
+from harness.specification import TOP, exercises
+
+
+@pytest.fixture(scope="module")
+def matrices() -> dict[str, subprocess.CompletedProcess[str]]:
+    """The output of `harness bank` for each exercise, two at a time."""
+
+    def run(exercise: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-W", "ignore", "-m", "harness", "bank", exercise]
+        environment = {**os.environ, "PYTHONPATH": str(TOP / "checks")}
+        return subprocess.run(command, env=environment, cwd=TOP, capture_output=True, text=True, timeout=600)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(exercises(), pool.map(run, exercises()), strict=True))
+
+
+@pytest.mark.parametrize("exercise", exercises())
+def test_the_bank_holds(
+    matrices: dict[str, subprocess.CompletedProcess[str]], exercise: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = matrices[exercise]
+
+    with capsys.disabled():
+        print("\n" + done.stdout)
+    assert done.returncode == 0, f"{exercise}: see the problems above\n{done.stderr[-2000:]}"
+
+
+def test_an_edit_that_does_not_fit_is_named() -> None:
+    with pytest.raises(BankError, match="mistake m: 'b' occurs 2 times in the answer, not once"):
+        Mistake("m", "1.1", [("b", "c")], says="").applied_to("abba")

@@ -1,0 +1,141 @@
+"""make's commands, run for real in a copy of the workspace."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness.copies import Workspace
+
+FILE = "ex01_multi_head_attention.py"
+
+
+def test_check_of_the_answers_is_done(workspace: Workspace) -> None:
+    done = workspace.make("check", "EX=1", "SUBMISSION=answers")
+
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"ex01\s+Multi-head attention\s+done\s+50/50", done.stdout), done.stdout
+    assert "✓ 1.10 Reads well" in done.stdout and "all done" in done.stdout
+
+
+def test_check_of_the_starters_is_not_started(workspace: Workspace) -> None:
+    done = workspace.make("check")
+
+    assert done.returncode == 2
+    assert re.search(r"ex01\s+Multi-head attention\s+not started\s+0/50", done.stdout), done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_check_names_file_line_and_slip(workspace: Workspace) -> None:
+    path = workspace.top / "exercises" / FILE
+    path.write_text(workspace.answer(FILE).replace("q.size(-1) ** -0.25", "q.size(-1) ** -0.5"))
+
+    done = workspace.make("check", "EX=ex01")
+
+    assert done.returncode == 2
+    assert re.search(rf"^exercises/{FILE}:\d+: error: 1\.1 forward: weights: ", done.stdout, re.MULTILINE), done.stdout
+    assert f"next: edit exercises/{FILE} and save; make reset EX=1 starts it over" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("check", "EX=99"), "EX=99: no such exercise; there are ex01"),
+        (("watch", "EX=99"), "EX=99: no such exercise; there are ex01"),
+        (("check", "SUBMISSION=nowhere"), "SUBMISSION=nowhere: no such folder"),
+        (
+            ("check", "SUBMISSION=checks/mistakes"),
+            "SUBMISSION=checks/mistakes: holds no exercise; files are named like",
+        ),
+        (("reset",), "make reset wants one exercise, as in: make reset EX=1"),
+        (("reset", "EX=77"), "EX=77: no such exercise"),
+        (("answer",), "make answer wants one exercise, as in: make answer EX=1"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(workspace: Workspace, arguments: tuple[str, ...], says: str) -> None:
+    done = workspace.make(*arguments)
+
+    assert done.returncode == 2
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("make: ***")]
+    assert len(lines) == 1 and says in lines[0], done.stdout
+
+
+def test_reset_keeps_every_attempt(workspace: Workspace) -> None:
+    path = workspace.top / "exercises" / FILE
+    starter = path.read_text()
+
+    assert "is the starter already" in workspace.make("reset", "EX=1").stdout
+    for work in ("first", "second", "third"):
+        path.write_text(work)
+        said = workspace.make("reset", "EX=1").stdout
+        kept = workspace.top / said.strip().rpartition("the old file is ")[2]
+        assert kept.read_text() == work and path.read_text() == starter, said
+    assert len(list((workspace.top / "attempts").iterdir())) == 3
+    path.unlink()
+    assert "is the starter again" in workspace.make("reset", "EX=1").stdout
+    assert path.read_text() == starter
+
+
+def test_without_answers_and_banks_own_tests_are_judged_later(workspace: Workspace) -> None:
+    (workspace.top / "exercises" / FILE).write_text(workspace.answer(FILE))
+    for folder in ("answers", "checks/mistakes", "checks/variants"):
+        for path in sorted((workspace.top / folder).rglob("*.py")):
+            path.unlink()
+
+    done = workspace.make("check", "EX=1")
+
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"ex01\s+Multi-head attention\s+done\s+45/50", done.stdout)
+    assert "? 1.9  Write your own test judged when you push" in done.stdout
+
+
+def test_cold_gives_the_same_verdict(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where forking is not safe, fresh interpreters judge. Without its bank, for the sake of time."""
+    monkeypatch.setenv("EXERCISES_COLD", "1")
+    (workspace.top / "checks" / "mistakes" / "ex01.py").unlink()
+    for path in (workspace.top / "checks" / "variants" / "ex01").iterdir():
+        path.unlink()
+
+    done = workspace.make("check", "EX=1", "SUBMISSION=answers")
+
+    assert done.returncode == 0 and "45/50" in done.stdout, done.stdout
+
+
+def test_help_names_every_target(workspace: Workspace) -> None:
+    said = workspace.make().stdout
+    targets = re.findall(r"^\.PHONY: (\S+)$", Path(workspace.top, "Makefile").read_text(), re.MULTILINE)
+
+    assert targets and all(f"make {target} " in said for target in targets), said
+
+
+def test_plain_pytest_works_and_collects_checks_alone(workspace: Workspace) -> None:
+    """The Test Explorer's way: every check is listed although every exercise is broken, and single ids run alone."""
+    for path in (workspace.top / "exercises").glob("*.py"):
+        path.write_text("def broken(:\n")
+    pytest_ = [sys.executable, "-W", "ignore", "-m", "pytest", f"--rootdir={workspace.top}"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*pytest_, *arguments], cwd=workspace.top, capture_output=True, text=True, timeout=120)
+
+    listed = run("--collect-only", "-q", "checks")
+    assert listed.returncode == 0, listed.stdout
+    assert "selftest" not in listed.stdout and "test_scores_by_hand" in listed.stdout
+    one = f"{workspace.top}/checks/test_{FILE}::test_scores_by_hand"
+    failed = run(one)
+    assert "1 failed" in failed.stdout and "SyntaxError: invalid syntax" in failed.stdout, failed.stdout
+    passed = run(one, "--submission=answers")
+    assert "1 passed" in passed.stdout, passed.stdout
+
+
+def test_the_answer_waits_until_the_exercise_is_done(workspace: Workspace) -> None:
+    refused = workspace.make("answer", "EX=1")
+    forced = workspace.make("answer", "EX=1", "FORCE=1")
+    (workspace.top / "exercises" / FILE).write_text(workspace.answer(FILE) + "# done\n")
+    workspace.make("check", "EX=1")
+    shown = workspace.make("answer", "EX=1")
+
+    assert refused.returncode == 2 and "make answer EX=1 FORCE=1" in refused.stdout and "---" not in refused.stdout
+    assert f"--- exercises/{FILE}" in forced.stdout and "+        self.num_heads = num_heads" in forced.stdout
+    assert "## ex01 Multi-head attention" in forced.stdout
+    assert shown.returncode == 0 and "-# done" in shown.stdout, shown.stdout

@@ -1,0 +1,35 @@
+"""Facts of the repository's own files."""
+
+import re
+import subprocess
+
+import pytest
+from harness.specification import TOP, exercises
+
+
+def test_the_makefile_is_short() -> None:
+    assert len((TOP / "Makefile").read_text().splitlines()) < 130
+
+
+def test_every_package_is_pinned() -> None:
+    for line in (TOP / "requirements.txt").read_text().splitlines():
+        assert line.startswith("#") or re.fullmatch(r"[a-z-]+==[\d.]+", line), line
+
+
+def test_harness_modules_are_small() -> None:
+    for path in (TOP / "checks" / "harness").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 280, f"{path.name} wants a reason"
+
+
+def test_exercises_start_as_starters() -> None:
+    """In the template; a clone with half-done work differs, and that is no fault: only what is committed counts."""
+    shown = subprocess.run(["git", "ls-files", "exercises"], cwd=TOP, capture_output=True, text=True)
+    if shown.returncode != 0 or not shown.stdout:
+        pytest.skip("no git repository here")
+    assert set(shown.stdout.split()) >= {f"exercises/{exercise.file_name}" for exercise in exercises().values()}
+
+
+def test_the_precommit_hooks_leave_exercises_alone() -> None:
+    text = (TOP / ".pre-commit-config.yaml").read_text()
+
+    assert text.count("exclude: ^exercises/") == 2 and "--exit-zero" in text and "repo: local" in text
