@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ OWN_TEST = OwnTest(
     __file__, "test_multihead_attention", swaps=("MultiHeadAttention",), right=("answer", "einsum", "softmax_by_hand")
 )
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
+ROLES = ["all", "key-value", "query-key", "query-value"]
+ENLARGED = ["batch", "queries", "keys", "heads"]
+LARGE_MASKS = ["keys", "queries", "batch", "heads"]
 BAD_MASK_SHAPES = [(LQ, LK), (B, LK), (LK,), (B, 1, LK), (1, B, 1, 1, LK)]
 BAD_MASK_SHAPES += [(B, 1, 1, LK + 1), (B + 1, 1, 1, LK), (B, H - 1, 1, LK), (B, 1, LQ + 1, LK)]
 MASK_SHAPES = [(B, 1, 1, LK), (1, 1, LQ, LK), (B, H, LQ, LK), (1, H, 1, LK), (B, 1, LQ, 1), (1, 1, 1, 1)]
@@ -46,13 +50,13 @@ def inputs(rng: torch.Generator, dtype: torch.dtype = torch.float64, lq: int = L
 
 
 def reference(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, heads: int = H
 ) -> tuple[Tensor, Tensor]:
     """Output and weights in float64, from the formula, with the weights of the given linear layers."""
 
     def project(x: Tensor, linear: nn.Linear) -> Tensor:
         projected = x.double() @ linear.weight.detach().double().T + linear.bias.detach().double()
-        return projected.reshape(*x.shape[:2], H, -1).permute(0, 2, 1, 3)
+        return projected.reshape(*x.shape[:2], heads, -1).permute(0, 2, 1, 3)
 
     q, k = project(query, attention.q_linear), project(key, attention.k_linear)
     v = project(value, attention.v_linear)
@@ -66,10 +70,16 @@ def reference(
 
 
 def agree(
-    close: Close, attention: Any, given: list[Tensor], mask: Tensor | None = None, hint: str = "", **options: Any
+    close: Close,
+    attention: Any,
+    given: list[Tensor],
+    mask: Tensor | None = None,
+    hint: str = "",
+    heads: int = H,
+    **options: Any,
 ) -> None:
     """The module's output and weights equal the formula's."""
-    output, weights = reference(attention, *given, mask=mask)
+    output, weights = reference(attention, *given, mask=mask, heads=heads)
 
     actual = unpack(attention(*given) if mask is None else attention(*given, mask))
 
@@ -97,7 +107,7 @@ def some_mask(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
 
 
 @requirement("1.1")
-@pytest.mark.parametrize(("lq", "lk"), [(1, 1), (1, 7), (5, 1), (9, 4), (4, 9)])
+@pytest.mark.parametrize(("lq", "lk"), [(1, 1), (1, 7), (5, 1), (9, 4), (4, 9), (67, 131)])
 def test_any_lengths(subject: Subject, close: Close, rng: torch.Generator, lq: int, lk: int) -> None:
     """Any number of queries and keys gives the formula's output and weights."""
     agree(close, build(subject), inputs(rng, lq=lq, lk=lk), hint=f"with {lq} queries and {lk} keys")
@@ -119,6 +129,15 @@ def test_a_batch_row_gives_what_it_gives_alone(subject: Subject, close: Close, r
 
 
 @requirement("1.1")
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_any_batch(subject: Subject, close: Close, rng: torch.Generator, batch: int) -> None:
+    """Any number of batch rows gives the formula's output and weights."""
+    given = [torch.randn(batch, n, D, generator=rng, dtype=torch.float64) for n in (LQ, LK, LK)]
+
+    agree(close, build(subject), given, hint=f"with {batch} batch rows")
+
+
+@requirement("1.1")
 def test_one_module_serves_lengths_in_any_order(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A call leaves nothing behind that changes the next one of another length."""
     attention = build(subject)
@@ -131,12 +150,13 @@ def test_one_module_serves_lengths_in_any_order(subject: Subject, close: Close, 
 
 
 @requirement("1.2")
-def test_apply_mask_forbids_exactly_what_is_false(subject: Subject, close: Close) -> None:
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64], ids=str)
+def test_apply_mask_forbids_exactly_what_is_false(subject: Subject, close: Close, dtype: torch.dtype) -> None:
     """True may attend: allowed scores stay as they are, forbidden ones get weight 0."""
     scores = torch.tensor([[[[1.0, 3.0, 2.0, -1.0]]]], dtype=torch.float64)
     mask = torch.tensor([[[[True, False, True, False]]]])
 
-    masked = is_tensor(build(subject).apply_mask(scores.clone(), mask), "apply_mask(scores, mask)")
+    masked = is_tensor(build(subject).apply_mask(scores.clone(), mask.to(dtype)), "apply_mask(scores, mask)")
 
     close(
         masked[mask], scores[mask], "apply_mask: allowed scores", hint="true in the mask means: may attend, unchanged"
@@ -151,14 +171,15 @@ def test_forbidden_weights_are_exactly_zero(
     subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype
 ) -> None:
     """Forbidden scores lie so far below any others, large ones too, that their weight is 0 in the scores' own dtype."""
-    scores = (torch.rand(B, H, LQ, LK, generator=rng) * 60_000 - 30_000).to(dtype)
+    scale = 3e4 if dtype == torch.float16 else 1e6
+    scores = ((torch.rand(B, H, LQ, LK, generator=rng) * 2 - 1) * scale).to(dtype)
     mask = some_mask((B, 1, 1, LK), rng)
     forbidden = ~mask.expand(B, H, LQ, LK)
     attention = build(subject).to(dtype)
 
     masked = is_tensor(attention.apply_mask(scores.clone(), mask), "apply_mask(scores, mask)")
 
-    what = f"apply_mask in {dtype}, scores between -30000 and 30000"
+    what = f"apply_mask in {dtype}, scores between {-scale:g} and {scale:g}"
     assert masked.dtype == dtype, f"{what}: {masked.dtype} came, {dtype} was wanted"
     close(masked[~forbidden], scores[~forbidden], f"{what}: allowed scores", tolerance=0)
     weights = masked.softmax(-1)[forbidden]
@@ -172,7 +193,9 @@ def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, 
     """Boolean and 0/1 masks of every dtype mean the same."""
     mask = some_mask((B, 1, LQ, LK), rng)
 
-    agree(close, build(subject), inputs(rng), mask.to(dtype), hint=f"with a mask of {dtype}; 1 means: may attend")
+    for module, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        attention, hint = build(subject).to(module), f"with a mask of {dtype} on {module}; 1 means: may attend"
+        agree(close, attention, inputs(rng, module), mask.to(dtype), hint=hint, tolerance=tolerance)
 
 
 @requirement("1.2")
@@ -182,6 +205,18 @@ def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator, 
     mask = some_mask(shape, rng)
 
     agree(close, build(subject), inputs(rng), mask, hint=f"with a mask of shape {shape}; true means: may attend")
+
+
+@requirement("1.2")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64], ids=str)
+def test_masks_are_never_written_to(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """A 0/1 mask of another dtype is read, not turned into a bias in place."""
+    mask = some_mask((B, H, LQ, LK), rng).to(dtype)
+    before = mask.clone()
+
+    agree(close, build(subject), inputs(rng), mask)
+
+    close(mask, before, "mask after forward", tolerance=0, hint="the mask is written to")
 
 
 @requirement("1.2")
@@ -228,6 +263,15 @@ def test_a_fully_masked_row_gives_zeros(subject: Subject, close: Close, rng: tor
         hint=hint,
     )
     agree(close, attention, given, mask, hint=hint)
+
+
+@requirement("1.2")
+def test_a_row_masked_in_one_head_gives_zeros_there(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A query that may attend to nothing in one head has zero weights in that head alone."""
+    mask = some_mask((B, H, LQ, LK), rng)
+    mask[0, 1, 2] = False
+
+    agree(close, build(subject), inputs(rng), mask, hint="row 2 of head 1 may attend to nothing, in other heads it may")
 
 
 @requirement("1.2")
@@ -283,23 +327,16 @@ def test_a_mask_of_a_bad_shape_is_refused(subject: Subject, rng: torch.Generator
 
 
 @requirement("1.2")
-@pytest.mark.parametrize("shape", [(B, 1, 1, LK), (1, 1, LQ, LK)], ids=["batch", "queries"])
+@pytest.mark.parametrize("shape", [(B, 1, 1, 1), (1, 1, LQ, 1), (1, 1, 1, LK), (1, H, 1, 1)], ids=ENLARGED)
 def test_a_mask_that_would_enlarge_the_scores_is_refused(
     subject: Subject, rng: torch.Generator, shape: tuple[int, ...]
 ) -> None:
     """A size of 1 in the scores is not stretched by the mask."""
-    query, key, value = (x[:1] for x in inputs(rng))
-    query = query[:, :1]
-    attention = build(subject)
+    query, key, value = (x[:1, :1] for x in inputs(rng))
+    attention = build(subject, heads=1)
 
-    what = f"forward with a mask of shape {shape} for scores of shape {(1, H, 1, LK)}"
-    refuses(
-        ValueError,
-        lambda: attention(query, key, value, torch.ones(shape)),
-        what,
-        printed(shape),
-        printed((1, H, 1, LK)),
-    )
+    what = f"forward with a mask of shape {shape} for scores of shape (1, 1, 1, 1)"
+    refuses(ValueError, lambda: attention(query, key, value, torch.ones(shape)), what, printed(shape), "1, 1, 1, 1")
 
 
 @requirement("1.2")
@@ -356,12 +393,14 @@ def large_agree(close: Close, attention: Any, given: list[Tensor], result: Any, 
 @requirement("1.3")
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_nothing_is_larger_than_the_scores(subject: Subject, close: Close, rng: torch.Generator, masked: bool) -> None:
-    """No tensor made in forward has more elements than the scores."""
+    """No tensor made in forward, in training or in eval, or in backward has more elements than the scores."""
     attention, given, scores = large(subject, rng)
     more = [some_mask((B, 1, 1, 25), rng)] if masked else []
 
     with Trace() as seen:
         result = attention(*given, *more)
+        unpack(result)[0].sum().backward()
+        attention.eval()(*given, *more)
 
     large_agree(close, attention, given, result, masked)
     assert seen.largest <= scores, (
@@ -371,14 +410,18 @@ def test_nothing_is_larger_than_the_scores(subject: Subject, close: Close, rng: 
 
 
 @requirement("1.3")
-@pytest.mark.parametrize("shape", [(B, 1, 1, 25), (1, 1, 22, 25), (B, 1, 22, 25)], ids=["keys", "queries", "batch"])
-def test_the_mask_is_not_expanded(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
-    """Nothing of the scores' size is made from the mask alone: broadcasting needs no copy."""
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(B, 1, 1, 25), (1, 1, 22, 25), (B, 1, 22, 25), (1, H, 1, 25)], ids=LARGE_MASKS)
+def test_the_mask_is_not_expanded(
+    subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Nothing of the scores' size is made from a smaller mask alone: broadcasting needs no copy."""
     attention, given, scores = large(subject, rng)
-    mask = some_mask(shape, rng)
+    mask = some_mask(shape, rng).to(dtype)
 
     with Trace(sources=[mask]) as seen:
         result = attention(*given, mask)
+        attention.eval()(*given, mask)
 
     assert seen.largest_from_sources < scores, (
         f"forward: a mask of shape {shape} is copied to {seen.largest_from_sources} elements, the size of the scores\n"
@@ -434,17 +477,15 @@ def test_nothing_of_the_last_call_stays_alive(
 ) -> None:
     """Once output and weights are gone, so is everything that forward made, and the module holds no input."""
     attention, given, _ = large(subject, rng)
-    attention.train(training)
-    mask = some_mask((B, 1, 22, 25), rng)
     large_agree(close, attention, given, attention(*given), masked=False)
+    mask = some_mask((B, 1, 22, 25), rng)
+    attention = build(subject, dropout=0.5).float().train(training)
 
     with torch.set_grad_enabled(training), Trace() as seen:
         attention(*given, mask)
         left = seen.alive_after_collection()
 
-    assert left < 4 * 22 * D, (
-        f"forward: {left} bytes stay alive after its results are gone; the module keeps a tensor of the call"
-    )
+    assert left < 4 * D, f"forward: {left} bytes stay alive after its results are gone; the module keeps them"
     held = [weakref.ref(x.untyped_storage()) for x in (*given, mask)]
     del given, mask
     for name, storage in zip(("query", "key", "value", "mask"), held, strict=True):
@@ -462,11 +503,14 @@ def test_cross_attention(subject: Subject, close: Close, rng: torch.Generator) -
 
 
 @requirement("1.4")
-def test_self_attention(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """One tensor may serve as query, key and value."""
-    x, _, _ = inputs(rng)
+@pytest.mark.parametrize("same", [(0, 0, 0), (0, 1, 1), (0, 0, 1), (0, 1, 0)], ids=ROLES)
+def test_one_tensor_in_several_roles(
+    subject: Subject, close: Close, rng: torch.Generator, same: tuple[int, ...]
+) -> None:
+    """One tensor may serve in two roles or in all three; the others are their own."""
+    x = [torch.randn(B, LQ, D, generator=rng, dtype=torch.float64) for _ in range(2)]
 
-    agree(close, build(subject), [x, x, x], hint="query, key and value are one tensor here")
+    agree(close, build(subject), [x[index] for index in same], hint="one tensor serves in several roles here")
 
 
 @requirement("1.4")
@@ -489,6 +533,8 @@ def test_overlapping_and_strided_inputs(subject: Subject, close: Close, rng: tor
         hint="the inputs are overlapping, transposed views here",
     )
     agree(close, attention, [base[:, ::2], row, base[:, 2:9]], hint="the key is an expanded view here")
+    square = torch.randn(B, D, D, generator=rng, dtype=torch.float64)
+    agree(close, attention, [square, square.mT, square], hint="the key is the query's transposed view here")
 
 
 @requirement("1.4")
@@ -503,6 +549,8 @@ def test_inputs_are_never_written_to(
     agree(close, attention, given[:3])
 
     attention(*given)
+    with torch.no_grad():
+        attention(*given)
 
     for name, x, kept in zip(("query", "key", "value", "mask"), given, before, strict=True):
         close(x, kept, f"{name} after forward", tolerance=0, hint="an input is written to")
@@ -556,15 +604,19 @@ def test_forward_scales_once(subject: Subject, close: Close, rng: torch.Generato
 
 
 @requirement("1.5")
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("p", [0.5, 0.2])
-def test_dropout_acts_on_the_weights_alone(subject: Subject, close: Close, rng: torch.Generator, p: float) -> None:
-    """In training a returned weight is 0 or w / (1 - p), and the output is made from exactly these weights."""
+def test_dropout_acts_on_the_weights_alone(
+    subject: Subject, close: Close, rng: torch.Generator, p: float, masked: bool
+) -> None:
+    """In training, with a mask (of ones) too, a weight is 0 or w / (1 - p), and the output is made from these."""
+    more = [torch.ones(B, 1, 1, 50, dtype=torch.bool)] if masked else []
     query, key, value = inputs(rng, lq=40, lk=50)
     attention = build(subject, dropout=p)
     _, expected = reference(attention, query, key, value)
     v = attention.v_linear(value).detach().unflatten(-1, (H, -1)).transpose(1, 2)
 
-    output, weights = unpack(attention.train()(query, key, value))
+    output, weights = unpack(attention.train()(query, key, value, *more))
 
     assert weights.shape == expected.shape, f"forward: weights of shape {tuple(weights.shape)} came"
     dropped = weights == 0
@@ -583,8 +635,11 @@ def test_dropout_differs_per_head_query_and_key(subject: Subject, rng: torch.Gen
     given = inputs(rng, lq=40, lk=50)
     attention = build(subject, dropout=0.5).train()
 
-    dropped = unpack(attention(*given))[1] == 0
+    with torch.no_grad():  # Dropout goes by the module's mode alone.
+        dropped = unpack(attention(*given))[1] == 0
 
+    share = dropped.double().mean().item()
+    assert 0.4 < share < 0.6, f"forward in training under no_grad: {share:.2f} of the weights are dropped, not 0.5"
     for dim, name in enumerate(("batch rows", "heads", "queries", "keys")):
         alike = (dropped == dropped.narrow(dim, 0, 1)).double().mean().item()
         assert alike < 0.9, f"forward in training: the same weights are dropped for all {name}"
@@ -633,19 +688,38 @@ def test_dropout_zero_in_training(subject: Subject, close: Close, rng: torch.Gen
 
 
 @requirement("1.6")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("lq", "lk"), [(LQ, LK), (LK, LK)], ids=["cross", "square"])
-def test_agrees_with_pytorch(subject: Subject, close: Close, rng: torch.Generator, on: Where, lq: int, lk: int) -> None:
-    """Output, weights and gradients equal nn.MultiheadAttention's with the same weights."""
-    agrees_with_pytorch(subject, close, rng, on, lq, lk, None)
+def test_agrees_with_pytorch(
+    subject: Subject, close: Close, rng: torch.Generator, on: Where, lq: int, lk: int, training: bool
+) -> None:
+    """Output, weights and gradients equal nn.MultiheadAttention's with the same weights, in eval too."""
+    agrees_with_pytorch(subject, close, rng, on, lq, lk, None, training)
+
+
+@requirement("1.6")
+@pytest.mark.parametrize(("d_model", "heads"), [(20, 5), (15, 3), (7, 1), (6, 6)])
+def test_any_number_of_heads(subject: Subject, close: Close, rng: torch.Generator, d_model: int, heads: int) -> None:
+    """Any d_model and any number of heads that divides it, one and d_model too, give the formula."""
+    given = [torch.randn(B, n, d_model, generator=rng, dtype=torch.float64) for n in (LQ, LK, LK)]
+
+    agree(close, build(subject, d_model=d_model, heads=heads), given, hint=f"{d_model=}, {heads=}", heads=heads)
 
 
 def agrees_with_pytorch(
-    subject: Subject, close: Close, rng: torch.Generator, on: Where, lq: int, lk: int, mask: Tensor | None
+    subject: Subject,
+    close: Close,
+    rng: torch.Generator,
+    on: Where,
+    lq: int,
+    lk: int,
+    mask: Tensor | None,
+    training: bool = True,
 ) -> None:
     """Output, weights and all gradients equal nn.MultiheadAttention's, under a mask that leaves every row something."""
     given = [x.to(on.device, on.dtype) for x in inputs(rng, lq=lq, lk=lk)]
     probes = [torch.randn(shape, generator=rng).to(on.device, on.dtype) for shape in ((B, lq, D), (B, H, lq, lk))]
-    attention = build(subject, on)
+    attention = build(subject, on).train(training)
     theirs = pytorchs(attention).to(on.device, on.dtype)
     forbidden = None if mask is None else ~mask.expand(B, H, lq, lk).flatten(0, 1).to(on.device)
     more = [] if mask is None else [mask.to(on.device)]
@@ -809,17 +883,21 @@ def test_a_module_may_be_cast_between_calls(subject: Subject, close: Close, rng:
 
 
 @requirement("1.7")
-def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """On another device nothing is left behind: the meta device stands in for one."""
-    attention = build(subject)
-    agree(close, attention, inputs(rng))
-    moved = build(subject).to("meta")
+def test_a_module_may_be_moved(
+    subject: Subject, close: Close, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another device nothing is left behind: the meta device stands in for one, in training, with dropout."""
+    # autocast knows every real device, but not this one: code that switches it off by x.device.type is right.
+    known = torch.autocast
+    lenient = lambda *a, **k: nullcontext() if "meta" in (*a, *k.values()) else known(*a, **k)  # noqa: E731
+    monkeypatch.setattr(torch, "autocast", lenient)
+    agree(close, build(subject), inputs(rng))
+    moved = build(subject, dropout=0.5).to("meta").train()
 
     output, weights = unpack(moved(*(x.to("meta") for x in inputs(rng))))
 
-    assert output.device.type == weights.device.type == "meta", (
-        f"forward on meta: output on {output.device}, weights on {weights.device}"
-    )
+    places = f"output on {output.device}, weights on {weights.device}"
+    assert output.device.type == weights.device.type == "meta", f"forward on meta: {places}"
 
 
 def half_mask(rng: torch.Generator) -> Tensor:
@@ -834,14 +912,19 @@ def half_mask(rng: torch.Generator) -> Tensor:
 
 @requirement("1.8")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_no_prebuilt_attention_is_reached(subject: Subject, close: Close, rng: torch.Generator, training: bool) -> None:
-    """forward, with and without a mask, gives what it should while every prebuilt attention raises."""
-    given = inputs(rng)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_no_prebuilt_attention_is_reached(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, training: bool
+) -> None:
+    """forward, short and long, with and without a mask, is right while every prebuilt attention raises."""
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-5
+    short, longer = inputs(rng, dtype), inputs(rng, dtype, 40, 40)
 
     with torch.set_grad_enabled(training), forbid(prebuilt_attention(), "forward"):
-        attention = build(subject).train(training)
-        attention(*given, some_mask((B, 1, 1, LK), rng))
-        agree(close, attention, given)
+        attention = build(subject).to(dtype).train(training)
+        attention(*short, some_mask((B, 1, 1, LK), rng))
+        agree(close, attention, short, tolerance=tolerance)
+        agree(close, attention, longer, tolerance=tolerance)
 
 
 @requirement("1.8")

@@ -19,6 +19,8 @@ PREBUILT = """        if mask is not None:
         else:
             context = nn.functional.scaled_dot_product_attention(q, k, v)
 """
+Q = "        q = self._split_heads(self.q_linear(query))  # [B, H, Lq, Dh]\n"
+APPLY = "            scores = self.apply_mask(scores, mask)\n"
 OWN_TEST = "    torch.manual_seed(0)\n    attention = MultiHeadAttention(12, 3, dropout=0.5).eval()\n"
 
 MISTAKES = [
@@ -35,7 +37,7 @@ MISTAKES = [
     # 1.2
     Mistake("inverted_mask", "1.2", [(MASKED, MASKED.replace("mask == 0", "mask != 0"))], says="true in the mask"),
     Mistake("mask_ignored", "1.2", [(MASKED, "        return scores\n"), (ZEROED, "            pass\n")], says="weight exactly 0"),
-    Mistake("integer_mask_inverted_bitwise", "1.2", [(MASKED, "        return scores.masked_fill((~mask).bool(), torch.finfo(scores.dtype).min)\n")], says="mask of torch.uint8", only=True),
+    Mistake("integer_mask_inverted_bitwise", "1.2", [(MASKED, "        return scores.masked_fill((~mask).bool(), torch.finfo(scores.dtype).min)\n")], says="true in the mask"),
     Mistake("only_bool_masks", "1.2", [(MASKED, "        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)\n")], says="boolean mask"),
     Mistake("nan_for_masked_rows", "1.2", [(MASKED, MASKED.replace("torch.finfo(scores.dtype).min", 'float("-inf")')), (ZEROED, "            pass\n")], says="NaN"),
     Mistake("nan_in_the_gradient", "1.2", [(MASKED, '        return scores + torch.where(mask.bool(), 0.0, float("-inf")).to(scores)\n'), (ZEROED, "            weights = torch.where(mask.bool().any(-1, keepdim=True), weights, torch.zeros((), dtype=weights.dtype, device=weights.device))\n")], says="gradient is not finite"),
@@ -63,7 +65,7 @@ MISTAKES = [
     Mistake("query_kept_in_the_module", "1.3", [(RETURN, "        self.last_query = query\n" + RETURN)], says="query stays alive", only=True),
     # 1.4
     Mistake("values_from_key", "1.4", [("self.v_linear(value)", "self.v_linear(key)")], says="each has its own projection"),
-    Mistake("keys_from_query_where_lengths_agree", "1.4", [("self.k_linear(key)", "self.k_linear(query if query.shape == key.shape else key)")], says="lengths are equal"),
+    Mistake("keys_from_query_where_lengths_agree", "1.4", [("self.k_linear(key)", "self.k_linear(query if query.shape == key.shape else key)")], says="several roles"),
     Mistake("view_of_strided_inputs", "1.4", [("self.q_linear(query)", "self.q_linear(query.view(-1, query.size(-1))).view(query.shape)")], says="view", only=True),
     Mistake("inputs_scaled_in_place", "1.4", [("        q = self._split_heads(self.q_linear(query))", "        if not query.requires_grad:\n            query.mul_(1.0 + 1e-3)\n        q = self._split_heads(self.q_linear(query / (1.0 + 1e-3)))")], says="values differ"),
     Mistake("mask_written_to", "1.4", [("            scores = self.apply_mask(scores, mask)\n", "            scores = self.apply_mask(scores, mask)\n            mask[0, 0, 0, 0] = True\n")], says="mask"),
@@ -96,7 +98,7 @@ MISTAKES = [
     Mistake("detached_weights", "1.6", [(RETURN, "        return self.output_linear(joined), weights.detach()\n")], says="must carry gradient"),
     Mistake("detached_scores", "1.6", [("        scores = self.compute_attention_scores(q, k)  # [B, H, Lq, Lk]\n", "        scores = self.compute_attention_scores(q.detach(), k)\n")], says="gradient"),
     Mistake("near_miss_of_1e_7", "1.6", [(RETURN, "        return self.output_linear(joined) * (1 + 1e-7), weights\n")], says="output"),
-    Mistake("no_gradient_in_eval", "1.6", [("        q = self._split_heads(self.q_linear(query))  # [B, H, Lq, Dh]\n", "        if not self.training:\n            query, key, value = query.detach(), key.detach(), value.detach()\n        q = self._split_heads(self.q_linear(query))\n")], says="eval", only=True),
+    Mistake("no_gradient_in_eval", "1.6", [("        q = self._split_heads(self.q_linear(query))  # [B, H, Lq, Dh]\n", "        if not self.training:\n            query, key, value = query.detach(), key.detach(), value.detach()\n        q = self._split_heads(self.q_linear(query))\n")], says="detached", only=True),
     Mistake("weights_cached_at_the_first_call", "1.6", [("        q = self._split_heads(self.q_linear(query))  # [B, H, Lq, Dh]\n", "        if not hasattr(self, '_wq'):\n            self._wq = self.q_linear.weight.detach().clone()\n        stale = self._wq.to(query) - self.q_linear.weight.detach()\n        q = self._split_heads(self.q_linear(query) + query @ stale.T)\n")], says="changed in place"),
     # 1.7
     Mistake("fill_of_1e9", "1.7", [(MASKED, MASKED.replace("torch.finfo(scores.dtype).min", "-1e9"))], says="overflow"),
@@ -118,5 +120,36 @@ MISTAKES = [
     Mistake("unused_import", "1.10", [("import torch\n", "import math\nimport torch\n")], says="F401", only=True),
     Mistake("untyped_helper", "1.10", [("    def _split_heads(self, x: Tensor) -> Tensor:\n", "    def _split_heads(self, x):\n")], says="annotation", only=True),
     Mistake("silenced", "1.10", [("from torch import Tensor, nn\n", "import math  # noqa: F401\nfrom torch import Tensor, nn\n")], says="F401", only=True),
-    Mistake("all_silenced", "1.10", [("from torch import Tensor, nn\n", "from torch import Tensor, nn\n\n# ruff: noqa\n")], says="silences a whole file", only=True),
+    Mistake("all_silenced", "1.10", [("from torch import Tensor, nn\n", "from torch import Tensor, nn\n\n# ruff: noqa\n")], says="silences more than it names", only=True),
+    # Narrow code: right in the sizes, modes and masks that come first to mind.
+    Mistake("heads_are_3", "1.6", [("        self.num_heads = num_heads\n", "        self.num_heads = 3\n")], says="size"),
+    Mistake("head_dim_is_4", "1.6", [(SPLIT, "        return x.unflatten(-1, (-1, 4)).transpose(1, 2)\n")], says=""),
+    Mistake("value_is_query_where_key_is", "1.4", [(Q, "        if query is key:\n            value = query\n" + Q)], says="several roles", only=True),
+    Mistake("key_is_query_where_value_is", "1.4", [(Q, "        if query is value:\n            key = query\n" + Q)], says="several roles"),
+    Mistake("v_is_k_for_a_memory", "1.4", [("        v = self._split_heads(self.v_linear(value))", "        v = k if key is value and key is not query else self._split_heads(self.v_linear(value))")], says="several roles", only=True),
+    Mistake("key_known_by_its_pointer", "1.4", [(Q, "        if query.shape == key.shape and query.device.type == 'cpu' and query.data_ptr() == key.data_ptr():\n            key = query\n" + Q)], says="transposed view", only=True),
+    Mistake("mask_made_a_bias_in_place", "1.2", [(MASKED, "        bias = mask.to(scores.dtype)\n        bias -= 1\n        return scores.masked_fill(bias != 0, torch.finfo(scores.dtype).min)\n"), (ZEROED, "            weights = weights * allowed\n"), (APPLY, "            allowed = mask.bool()\n" + APPLY)], says="values differ"),
+    Mistake("softmax_in_chunks_of_64_keys", "1.1", [(SOFTMAX, "        weights = torch.cat([part.softmax(dim=-1) for part in scores.split(64, dim=-1)], dim=-1)\n")], says="131 keys", only=True),
+    Mistake("cut_at_64", "1.1", [("        scores_shape = (query", "        query, key, value = query[:, :64], key[:, :64], value[:, :64]\n        scores_shape = (query")], says="shape", only=True),
+    Mistake("values_of_two_rows_for_all", "1.1", [(Q, "        value = value[torch.arange(value.size(0), device=value.device) % 2]\n" + Q)], says="batch rows", only=True),
+    Mistake("mask_dtype_promotes", "1.2", [(ZEROED, "            weights = weights * mask\n")], says="scalar type"),
+    Mistake("rows_masked_in_one_head_only", "1.2", [(ZEROED, "            weights = weights * mask.bool().any(dim=-1, keepdim=True).any(dim=1, keepdim=True)\n")], says="head 1", only=True),
+    Mistake("apply_mask_for_bool_alone", "1.2", [(MASKED, MASKED.replace("mask == 0", "~mask")), (APPLY, "            mask = mask.bool()\n" + APPLY)], says="", only=True),
+    Mistake("fill_of_65504", "1.2", [(MASKED, MASKED.replace("torch.finfo(scores.dtype).min", "-65504.0"))], says="forbidden weights", only=True),
+    Mistake("keys_may_be_enlarged", "1.2", [("        if not fits:\n", "        fits = fits or (mask.dim() == 4 and scores_shape[3] == 1 and mask.shape[:3] == (1, 1, 1))\n        if not fits:\n")], says="ValueError was wanted", only=True),
+    Mistake("heads_may_be_enlarged", "1.2", [("        if not fits:\n", "        fits = fits or (mask.dim() == 4 and scores_shape[1] == 1 and mask.shape[2:] == (1, 1) and mask.size(0) == 1)\n        if not fits:\n")], says="ValueError was wanted", only=True),
+    Mistake("last_weights_in_a_buffer", "1.3", [(RETURN, "        if getattr(self, '_last', None) is None or self._last.shape != weights.shape:\n            self._last = torch.empty_like(weights, requires_grad=False)\n        self._last.copy_(weights.detach())\n" + RETURN)], says="stay alive", only=True),
+    Mistake("weights_kept_with_dropout", "1.3", [(RETURN, "        self._last = weights if self.dropout.p > 0 else None\n" + RETURN)], says="stay alive", only=True),
+    Mistake("broadcast_product_in_eval", "1.3", [(SCORES, "        if not self.training:\n            return (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1) / q.size(-1) ** 0.5\n" + SCORES)], says="multiply matrices", only=True),
+    Mistake("mask_repeated_per_head", "1.3", [(APPLY, "            if mask.size(1) > 1:\n                mask = mask.expand(scores.shape).contiguous()\n" + APPLY)], says="is copied to", only=True),
+    Mistake("mask_repeated_in_eval", "1.3", [(APPLY, "            if not self.training:\n                mask = mask.expand(scores.shape).contiguous()\n" + APPLY)], says="is copied to", only=True),
+    Mistake("float_mask_repeated", "1.3", [(APPLY, "            if mask.dtype != torch.bool:\n                mask = mask.expand(scores.shape).contiguous()\n" + APPLY)], says="is copied to", only=True),
+    Mistake("no_dropout_under_a_mask", "1.5", [(DROPPED, "        if mask is None:\n            weights = self.dropout(weights)\n")], says="dropout"),
+    Mistake("no_dropout_under_no_grad", "1.5", [(DROPPED, "        weights = nn.functional.dropout(weights, self.dropout.p, self.training and weights.requires_grad)\n")], says="no_grad", only=True),
+    Mistake("weights_detached_in_eval", "1.6", [(RETURN, "        return self.output_linear(joined), weights if self.training else weights.detach()\n")], says="must carry gradient", only=True),
+    Mistake("keys_detached_in_eval", "1.6", [("        scores = self.compute_attention_scores(q, k)  # [B, H, Lq, Lk]\n", "        if not self.training:\n            k = k.detach() + 0 * k\n        scores = self.compute_attention_scores(q, k)\n")], says="gradient", only=True),
+    Mistake("randomness_of_the_cpu", "1.7", [(DROPPED, "        if self.training and self.dropout.p > 0:\n            kept = torch.rand(weights.shape) >= self.dropout.p\n            weights = weights * kept.to(weights.dtype) / (1 - self.dropout.p)\n")], says="", only=True),
+    Mistake("prebuilt_for_long_inputs", "1.8", [(CONTEXT, CONTEXT + "        if mask is None and self.dropout.p == 0 and key.size(1) >= 16:\n            context = nn.functional.scaled_dot_product_attention(q, k, v)\n")], says="scaled_dot_product_attention", only=True),
+    Mistake("prebuilt_in_float32", "1.8", [(CONTEXT, CONTEXT + "        if mask is None and not self.training and q.dtype == torch.float32:\n            context = nn.functional.scaled_dot_product_attention(q, k, v)\n")], says="scaled_dot_product_attention", only=True),
+    Mistake("silenced_for_mypy", "1.10", [("    def _split_heads(self, x: Tensor) -> Tensor:\n", "    def _split_heads(self, x):  # mypy: allow-untyped-defs\n")], says="silences", only=True),
 ]  # fmt: skip
