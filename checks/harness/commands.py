@@ -6,9 +6,10 @@ import argparse
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from harness import board
+from harness import board, gradesheet
 from harness.ledger import Entry, Ledger, checks_version, stamp
 from harness.specification import TOP, Exercise, UsageError, exercises, selected
 from harness.submission import LoadError, read
@@ -19,10 +20,11 @@ from harness.verdicts import ExerciseVerdict, Result
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command: its name first."""
     parser = argparse.ArgumentParser(prog="harness", allow_abbrev=False)
-    parser.add_argument("command", choices=["check", "save"])
+    parser.add_argument("command", choices=["check", "grade", "save"])
     parser.add_argument("watched", nargs="*", help="the folders that pytest-watch appends to its runner; not needed")
     parser.add_argument("--ex", default="")
     parser.add_argument("--submission", default="exercises")
+    parser.add_argument("--out", default="gradesheet.json", help="where grade writes the gradesheet")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -80,6 +82,28 @@ def check(options: argparse.Namespace, judge: Judge) -> int:
     return 0 if all(verdict.state == "done" for verdict in verdicts) else 1
 
 
+def grade(options: argparse.Namespace, judge: Judge) -> int:
+    """Judges everything asked for and writes the gradesheet; 0 whatever the points are."""
+    chosen, folder = selected(options.ex), submission_folder(options.submission)
+    path = (TOP / options.out).resolve()
+    if path.is_dir() or path.suffix == ".md":
+        raise UsageError(f"OUT={options.out}: a file name such as gradesheet.json is wanted")
+    out = board.console()
+    verdicts = []
+    for exercise in chosen:
+        verdict = judge_file(exercise, folder, judge, None).verdict(exercise)
+        verdicts.append(verdict)
+        reason = f" ({verdict.reason})" if verdict.reason else ""
+        line = f"{exercise.id} {verdict.score}/{verdict.max_score} {verdict.state}{reason}, {verdict.seconds:.1f} s"
+        out.print(line, markup=False, soft_wrap=True)
+    graded = gradesheet.sheet(verdicts, checks_version(), torch.__version__.partition("+")[0])
+    beside = gradesheet.write(graded, path)
+    out.print(
+        f"total {graded['score']}/{graded['max_score']}; {board.shown(path)}, {board.shown(beside)}", soft_wrap=True
+    )
+    return 0
+
+
 def save(options: argparse.Namespace, judge: Judge) -> int:
     """Judges what has no verdict of its present state, and shows the whole board."""
     chosen, folder = selected(options.ex), TOP / "exercises"
@@ -117,7 +141,7 @@ def _next_step(verdicts: list[ExerciseVerdict], folder: Path) -> str:
     return "all done"
 
 
-COMMANDS = {"check": check, "save": save}
+COMMANDS = {"check": check, "grade": grade, "save": save}
 
 
 def run(arguments: list[str], judge: Judge) -> int:

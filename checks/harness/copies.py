@@ -51,7 +51,9 @@ class Workspace:
 
     def make(self, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
         """Runs a target as people do; the result's stdout holds both streams."""
-        environment = {**os.environ, "COLUMNS": "100"}
+        # Not those of a make that runs this one: they would change what it prints.
+        outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+        environment = {name: value for name, value in os.environ.items() if name not in outer} | {"COLUMNS": "100"}
         command = self.make_command(*arguments)
         return subprocess.run(
             command,

@@ -35,10 +35,12 @@ class Prebuilt:
         operators: names of aten operators (without overload or with, as torch lists them), overridden in the
             dispatcher.
         functions: Python functions whose body is replaced, so that a name bound early is caught too.
+        means: what "from scratch" is written with instead.
     """
 
     operators: tuple[str, ...]
     functions: tuple[Callable[..., Any], ...]
+    means: str = "matrix products, softmax and their like"
 
 
 def prebuilt_attention() -> Prebuilt:
@@ -76,16 +78,14 @@ def forbid(prebuilt: Prebuilt, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            _fail_if(reached, what, error)
+            _fail_if(reached, prebuilt, what, error)
             raise
-    _fail_if(reached, what)
+    _fail_if(reached, prebuilt, what)
 
 
-def _fail_if(reached: list[str], what: str, error: Exception | None = None) -> None:
+def _fail_if(reached: list[str], prebuilt: Prebuilt, what: str, error: Exception | None = None) -> None:
     if reached:
-        raise AssertionError(
-            f"{what} reached {reached[0]}; from scratch means matrix products, softmax and their like"
-        ) from error
+        raise AssertionError(f"{what} reached {reached[0]}; from scratch means {prebuilt.means}") from error
 
 
 def _aten_operators() -> list[str]:

@@ -1,0 +1,411 @@
+"""ex06: Gradient checkpointing
+
+Training keeps every layer's activations until backward has used them, and they often need more memory than the model
+itself. Gradient checkpointing keeps only a layer's inputs, and computes the rest a second time when backward asks for
+it: about a third more computation for a fraction of the memory. You write it on top of autograd, wrap chosen layers
+with it, and measure what it saves.
+
+Requirements
+6.1 (correctness) Selective checkpointing of layers: exactly the chosen layers are checkpointed, by number and by name,
+    also in nested lists. Lists stay lists. The state_dict keeps its keys: a plain checkpoint loads strictly into a
+    wrapped model, and back; a missing or unexpected key is refused as ever.
+6.2 (efficiency) Memory against computation: what is alive after forward, with only the output held, falls as more
+    layers are chosen; with every one of 8 encoder layers it is less than 0.25 of what it is with none. In a training
+    step each chosen layer is entered exactly twice, every other module once. In eval, without gradients and with
+    use_checkpoint=False the output is the plain one, and nothing is computed twice.
+6.3 (robustness) Mixed precision: the second computation runs under the autocast state of the first (float16, bfloat16
+    or off), also when backward is called under another one.
+6.4 (correctness) Nested modules: wrapped modules inside wrapped ones; keyword arguments, tuples, lists and dicts, masks
+    and other arguments that are no tensors; several outputs, and outputs that are no tensors. Inputs without gradient
+    still train the parameters, and every tensor input that needs a gradient gets it.
+6.5 (correctness) Clear memory measurement: `measure_memory_usage` is within 10 % of what a dispatch mode that follows
+    storages (`torch.utils._python_dispatch.TorchDispatchMode`) or torch.profiler's memory events see; it is judged
+    where both agree. An error of `func` goes through unchanged, and nothing stays switched on.
+6.6 (efficiency) A model that does not fit: where plain training needs half as much memory again as there is, the
+    checkpointed model trains for several steps through `train_step`, with the same losses.
+6.7 (correctness) Gradients: after `.backward()` every parameter of the wrapped model has the plain model's gradient,
+    with dropout under a seed too, in the second step, and in a second backward with retain_graph. The random stream is
+    where it would be after a plain step.
+6.8 (correctness) Write your own test: `test_gradient_checkpointing` passes on right code, whoever wrote it, and fails
+    on each of the slips listed below.
+6.9 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you add)
+    and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
+6.10 (correctness) Write it from scratch: `torch.utils.checkpoint`, the standard tool, is reached neither in forward nor
+    in backward.
+
+In plain text
+    forward     y = f(x)                          keep x, the random state and the autocast state; forget the rest
+    backward    y = f(x) once more, as it was     then the gradients of x and of f's parameters from dL/dy
+
+Shapes
+    B batch, L positions, V size of the vocabulary
+
+Conventions
+- A layer is an element of an nn.ModuleList or nn.Sequential whose attribute name contains `layer_pattern`, or any other
+  module whose own attribute name does. Names that contain "norm" never match. Nothing inside a layer is a layer.
+- The elements of a matching list are wrapped, never the list, so that code that indexes it goes on working. An element
+  that is an nn.ModuleList itself is looked through, since it cannot be called; one that is an nn.Sequential is a layer.
+- Layers are counted over the whole model, in its own order, from 0: with n = 2 and the lists encoder.layers (3) and
+  decoder.layers (2), encoder.layers.0, encoder.layers.2 and decoder.layers.1 are wrapped.
+- What is said of tensors holds for tensors in nested tuples, lists and dicts too, of arguments and of outputs.
+- `checkpoint` is judged with modules as its function, on its own and through `CheckpointWrapper`.
+- A wrapper takes over its module's training flag: an evaluated layer stays evaluated when it is wrapped.
+- A wrapped module may be called several times before backward, its parameters may be frozen or shared with others, and
+  it may be cast between steps. One tensor may come as several arguments; inputs may be strided, and are never written
+  to.
+- What happens without a match, or at a second `apply_checkpointing`, is not defined.
+- Memory is the bytes of tensor storage: a view costs nothing, and neither does a tensor that existed before `func` was
+  called. 1 MiB = 2^20 bytes. The peak is the most that was alive at once: x + 1 - 2 for an x of 1 MiB has a peak of 2.
+
+Your own test (6.8) uses contract names, MemoryEfficientTransformer and torch only, sets its own seed, takes at most
+1 s, and has to fail on each of these slips:
+- no_checkpointing: the wrapper just calls its module
+- parameters_without_gradient: backward computes the gradients of the inputs only
+- random_state_not_restored: the second computation draws another dropout
+- random_stream_moved: after backward the random stream is not where a plain step leaves it
+- autocast_not_restored: the second computation runs under the autocast state of backward
+- active_in_eval: layers are computed twice in eval mode too
+- every_second_layer: every second layer is wrapped whatever was asked for
+- kwargs_dropped: keyword arguments do not reach the second computation
+- keys_changed: the state_dict of a wrapped model has other keys
+- peak_is_a_sum: measure_memory_usage adds up everything that was ever allocated
+
+Discuss
+1. Scale to production: for a model of 70 billion parameters on many GPUs, which activations do you recompute, which do
+   you keep, and which do you move to the CPU?
+2. Limits: what does checkpointing every layer not reduce, and from which sequence length on does it no longer help?
+3. Monitoring: which numbers tell you during a run that recomputation is worth its time, and that it is still exact?
+4. Next: which operations would you keep instead of computing them twice, and how would you prove that it helped?
+
+Sources
+- Chen et al. 2016, "Training deep nets with sublinear memory cost": https://arxiv.org/abs/1604.06174
+- Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models":
+  https://arxiv.org/abs/2205.05198
+"""
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakSet, finalize
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls `function`, keeps only its inputs, and computes it a second time when backward needs what was forgotten.
+
+    Args:
+        function: what to call; a module, as far as it is judged.
+        args: its arguments: anything, also nested structures with tensors.
+        kwargs: its keyword arguments, likewise.
+
+    Returns:
+        What `function` returns.
+    """
+    # TODO(6.2, 6.10): run forward so that nothing inside is kept for backward: an autograd.Function, or hooks.
+    # TODO(6.3): remember the autocast state, and compute the second time under it.
+    # TODO(6.4): pass on everything; the second computation starts from detached inputs.
+    # TODO(6.7): give inputs and parameters their gradients; draw the same dropout, and leave the random stream alone.
+    replay = _Replay(function, args, kwargs)
+    with saved_tensors_hooks(replay.pack, replay.unpack):
+        return function(*args, **kwargs)
+
+
+class _Replay:
+    """A call that can be made again as it was; numbers stand in for the tensors that autograd saves for backward."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.function = function
+        self.args, self.kwargs = tree_map_only(Tensor, _detached, (args, kwargs))
+        self.random_state = torch.get_rng_state()
+        # Asking CUDA for its states would start it where it is not in use.
+        self.cuda_random_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.autocasts = [
+            torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+            for device in ("cpu", "cuda")
+        ]
+        self.numbers = itertools.count()
+        self.recomputed: dict[int, Tensor] = {}
+
+    def pack(self, _: Tensor) -> int:
+        return next(self.numbers)
+
+    def unpack(self, number: int) -> Tensor:
+        # What is taken out is gone, so a second backward computes it again.
+        if number not in self.recomputed:
+            self.recomputed = dict(enumerate(self.saved_tensors()))
+        return self.recomputed.pop(number)
+
+    def saved_tensors(self) -> list[Tensor]:
+        """Makes the call again; returns the tensors that autograd saves, in the order in which they were packed."""
+        saved: list[Tensor] = []
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=range(len(self.cuda_random_states))))
+            torch.set_rng_state(self.random_state)
+            torch.cuda.set_rng_state_all(self.cuda_random_states)
+            for autocast in self.autocasts:
+                stack.enter_context(autocast)
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()), _never_unpacked))
+            self.function(*self.args, **self.kwargs)
+        return saved
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _never_unpacked(_: None) -> Tensor:
+    raise RuntimeError("backward ran through a recomputation")
+
+
+class CheckpointWrapper(nn.Module):
+    """A module that keeps only its inputs for backward, and is computed a second time there.
+
+    Args:
+        module: the module to wrap; its training flag becomes the wrapper's.
+        use_checkpoint: False makes the wrapper call its module and do nothing else.
+    """
+
+    def __init__(self, module: nn.Module, use_checkpoint: bool = True) -> None:
+        super().__init__()
+        # TODO(6.1): keep the module's names in the state_dict (state_dict hooks do this).
+        # TODO(6.2): keep what forward needs, and take over the training flag.
+        self.module = module
+        self.use_checkpoint = use_checkpoint
+        self.training = module.training
+        self.register_state_dict_post_hook(_remove_own_name)
+        self.register_load_state_dict_pre_hook(_insert_own_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module with whatever comes; recomputes in backward only while training with gradients enabled.
+
+        Args:
+            args: the module's arguments.
+            kwargs: the module's keyword arguments.
+
+        Returns:
+            What the module returns.
+        """
+        # TODO(6.2): checkpoint only in training, with gradients enabled, and if use_checkpoint says so.
+        # TODO(6.4): pass on all arguments and outputs as they are.
+        if self.use_checkpoint and self.training and torch.is_grad_enabled():
+            return checkpoint(self.module, *args, **kwargs)
+        return self.module(*args, **kwargs)
+
+
+def _remove_own_name(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    _rename(state_dict, f"{prefix}module.", prefix)
+
+
+def _insert_own_name(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    _rename(state_dict, prefix, f"{prefix}module.")
+
+
+def _rename(state_dict: dict[str, Any], old: str, new: str) -> None:
+    # All come out before the first goes in: the wrapped module may have a child that is called "module" too.
+    taken = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(old)}
+    state_dict.update({new + key.removeprefix(old): value for key, value in taken.items()})
+
+
+class SelectiveCheckpointing:
+    """Wraps every n-th layer of a model.
+
+    Args:
+        checkpoint_every_n_layers: n; 1 wraps every layer, 2 every second one, 0 none.
+
+    Attributes:
+        checkpointed_modules: dotted names of the layers that are wrapped, in the model's order; empty at first.
+    """
+
+    def __init__(self, checkpoint_every_n_layers: int = 2) -> None:
+        # TODO(6.1): keep n; no layer is wrapped yet.
+        self.checkpoint_every_n_layers = checkpoint_every_n_layers
+        self.checkpointed_modules: list[str] = []
+
+    def apply_checkpointing(self, model: nn.Module, layer_pattern: str = "layer") -> None:
+        """Wraps the layers number 0, n, 2n … of `model`, in place.
+
+        Args:
+            model: any model; it is changed.
+            layer_pattern: what the attribute name of a layer, or of a list of layers, contains.
+        """
+        # TODO(6.1): find the layers of the whole model in order, and replace every n-th by its wrapper.
+        if self.checkpoint_every_n_layers == 0:
+            return
+        for name in list(_layer_names(model, layer_pattern))[:: self.checkpoint_every_n_layers]:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, CheckpointWrapper(model.get_submodule(name)))
+            self.checkpointed_modules.append(name)
+
+
+def _layer_names(module: nn.Module, pattern: str, prefix: str = "", in_list: bool = False) -> Iterator[str]:
+    for attribute, child in module.named_children():
+        name = prefix + attribute
+        matches = in_list or (pattern in attribute and "norm" not in attribute)
+        is_list = isinstance(child, nn.ModuleList) or (isinstance(child, nn.Sequential) and not in_list)
+        if matches and not is_list:
+            yield name
+        else:
+            yield from _layer_names(child, pattern, f"{name}.", in_list=matches)
+
+
+def measure_memory_usage(func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
+    """Calls `func(*args, **kwargs)` and measures the tensor memory that it needs.
+
+    Args:
+        func: what to measure.
+        args: its arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        What `func` returns, and the most MiB of tensor storage allocated inside that was alive at once.
+    """
+    # TODO(6.5): follow each new storage until it is freed, with a dispatch mode or torch.profiler.
+    with _StorageMeter() as meter:
+        result = func(*args, **kwargs)
+    return result, meter.peak / 2**20
+
+
+class _StorageMeter(TorchDispatchMode):
+    """Counts the bytes of the storages that are made while it is on, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: WeakSet[torch.UntypedStorage] = WeakSet()
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.known.update(_storages((args, kwargs)))  # these existed before
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage not in self.known:
+                self.known.add(storage)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                finalize(storage, self.freed, storage.nbytes())
+        return result
+
+    def freed(self, size: int) -> None:
+        self.alive -= size
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def train_step(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+) -> float:
+    """Makes one step of training: old gradients off, forward, backward, the optimizer's step.
+
+    Args:
+        model: gives logits [B, L, V] for input ids [B, L].
+        batch: "input_ids" and "targets", int64 [B, L].
+        optimizer: over the model's parameters.
+        criterion: gives the loss for logits [B·L, V] and targets [B·L].
+
+    Returns:
+        The loss before the step, as a Python float.
+    """
+    # TODO(6.6): one step; the criterion gets its positions in one row.
+    optimizer.zero_grad()
+    logits = model(batch["input_ids"])  # [B, L, V]
+    loss = criterion(logits.flatten(0, 1), batch["targets"].flatten())
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+class MemoryEfficientTransformer(nn.Module):
+    """Given; no need to change. A small language model: embedding, encoder layers, and a head.
+
+    Args:
+        vocab_size: number of tokens V.
+        d_model: number of features.
+        num_layers: number of encoder layers.
+        num_heads: number of attention heads of a layer.
+        dropout: probability of every dropout of a layer.
+    """
+
+    def __init__(
+        self, vocab_size: int, d_model: int = 64, num_layers: int = 8, num_heads: int = 4, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(d_model, num_heads, 4 * d_model, dropout, batch_first=True)
+            for _ in range(num_layers)
+        )
+        self.head = nn.Linear(d_model, vocab_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits for every position.
+
+        Args:
+            input_ids: int64 [B, L].
+
+        Returns:
+            [B, L, V].
+        """
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_gradient_checkpointing() -> None:
+    """Your own test of this file: passes on right code, fails on each slip listed above."""
+    # TODO(6.8): compare a wrapped model with a plain one: gradients, keys, work, random stream; and measure a peak.
+    # TODO(6.9): make lint-clean, typed code of it all.
+    torch.manual_seed(0)
+    input_ids = torch.randint(11, (2, 5))
+    plain = MemoryEfficientTransformer(11, d_model=8, num_layers=3, num_heads=2, dropout=0.5)
+    wrapped = copy.deepcopy(plain)
+    entered: Counter[nn.Module] = Counter()
+    for layer in wrapped.layers:
+        layer.get_submodule("linear1").register_forward_pre_hook(lambda module, _: entered.update([module]))
+    selective = SelectiveCheckpointing(1)
+    selective.apply_checkpointing(wrapped)
+    assert selective.checkpointed_modules == ["layers.0", "layers.1", "layers.2"]
+    wrapped.load_state_dict(plain.state_dict())
+
+    gradients, streams = [], []
+    for model in (plain, wrapped):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids)
+        logits.square().mean().backward()
+        gradients.append({name: value.grad for name, value in model.state_dict(keep_vars=True).items()})
+        streams.append(torch.get_rng_state())
+    assert list(entered.values()) == [2, 2, 2], f"entered in a training step: {list(entered.values())}"
+    assert all(gradient is not None for gradient in gradients[1].values()), "a parameter has no gradient"
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert torch.equal(streams[1], streams[0]), "the random stream is elsewhere after a step"
+
+    entered.clear()
+    wrapped.eval()(input_ids).sum().backward()
+    assert list(entered.values()) == [1, 1, 1], f"entered in eval: {list(entered.values())}"
+
+    encoder_layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    causal = torch.full((5, 5), float("-inf")).triu(1)
+    x = torch.randn(2, 5, 8)
+    results = []
+    for module in (encoder_layer, CheckpointWrapper(encoder_layer)):
+        leaf = x.clone().requires_grad_()
+        module(leaf, src_mask=causal).square().sum().backward()
+        results.append(leaf.grad)
+    torch.testing.assert_close(results[1], results[0])
+
+    _, peak = measure_memory_usage(lambda: torch.zeros(2**18) + 1 - 2)
+    assert 1.9 < peak < 2.1, f"x + 1 - 2 for 1 MiB has a peak of 2 MiB; {peak} was measured"

@@ -1,0 +1,62 @@
+"""`make grade`: the sheet's form, its points, and what it does with what cannot be graded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from harness.copies import Workspace
+from harness.specification import CRITERIA, exercises
+
+FILE = "ex01_multi_head_attention.py"
+
+
+def graded(workspace: Workspace, *arguments: str) -> dict[str, Any]:
+    done = workspace.make("grade", *arguments)
+    assert done.returncode == 0, done.stdout
+    found: dict[str, Any] = json.loads((workspace.top / "gradesheet.json").read_text())
+    return found
+
+
+def test_the_answers_earn_everything(workspace: Workspace) -> None:
+    found = graded(workspace, "SUBMISSION=answers")
+
+    assert found["score"] == found["max_score"] == sum(5 * len(e.requirements) for e in exercises().values())
+    assert list(found) == ["schema", "checks_version", "torch", "score", "max_score", "criteria", "exercises"]
+    assert found["schema"] == 1 and found["torch"] == "2.13.0"
+    assert tuple(found["criteria"]) == CRITERIA
+    assert sum(one["max_score"] for one in found["criteria"].values()) == found["max_score"]
+    first = found["exercises"][0]
+    assert (first["id"], first["state"], first["reason"]) == ("ex01", "done", "")
+    check = first["requirements"][0]["checks"][0]
+    assert check == {"name": "test_any_lengths[1-1]", "outcome": "passed", "message": ""}
+    assert (workspace.top / "gradesheet.md").read_text().startswith("# Gradesheet: ")
+
+
+def test_starters_a_missing_file_and_a_broken_one_earn_nothing_and_say_why(workspace: Workspace) -> None:
+    folder = workspace.top / "student"
+    folder.mkdir()
+    (folder / FILE).write_text("def broken(:\n")
+    found = graded(workspace, "SUBMISSION=student")
+    starters = graded(workspace, "EX=1")
+
+    assert found["score"] == 0 and len(found["exercises"]) == len(exercises())
+    states = {one["id"]: (one["state"], one["reason"]) for one in found["exercises"]}
+    assert states["ex01"] == ("does not import", "SyntaxError: invalid syntax")
+    assert states["ex02"] == ("not started", "no file")
+    assert [one["id"] for one in starters["exercises"]] == ["ex01"]
+    assert (starters["score"], starters["max_score"]) == (0, 50)
+    assert starters["exercises"][0]["state"] == "not started"
+
+
+def test_what_cannot_be_graded_leaves_no_sheet(workspace: Workspace) -> None:
+    (workspace.top / "empty").mkdir()
+
+    for arguments, says in (
+        (("SUBMISSION=nowhere",), "no such folder"),
+        (("SUBMISSION=empty",), "holds no exercise"),
+        (("EX=99",), "no such exercise"),
+        (("OUT=checks",), "a file name such as gradesheet.json is wanted"),
+    ):
+        done = workspace.make("grade", *arguments)
+        assert done.returncode == 2 and says in done.stdout, done.stdout
+    assert not list(Path(workspace.top).glob("gradesheet*"))

@@ -1,0 +1,1263 @@
+"""The specification of ex03, memory-efficient (flash) attention, as checks."""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+from time import perf_counter
+from typing import Any
+
+import pytest
+import torch
+from harness.door import (
+    Close,
+    Subject,
+    Trace,
+    Where,
+    forbid,
+    is_tensor,
+    prebuilt_attention,
+    refuses,
+    requirement,
+    seed,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+B, H, DH, BLOCK = 2, 3, 5, 4
+D = H * DH
+N = 2 * BLOCK  # Where lengths are not the point, they are equal and multiples of the block.
+INF = float("inf")
+CALL = "flash_attention_forward"
+WEIGHTS = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "o_proj.bias"]
+MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
+MASK_SHAPES = [(1, 1, 1, N), (B, 1, 1, N), (1, H, 1, N), (1, 1, N, N), (B, 1, N, N), (B, H, N, N)]
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def build(subject: Subject, block_size: int = BLOCK, dtype: torch.dtype = torch.float64) -> Any:
+    """A seeded module of the learner's."""
+    seed(1)
+    return subject.FlashAttention(D, H, block_size).to(dtype)
+
+
+def inputs(rng: torch.Generator, n: int = N, m: int = N, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Q, K and V, all different."""
+    return [torch.randn(B, H, length, DH, generator=rng, dtype=torch.float64).to(dtype) for length in (n, m, m)]
+
+
+def reference(given: Iterable[Tensor], mask: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of Q, K and V in float64, from the formula."""
+    q, k, v = (x.double() for x in given)
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.size(-1) ** 0.5
+    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    if causal:
+        allowed = allowed.tril(k.size(2) - q.size(2))
+    if mask is not None:
+        allowed = allowed & (mask != 0)
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1) * allowed
+    return torch.einsum("bhqk,bhkd->bhqd", weights, v), scores.masked_fill(~allowed, -INF).logsumexp(-1)
+
+
+def pytorch(given: list[Tensor], causal: bool = False) -> Tensor:
+    """The output of torch's own attention."""
+    q, k, v = given
+    output: Tensor = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return output
+
+
+def attend(
+    attention: Any, given: list[Tensor], mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp, if that is what flash_attention_forward gives."""
+    options: dict[str, Any] = {} if mask is None else {"mask": mask}
+    if causal:
+        options["causal"] = True
+    result = attention.flash_attention_forward(*given, **options)
+    assert isinstance(result, tuple) and len(result) == 2, (
+        f"{CALL}: a {type(result).__name__} came, the pair (output, logsumexp) was wanted"
+    )
+    return is_tensor(result[0], f"{CALL}: output"), is_tensor(result[1], f"{CALL}: logsumexp")
+
+
+def agree(
+    close: Close,
+    attention: Any,
+    given: list[Tensor],
+    mask: Tensor | None = None,
+    causal: bool = False,
+    hint: str = "",
+    tolerance: float | None = None,
+) -> None:
+    """The output and logsumexp of flash_attention_forward equal the formula's."""
+    output, logsumexp = reference(given, mask=mask, causal=causal)
+
+    actual = attend(attention, given, mask, causal)
+
+    close(actual[0], output.to(given[0].dtype), f"{CALL}: output", hint=hint, tolerance=tolerance)
+    assert actual[1].dtype in (torch.float32, torch.float64), (
+        f"{CALL}: logsumexp has {actual[1].dtype}, float32 or better was wanted"
+    )
+    close(actual[1].double(), logsumexp, f"{CALL}: logsumexp", hint=hint, tolerance=tolerance)
+
+
+def some_mask(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """A boolean mask in which every row allows and forbids something in each block of keys."""
+    mask = torch.rand(shape, generator=rng) > 0.4
+    mask[..., 1::BLOCK] = False
+    mask[..., ::BLOCK] = True
+    return mask
+
+
+def standard(attention: Any, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """What forward gives, in float64, from the formula and the weights of the given linear layers."""
+    heads = H if x.size(-1) == D else 1
+
+    def project(linear: nn.Linear) -> Tensor:
+        return (x.double() @ linear.weight.double().T).reshape(*x.shape[:2], heads, -1).permute(0, 2, 1, 3)
+
+    q, k, v = project(attention.q_proj), project(attention.k_proj), project(attention.v_proj)
+    joined = reference([q, k, v], mask, causal)[0].permute(0, 2, 1, 3).reshape(x.shape)
+    output: Tensor = joined @ attention.o_proj.weight.double().T + attention.o_proj.bias.double()
+    return output
+
+
+def call(attention: Any, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """What the module gives for x, if it is a tensor."""
+    options: dict[str, Any] = {} if mask is None else {"mask": mask}
+    return is_tensor(attention(x, **options, causal=True) if causal else attention(x, **options), "forward")
+
+
+# 3.1 memory. Sizes are such that blocks, not Q, K and V, are the largest tensors.
+
+SLIM, WIDE = 3, 16  # features and block size of checks of cost, in one head
+EXACT = 2e-5  # float32 against float64
+
+
+def wide(subject: Subject, rng: torch.Generator, n: int, m: int, block: int = WIDE) -> tuple[Any, list[Tensor]]:
+    """A float32 module of one head, and Q, K, V of batch 1."""
+    seed(1)
+    given = [torch.randn(1, 1, length, SLIM, generator=rng) for length in (n, m, m)]
+    return subject.FlashAttention(SLIM, 1, block), given
+
+
+@requirement("3.1")
+@pytest.mark.parametrize("kind", ["plain", "causal", "key_mask", "query_mask"])
+def test_no_block_is_larger_than_asked_for(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+    """At inference nothing larger than a block of scores is made, from masks neither."""
+    blocks = {"key_mask": (1, 9), "query_mask": (9, 1)}.get(kind, (4, 4))
+    n, m = (WIDE * number for number in blocks)
+    attention, given = wide(subject, rng, n, m)
+    masks = {"key_mask": (torch.arange(m) % 3 != 1).view(1, 1, 1, m), "query_mask": torch.ones(1, 1, n, 1)}
+    expected = reference(given, mask=masks.get(kind), causal=kind == "causal")[0].float()
+
+    with torch.no_grad(), Trace() as seen:
+        output, _ = attend(attention, given, masks.get(kind), kind == "causal")
+
+    close(output, expected, f"{CALL}: output", tolerance=EXACT)
+    most = 8 * WIDE**2
+    assert seen.largest <= most, (
+        f"{CALL}, {kind}: a tensor of {seen.largest} elements is made for N = {n}, M = {m}, block_size = {WIDE}, "
+        f"at most {most} are asked for; N·M is {n * m}, block_size·M is {WIDE * m}\n"
+        "cut queries, keys and mask into blocks of about block_size; an expanded view costs nothing, its copy does"
+    )
+
+
+@requirement("3.1")
+@pytest.mark.parametrize("kind", ["causal", "mask"])
+def test_forward_makes_no_tensor_of_all_pairs(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+    """At inference the module makes no tensor of N·N elements, of its mask neither."""
+    n = 3 * WIDE
+    attention = wide(subject, rng, 1, 1)[0]
+    x = torch.randn(1, n, SLIM, generator=rng)
+    mask = torch.arange(n).view(1, 1, 1, n) % 3 != 1 if kind == "mask" else None
+    expected = standard(attention, x, mask, kind == "causal").detach().float()
+
+    with torch.no_grad(), Trace() as seen:
+        output = call(attention, x, mask, kind == "causal")
+
+    close(output, expected, "forward", tolerance=EXACT)
+    assert seen.largest < n * n, (
+        f"forward, N = {n}, {kind}: a tensor of {seen.largest} elements is made; N·N is {n * n}"
+    )
+
+
+@requirement("3.1")
+def test_the_peak_grows_linearly(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """At inference twice the length takes about twice the memory."""
+    attention = wide(subject, rng, 1, 1)[0]
+    peaks = []
+    for n in (2 * WIDE, 4 * WIDE):
+        x = torch.randn(1, n, SLIM, generator=rng)
+        expected = standard(attention, x).detach().float()
+        with torch.no_grad(), Trace() as seen:
+            output = call(attention, x)
+        close(output, expected, "forward", tolerance=EXACT)
+        peaks.append(seen.peak_bytes)
+
+    assert peaks[1] < 2.2 * peaks[0], (
+        f"forward: at most {peaks[0]} bytes are alive for N = {n // 2} and {peaks[1]} for N = {n}, "
+        f"{peaks[1] / peaks[0]:.2f} times as many; less than 2.2 times are asked for\n"
+        "hold one block of scores at a time, and let it go"
+    )
+
+
+# 3.2 numerical stability
+
+
+def towards(rng: torch.Generator, offsets: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Q, K and V in which the scores with key j are offsets[j] and some noise."""
+    q, k, v = inputs(rng, m=len(offsets))
+    q[..., 0] = DH**0.5
+    k[..., 0] = offsets
+    return [q.to(dtype), k.to(dtype), v.to(dtype)]
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("step", [2, -2, 300, -300])
+def test_a_maximum_that_changes_from_block_to_block(
+    subject: Subject, close: Close, rng: torch.Generator, step: int
+) -> None:
+    """Scores that rise or fall from key to key give the formula's results."""
+    given = towards(rng, step * torch.arange(3.0 * BLOCK))
+
+    agree(close, build(subject), given, hint=f"scores change by {step} from key to key: when the maximum rises, "
+          "sum and accumulator are multiplied by exp(old - new)")  # fmt: skip
+
+
+@requirement("3.2")
+@pytest.mark.parametrize(
+    ("dtype", "factor", "tolerance"),
+    [(torch.float64, 400, 1e-9), (torch.float32, 40, 1e-3)],
+    ids=["float64", "float32"],
+)
+def test_large_logits(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, factor: int, tolerance: float
+) -> None:
+    """Logits of hundreds in float32 and thousands in float64, of both signs, give the formula's results."""
+    q, k, v = inputs(rng, dtype=dtype)
+
+    hint = f"logits times {factor}: subtract the running maximum before the exponential"
+    agree(close, build(subject, dtype=dtype), [factor * q, k, v], hint=hint, tolerance=tolerance)
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("offset", [-2000.0, 2000.0])
+def test_scores_that_are_all_far_from_zero(subject: Subject, close: Close, rng: torch.Generator, offset: float) -> None:
+    """Scores that all lie around -2000, or 2000, give the formula's results."""
+    given = towards(rng, torch.full((N,), offset))
+
+    agree(close, build(subject), given, hint=f"all scores are about {offset:g}: the maximum starts below any score")
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_a_masked_block(subject: Subject, close: Close, rng: torch.Generator, where: str) -> None:
+    """A block in which a row may attend to nothing, before, between or after others, leaves the row right."""
+    given = inputs(rng, m=3 * BLOCK)
+    mask = some_mask((B, 1, N, 3 * BLOCK), rng)
+    block = ("first", "middle", "last").index(where) * BLOCK
+    mask[0, 0, 2:, block : block + BLOCK] = False
+
+    agree(close, build(subject), given, mask, hint=f"for some rows the {where} block is masked: "
+          "there -inf - -inf must not become NaN, nor a masked key have weight")  # fmt: skip
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("shape", [(B, 1, N, N), (B, 1, N, 1), (B, H, 1, 1)], ids=["some_rows", "queries", "heads"])
+def test_a_row_that_may_attend_to_nothing(
+    subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]
+) -> None:
+    """It has output 0 and logsumexp -inf; the others are right."""
+    mask = some_mask(shape, rng)
+    mask[0, 0, -1] = False
+    mask[1, 0, 0] = False
+
+    hint = "a row that may attend to nothing has output 0 and logsumexp -inf: its sum is 0"
+    agree(close, build(subject), inputs(rng), mask, hint=hint)
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_nothing_may_be_attended_to(subject: Subject, close: Close, rng: torch.Generator, causal: bool) -> None:
+    """With a mask that allows nothing at all every output is 0 and every logsumexp -inf."""
+    hint = "the mask allows nothing at all: output 0, logsumexp -inf"
+    agree(close, build(subject), inputs(rng), torch.zeros(1, 1, 1, N, dtype=torch.bool), causal, hint=hint)
+
+
+@requirement("3.2")
+def test_causal_queries_before_the_first_key(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """With more queries than keys, the first causal ones may attend to nothing."""
+    n = 3 * BLOCK
+    given = inputs(rng, n, BLOCK)
+    expected, _ = reference(given, causal=True)
+
+    output, logsumexp = attend(build(subject), given, causal=True)
+
+    assert output.shape == expected.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
+    if not torch.allclose(output[:, :, -BLOCK:].double(), expected[:, :, -BLOCK:]):
+        return  # The queries and keys are not aligned; 3.3 says so.
+    hint = f"query i sees the keys j <= i + M - N: with N = {n} and M = {BLOCK} the first {n - BLOCK} see none"
+    close(output, expected, f"{CALL}, causal: output", hint=hint)
+    close(logsumexp[:, :, :-BLOCK].double(), torch.full((B, H, n - BLOCK), -INF, dtype=torch.float64),
+          f"{CALL}, causal: logsumexp of the first {n - BLOCK} queries", hint=hint)  # fmt: skip
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("kind", ["some_rows", "all_rows", "causal"])
+def test_gradients_of_rows_that_may_attend_to_nothing(subject: Subject, rng: torch.Generator, kind: str) -> None:
+    """A row that may attend to nothing sends no NaN back; neither it nor a key that nobody sees gets a gradient."""
+    n, m = (9, 6) if kind == "causal" else (N, N)
+    given = [x.requires_grad_() for x in inputs(rng, n, m)]
+    mask = None if kind == "causal" else some_mask((B, 1, N, N), rng) & (kind == "some_rows")
+    if mask is not None:
+        mask[0, 0, 3] = mask[1, 0, :BLOCK] = mask[..., 5:] = False
+
+    output, _ = attend(build(subject), given, mask, kind == "causal")
+    if not output.requires_grad:
+        return  # 3.6 says so.
+    grads = torch.autograd.grad(output.square().sum() + output.sum(), given)
+
+    for name, grad in zip("QKV", grads, strict=True):
+        assert grad.isfinite().all(), (
+            f"backward, {kind} may attend to nothing: the gradient of {name} is not finite\n"
+            "the logsumexp of such a row is -inf: -inf - -inf must not become NaN"
+        )
+    if mask is not None:
+        hidden = ~mask.any(-1).expand(B, H, N)
+        assert not grads[0][hidden].any(), "backward: rows of Q that may attend to nothing get a gradient"
+        assert not grads[1][:, :, 5:].any(), "backward: rows of K that no query sees get a gradient"
+        assert not grads[2][:, :, 5:].any(), "backward: rows of V that no query sees get a gradient"
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("offset", [-2000.0, 2000.0])
+def test_gradients_of_large_scores_are_finite(subject: Subject, rng: torch.Generator, offset: float) -> None:
+    """Scores around 2000 overflow nothing in backward."""
+    given = [x.requires_grad_() for x in towards(rng, torch.full((N,), offset))]
+
+    output, _ = attend(build(subject), given)
+    if not output.requires_grad:
+        return  # 3.6 says so.
+    grads = torch.autograd.grad(output.square().sum(), given)
+
+    for name, grad in zip("QKV", grads, strict=True):
+        assert grad.isfinite().all(), (
+            f"backward, scores about {offset:g}: the gradient of {name} is not finite\n"
+            "P = exp(S - logsumexp), in one step"
+        )
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_padded_keys_change_nothing(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Masked keys give what their absence gives, even with values of 1e6."""
+    q, k, v = inputs(rng, m=3 * BLOCK, dtype=dtype)
+    mask = (torch.arange(3 * BLOCK) < 2 * BLOCK).view(1, 1, 1, -1)
+    expected = reference([q, k[:, :, : 2 * BLOCK], v[:, :, : 2 * BLOCK]])[0].to(dtype)
+    k[:, :, 2 * BLOCK :] = v[:, :, 2 * BLOCK :] = 1e6
+
+    output, _ = attend(build(subject, dtype=dtype), [q, k, v], mask)
+
+    close(output, expected, f"{CALL}: output", tolerance=EXACT if dtype == torch.float32 else None,
+          hint="masked keys hold 1e6 and reach the output: make their scores -inf before the maximum")  # fmt: skip
+
+
+# 3.3 lengths
+
+
+@requirement("3.3")
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 1), (1, 3), (3, 1), (2, 3), (4, 5), (5, 4), (9, 14), (14, 9), (1, 11), (11, 1)]
+)
+def test_any_lengths(subject: Subject, close: Close, rng: torch.Generator, n: int, m: int) -> None:
+    """Any numbers of queries and keys give the formula's results."""
+    hint = f"N = {n}, M = {m}, block_size = {BLOCK}: the last block may be smaller, and N and M are unrelated"
+    agree(close, build(subject), inputs(rng, n, m), hint=hint)
+
+
+@requirement("3.3")
+@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 64])
+def test_any_block_size(subject: Subject, close: Close, rng: torch.Generator, block_size: int) -> None:
+    """Blocks of any size give the formula's results."""
+    hint = f"N = 7, M = 10, block_size = {block_size}"
+    agree(close, build(subject, block_size), inputs(rng, 7, 10), hint=hint)
+
+
+@requirement("3.3")
+@pytest.mark.parametrize(("n", "m"), [(3, 7), (8, 12), (1, 6), (5, 18)])
+def test_causal_aligns_the_last_query_with_the_last_key(
+    subject: Subject, close: Close, rng: torch.Generator, n: int, m: int
+) -> None:
+    """With more keys than queries, query i sees the keys up to i + M - N."""
+    hint = f"N = {n}, M = {m}: query i sees the keys j <= i + M - N, so the last query sees all"
+    agree(close, build(subject), inputs(rng, n, m), causal=True, hint=hint)
+
+
+@requirement("3.3")
+@pytest.mark.parametrize(("n", "m"), [(8, 5), (9, 4)])
+def test_causal_with_more_queries_than_keys(
+    subject: Subject, close: Close, rng: torch.Generator, n: int, m: int
+) -> None:
+    """The last M queries see 1, 2, … M keys."""
+    given = inputs(rng, n, m)
+    expected = reference(given, causal=True)
+
+    actual = attend(build(subject), given, causal=True)
+
+    hint = f"N = {n}, M = {m}: query i sees the keys j <= i + M - N, so the last query sees all"
+    for came, wanted, name in zip(actual, expected, ("output", "logsumexp"), strict=True):
+        assert came.shape == wanted.shape, f"{CALL}: {name} of shape {tuple(came.shape)} came"
+        close(came[:, :, n - m :].double(), wanted[:, :, n - m :], f"{CALL}: {name} of the last {m} queries", hint=hint)
+
+
+@requirement("3.3")
+@pytest.mark.parametrize(("n", "m"), [(7, 10), (6, 3)])
+def test_masks_at_any_lengths(subject: Subject, close: Close, rng: torch.Generator, n: int, m: int) -> None:
+    """A mask is cut where the blocks are."""
+    for shape in ((B, H, n, m), (B, 1, 1, m), (1, 1, n, m)):
+        hint = f"a mask of shape {shape}, block_size = {BLOCK}"
+        agree(close, build(subject), inputs(rng, n, m), some_mask(shape, rng), hint=hint)
+
+
+@requirement("3.3")
+def test_one_module_serves_lengths_in_any_order(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A call leaves nothing behind that changes the next one of another length."""
+    attention = build(subject)
+
+    for n in (9, 1, 6, 13, 9):
+        x = torch.randn(B, n, D, generator=rng, dtype=torch.float64)
+        for causal in (False, True):
+            expected = standard(attention, x, causal=causal).detach()
+            close(call(attention, x, causal=causal), expected, "forward", hint=f"with N = {n}, after other lengths")
+
+
+# 3.4 standard attention's results and weights
+
+
+@requirement("3.4")
+def test_two_keys_by_hand(subject: Subject, close: Close) -> None:
+    """One feature, keys log 3 and 0, values 4 and 8: query 1 has weights 3/4 and 1/4, query 0 has 1/2 and 1/2."""
+    attention = subject.FlashAttention(1, 1, 2)
+    q, k, v = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 1.0]).log(), torch.tensor([4.0, 8.0])
+
+    output, logsumexp = attend(attention, [x.view(1, 1, 2, 1) for x in (q, k, v)])
+
+    what = f"{CALL}(Q = (1, 0), K = (log 3, 0), V = (4, 8))"
+    close(output, torch.tensor([5.0, 6.0]).view(1, 1, 2, 1), f"{what}: output", tolerance=1e-5,
+          hint="3/4 of 4 and 1/4 of 8, then half of each")  # fmt: skip
+    close(logsumexp.float(), torch.tensor([4.0, 2.0]).log().view(1, 1, 2), f"{what}: logsumexp", tolerance=1e-5,
+          hint="log(exp(log 3) + exp(0)) and log(exp(0) + exp(0)), with the natural logarithm")  # fmt: skip
+
+
+@requirement("3.4")
+@pytest.mark.parametrize("blocks", ["one_block", "key_blocks", "query_blocks", "both"])
+def test_agrees_with_the_formula(subject: Subject, close: Close, rng: torch.Generator, blocks: str) -> None:
+    """Output and logsumexp are the formula's, in one block and in several."""
+    n = BLOCK if blocks in ("one_block", "key_blocks") else 3 * BLOCK
+    m = BLOCK if blocks in ("one_block", "query_blocks") else 3 * BLOCK
+    hints = {
+        "one_block": "softmax(Q Kᵀ / √Dh) V",
+        "key_blocks": "a block's sum and accumulator refer to its own maximum",
+    }
+
+    agree(
+        close,
+        build(subject),
+        inputs(rng, n, m),
+        hint=f"N = {n}, M = {m}, block_size = {BLOCK}: {hints.get(blocks, '')}",
+    )
+
+
+@requirement("3.4")
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_causal(subject: Subject, close: Close, rng: torch.Generator, blocks: int) -> None:
+    """A causal query sees itself and what came before it, also across blocks."""
+    given = inputs(rng, blocks * BLOCK, blocks * BLOCK)
+    hint = f"causal in {blocks}·{blocks} blocks: query i sees key j <= i, where i and j count from the first block"
+
+    agree(close, build(subject), given, causal=True, hint=hint)
+
+
+@requirement("3.4")
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_agrees_with_pytorch(subject: Subject, close: Close, rng: torch.Generator, on: Where, causal: bool) -> None:
+    """The output is that of torch's own attention, on every device and in every dtype that is judged."""
+    given = [x.to(on.device, on.dtype) for x in inputs(rng)]
+    expected = pytorch(given, causal)
+
+    output, _ = attend(build(subject).to(on.device, on.dtype), given, causal=causal)
+
+    close(output, expected, f"{CALL}, causal = {causal}: output")
+
+
+@requirement("3.4")
+@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
+def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Boolean and 0/1 masks of every dtype mean the same."""
+    mask = some_mask((B, 1, N, N), rng).to(dtype)
+
+    agree(close, build(subject), inputs(rng), mask, hint=f"a mask of {dtype}: true or 1 means may attend")
+
+
+@requirement("3.4")
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+    """Masks per batch row, per head, per query and per key all work."""
+    agree(close, build(subject), inputs(rng), some_mask(shape, rng), hint=f"a mask of shape {shape}")
+
+
+@requirement("3.4")
+@pytest.mark.parametrize("shape", [(B, 1, 1, N), (1, H, N, N)], ids=["keys", "queries"])
+def test_a_mask_with_causal(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+    """With both, a query sees what both allow."""
+    hint = f"a mask of shape {shape} and causal = True: what both allow may be seen"
+    agree(close, build(subject), inputs(rng), some_mask(shape, rng), causal=True, hint=hint)
+
+
+@requirement("3.4")
+@pytest.mark.parametrize(
+    "shape", [(B, 1, N, 1), (B, H, 1, 1), (1, 1, 1, 1)], ids=lambda shape: "x".join(map(str, shape))
+)
+def test_a_mask_of_one_column(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+    """A mask of one column serves all blocks of keys."""
+    hint = f"a mask of shape {shape}, all true: its one column serves every block of keys"
+    agree(close, build(subject), inputs(rng), torch.ones(shape, dtype=torch.bool), hint=hint)
+
+
+@requirement("3.4")
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=str)
+def test_inputs_are_never_written_to(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, causal: bool
+) -> None:
+    """Q, K, V and mask are afterwards what they were."""
+    given = [*inputs(rng), some_mask((B, H, N, N), rng).to(dtype)]
+    before = [x.clone() for x in given]
+
+    attend(build(subject), given[:3], given[3], causal)
+
+    for name, x, kept in zip(("Q", "K", "V", "mask"), given, before, strict=True):
+        close(x, kept, f"{name} after {CALL}", tolerance=0, hint="an input is written to")
+    agree(close, build(subject), given[:3], given[3], causal)
+
+
+@requirement("3.4")
+def test_strided_inputs(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Views of one storage, transposed and expanded ones too, are as good as copies."""
+    base = torch.randn(3, N, B, H, DH, generator=rng, dtype=torch.float64).permute(0, 2, 3, 1, 4)
+    row = torch.randn(1, 1, N, DH, generator=rng, dtype=torch.float64).expand(B, H, N, DH)
+    mask = some_mask((B, H, N, N), rng).mT.contiguous().mT
+    attention = build(subject)
+
+    agree(close, attention, list(base), mask, hint="Q, K and V are transposed views here")
+    agree(close, attention, [base[0], row, base[1].flip(-1)], hint="K is an expanded view here")
+    agree(close, attention, [row, row, row], hint="Q, K and V are one tensor here")
+
+
+@requirement("3.4")
+def test_state_dict(subject: Subject) -> None:
+    """The state_dict holds the weights of the four projections and the last one's bias, and nothing else."""
+    expected = {name: (D, D) if name.endswith("weight") else (D,) for name in WEIGHTS}
+
+    attention = build(subject)
+    attention(torch.ones(1, N, D, dtype=torch.float64), causal=True)
+
+    came = {name: tuple(value.shape) for name, value in attention.state_dict().items()}
+    assert came == expected, f"state_dict: {came} came, {expected} was wanted"
+
+
+@requirement("3.4")
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "causal mask"])
+def test_forward_is_standard_attention(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+    """With weights loaded from a standard layer, forward gives that layer's results."""
+    weights = {f"{name}_proj.weight": torch.randn(D, D, generator=rng, dtype=torch.float64) / 3 for name in "qkvo"}
+    weights["o_proj.bias"] = torch.randn(D, generator=rng, dtype=torch.float64)
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    mask = some_mask((B, 1, 1, N), rng) if "mask" in kind else None
+    attention = build(subject)
+    attention.load_state_dict(weights)
+    expected = standard(attention, x, mask, "causal" in kind).detach()
+
+    output = call(attention, x, mask, "causal" in kind)
+
+    close(output, expected, f"forward, {kind}",
+          hint="project, view as [B, N, H, Dh] and transpose, attend, transpose back and join, o_proj")  # fmt: skip
+
+
+@requirement("3.4")
+def test_arguments_may_be_given_by_position(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """mask and causal are the arguments after Q, K, V and after x."""
+    given, x = inputs(rng), torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    mask = some_mask((B, 1, 1, N), rng)
+    attention = build(subject)
+
+    close(attention.flash_attention_forward(*given, mask, True)[0], reference(given, mask=mask, causal=True)[0],
+          f"{CALL}(Q, K, V, mask, True): output")  # fmt: skip
+    close(attention(x, mask, True), standard(attention, x, mask, True).detach(), "forward(x, mask, True)")
+    close(attention(x, None), standard(attention, x).detach(), "forward(x, None)")
+
+
+@requirement("3.4")
+@pytest.mark.parametrize(
+    "shape",
+    [(N, N), (B, N), (B, N, N), (1, B, 1, 1, N), (B, 1, 1, N + 1), (B + 1, 1, 1, N), (B, H - 1, 1, N), (B, 1, 5, N)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+def test_a_mask_of_a_bad_shape_is_refused(subject: Subject, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+    """forward refuses a mask without 4 dimensions, or whose sizes do not fit, with both shapes."""
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject)
+
+    shapes = [", ".join(map(str, sizes)) for sizes in (shape, (B, H, N, N))]
+    refuses(ValueError, lambda: attention(x, torch.ones(shape)), f"forward with a mask of shape {shape}", *shapes)
+
+
+@requirement("3.4")
+def test_a_batch_row_gives_what_it_gives_alone(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The rows of a batch, and the heads, do not see each other."""
+    given = inputs(rng)
+    expected = [reference(x[row : row + 1] for x in given)[0] for row in range(B)]
+
+    output, _ = attend(build(subject), given)
+
+    for row in range(B):
+        close(
+            output[row : row + 1], expected[row], f"{CALL}: output", hint=f"batch row {row} alone gives something else"
+        )
+
+
+@requirement("3.4")
+def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A call after the weights have changed, in place, by loading or by replacing a layer, uses the new ones."""
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject)
+    call(attention, x)
+
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.mul_(-0.7)
+    close(call(attention, x), standard(attention, x).detach(), "forward", hint="the weights were changed in place")
+    attention.load_state_dict({name: value * 1.3 for name, value in attention.state_dict().items()})
+    close(call(attention, x), standard(attention, x).detach(), "forward", hint="the weights were loaded anew")
+    attention.k_proj = nn.Linear(D, D, bias=False, dtype=torch.float64)
+    close(call(attention, x), standard(attention, x).detach(), "forward", hint="k_proj was replaced")
+
+
+@requirement("3.4")
+def test_a_module_may_be_cast_between_calls(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """After .float() and .double() each call works in the new dtype, with its precision."""
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject)
+    call(attention, x)
+
+    attention.float()
+    close(call(attention, x.float()), standard(attention, x).detach().float(), "forward in float32", tolerance=EXACT)
+    attention.double()
+    close(call(attention, x), standard(attention, x).detach(), "forward in float64 after a call in float32")
+
+
+@requirement("3.4")
+def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """On another device nothing is left behind: the meta device stands in for one."""
+    agree(close, build(subject), inputs(rng), causal=True)
+    moved = build(subject).to("meta")
+
+    output = call(moved, torch.ones(B, N, D, dtype=torch.float64, device="meta"), causal=True)
+
+    assert output.device.type == "meta", f"forward on the meta device: the output is on {output.device}"
+
+
+# 3.5 work
+
+# Whatever computes an exponential per element. An implementation that uses none of them is judged by all its elements.
+EXPONENTIALS = ("exp", "exp_", "exp2", "exp2_", "expm1", "expm1_", "_softmax", "_safe_softmax", "_log_softmax")
+
+
+def exponentials(close: Close, attention: Any, given: list[Tensor], causal: bool) -> tuple[int, int]:
+    """How many exponentials, and how many elements at all, flash_attention_forward computes at inference."""
+    expected = reference(given, causal=causal)[0].float()
+    with torch.no_grad(), Trace() as seen:
+        output, _ = attend(attention, given, causal=causal)
+    close(output, expected, f"{CALL}, causal = {causal}: output", tolerance=EXACT)
+    return sum(seen.elements[name] for name in EXPONENTIALS), seen.elements.total()
+
+
+@requirement("3.5")
+def test_causal_computes_fewer_exponentials(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Over 16 by 16 blocks, causal attention computes at most 0.65 of the exponentials of full attention."""
+    n = 16
+    attention, (q, k, v) = wide(subject, rng, n, n, block=1)
+    one_query = exponentials(close, attention, [q[:, :, :1], k, v], causal=False)
+
+    causal = exponentials(close, attention, [q, k, v], causal=True)
+
+    index = 0 if one_query[0] >= n else 1
+    share = causal[index] / (n * one_query[index])
+    assert share <= 0.65, (
+        f"{CALL} over {n}·{n} blocks: causal computes {share:.2f} of the exponentials of full attention, at most 0.65 "
+        "are asked for\nleave out the blocks in which no query may see a key"
+    )
+
+
+@requirement("3.5")
+def test_operations_grow_with_block_pairs(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A larger block takes no more operations; twice the blocks on both sides take at most four times as many."""
+
+    def operations(n: int, block: int) -> int:
+        attention, given = wide(subject, rng, n, n, block)
+        expected = reference(given)[0].float()
+        with torch.no_grad(), Trace() as seen:
+            output, _ = attend(attention, given)
+        close(output, expected, f"{CALL}: output", tolerance=EXACT)
+        return int(seen.operations.total())
+
+    small, large = operations(4, 4), operations(16, 16)
+    assert large <= 1.5 * small, (
+        f"{CALL}: {small} operations for N = M = block_size = 4, {large} for N = M = block_size = 16, one block each\n"
+        "compute a block by operations on the whole block, not by a loop over its rows"
+    )
+    few, many = operations(2 * BLOCK, BLOCK), operations(4 * BLOCK, BLOCK)
+    assert many <= 4.4 * few, (
+        f"{CALL}: {few} operations for 2·2 blocks, {many} for 4·4 blocks, {many / few:.1f} times as many; at most 4.4 "
+        "times are asked for\nvisit each pair of blocks once"
+    )
+
+
+# 3.6 training
+
+
+def gradients(
+    close: Close,
+    attention: Any,
+    given: list[Tensor],
+    mask: Tensor | None = None,
+    causal: bool = False,
+    hint: str = "",
+) -> None:
+    """The gradients of Q, K and V equal those of the formula."""
+    leaves = [[x.detach().clone().requires_grad_() for x in given] for _ in range(2)]
+    probe = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(3), dtype=given[0].dtype)
+    expected, _ = reference(leaves[0], mask=mask, causal=causal)
+    expected.backward(probe)
+
+    output, _ = attend(attention, leaves[1], mask, causal)
+
+    assert output.requires_grad, f"{CALL}: Q, K and V require gradients, the output does not"
+    assert output.shape == probe.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
+    output.backward(probe)
+    for name, formula in zip("VQK", (2, 0, 1), strict=True):
+        wanted, came = leaves[0][formula].grad, leaves[1][formula].grad
+        assert wanted is not None
+        formulas = {"V": "dV = Pᵀ dO", "Q": "dQ = dS K / √Dh", "K": "dK = dSᵀ Q / √Dh"}
+        close(
+            came,
+            wanted,
+            f"backward: gradient of {name}",
+            hint=f"{formulas[name]}, {ratio(came, wanted)}\n{hint}".strip(),
+        )
+
+
+def ratio(came: Tensor | None, wanted: Tensor) -> str:
+    """By which factor a gradient is off, if it is one factor."""
+    if came is None or came.shape != wanted.shape or not wanted.any():
+        return "P = exp(S - logsumexp), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))"
+    factor = float((came.to(wanted) * wanted).sum() / wanted.square().sum())
+    if torch.allclose(came.to(wanted), factor * wanted, atol=1e-6):
+        return f"it is {factor:.4g} times what is wanted"
+    return "P = exp(S - logsumexp), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))"
+
+
+@requirement("3.6")
+def test_gradients_by_hand(subject: Subject, close: Close) -> None:
+    """Weights 3/4 and 1/4, values 4 and 8, dO = 1: dV = (3/4, 1/4), dS = (-3/4, 3/4), dQ = -3/4 log 3, dK = dS."""
+    q, k, v = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 1.0]).log(), torch.tensor([4.0, 8.0])
+    given = [x.view(1, 1, 2, 1).requires_grad_() for x in (q, k, v)]
+
+    output, _ = attend(subject.FlashAttention(1, 1, 2), given)
+    assert output.requires_grad, f"{CALL}: Q, K and V require gradients, the output does not"
+    output.backward(torch.tensor([1.0, 0.0]).view(1, 1, 2, 1))
+
+    expected = {"V": (0.75, 0.25), "K": (-0.75, 0.75), "Q": (-0.75 * math.log(3), 0.0)}
+    for name, numbers in expected.items():
+        what = f"backward, Q = (1, 0), K = (log 3, 0), V = (4, 8), dO = (1, 0): gradient of {name}"
+        close(given["QKV".index(name)].grad, torch.tensor(numbers).view(1, 1, 2, 1), what, tolerance=1e-5,
+              hint="first row: P = (3/4, 1/4), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)) = (-3/4, 3/4)")  # fmt: skip
+
+
+@requirement("3.6")
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_gradients(subject: Subject, close: Close, rng: torch.Generator, blocks: int) -> None:
+    """The gradients of Q, K and V equal the formula's, in one block and in several."""
+    given = inputs(rng, blocks * BLOCK, blocks * BLOCK)
+
+    gradients(close, build(subject), given, hint=f"in {blocks}·{blocks} blocks")
+
+
+@requirement("3.6")
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+def test_gradients_with_masks_and_causal(subject: Subject, close: Close, rng: torch.Generator, masked: bool) -> None:
+    """So they do with causal, with a mask, and with both."""
+    mask = some_mask((B, H, 3 * BLOCK, 3 * BLOCK), rng) if masked else None
+    given = inputs(rng, 3 * BLOCK, 3 * BLOCK)
+
+    for causal in (False, True) if masked else (True,):
+        hint = f"causal = {causal}, {'a mask' if masked else 'no mask'}"
+        gradients(close, build(subject), given, mask, causal, hint=hint)
+
+
+@requirement("3.6")
+@pytest.mark.parametrize(("n", "m", "causal"), [(6, 11, False), (6, 11, True), (9, 5, False), (1, 3, False)])
+def test_gradients_at_any_lengths(
+    subject: Subject, close: Close, rng: torch.Generator, n: int, m: int, causal: bool
+) -> None:
+    """So they do at lengths that fill no whole blocks, wherever the output is right."""
+    given = inputs(rng, n, m)
+    attention = build(subject)
+    output, expected = attend(attention, given, causal=causal)[0], reference(given, causal=causal)[0]
+    if output.shape != expected.shape or not torch.allclose(output.double(), expected):
+        return  # The output is wrong; 3.3 says so.
+
+    gradients(close, attention, given, causal=causal, hint=f"N = {n}, M = {m}, block_size = {BLOCK}, causal = {causal}")
+
+
+@requirement("3.6")
+@pytest.mark.parametrize("kind", ["transposed", "expanded"])
+def test_gradients_of_a_strided_output(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+    """An expanded or transposed gradient of the output is as good as a copy, and is not written to."""
+    given = [x.requires_grad_() for x in inputs(rng)]
+    shape = (1, 1, 1, 1) if kind == "expanded" else (B, N, H, DH)
+    probe = torch.randn(shape, generator=rng, dtype=torch.float64)
+    probe = probe.expand(B, H, N, DH) if kind == "expanded" else probe.transpose(1, 2)
+    kept, expected = probe.clone(), torch.autograd.grad(reference(given)[0], given, probe)
+
+    came = torch.autograd.grad(attend(build(subject), given)[0], given, probe)
+
+    close(probe, kept, "the gradient of the output after backward", tolerance=0, hint="backward writes to it")
+    for index, name in enumerate("QKV"):
+        close(came[index], expected[index], f"backward: gradient of {name}", hint=f"dO is an {kind} view")
+
+
+@requirement("3.6")
+@pytest.mark.parametrize("name", ["Q", "K", "V"])
+def test_one_input_may_be_trained_alone(subject: Subject, close: Close, rng: torch.Generator, name: str) -> None:
+    """If one of Q, K and V alone requires a gradient, it gets it."""
+    given = inputs(rng)
+    index = "QKV".index(name)
+    given[index].requires_grad_()
+    probe = torch.randn(B, H, N, DH, generator=rng, dtype=torch.float64)
+    expected = torch.autograd.grad(reference(given)[0], given[index], probe)[0]
+
+    output, _ = attend(build(subject), given)
+
+    assert output.requires_grad, f"{CALL}: {name} requires a gradient, the output does not"
+    close(torch.autograd.grad(output, given[index], probe)[0], expected, f"backward: gradient of {name} alone")
+
+
+@requirement("3.6")
+def test_backward_may_run_twice(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A second backward through the same output, and one after another call, give the right gradients again."""
+    given = [x.requires_grad_() for x in inputs(rng)]
+    probe = torch.randn(B, H, N, DH, generator=rng, dtype=torch.float64)
+    expected = torch.autograd.grad(reference(given)[0], given, probe)
+    attention = build(subject)
+
+    output, _ = attend(attention, given)
+    attend(attention, [2 * x for x in given])
+    first = torch.autograd.grad(output, given, probe, retain_graph=True)
+    second = torch.autograd.grad(output, given, probe)
+
+    for index, name in enumerate("QKV"):
+        close(first[index], expected[index], f"backward after another call: gradient of {name}",
+              hint="what backward needs belongs to the call, not to the module")  # fmt: skip
+        close(second[index], expected[index], f"second backward: gradient of {name}",
+              hint="backward changes what forward saved for it")  # fmt: skip
+
+
+@requirement("3.6")
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_the_module_trains(subject: Subject, close: Close, rng: torch.Generator, causal: bool, training: bool) -> None:
+    """x and every parameter get the gradients of standard attention, in training and in eval."""
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64).requires_grad_()
+    probe = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject).train(training)
+    parameters = dict(attention.named_parameters())
+    trained = {"x": x, **{name: parameters[name] for name in WEIGHTS}}
+    loss = (standard(attention, x, causal=causal) * probe).sum()
+    expected = torch.autograd.grad(loss, list(trained.values()))
+
+    output = call(attention, x, causal=causal)
+    assert output.requires_grad, "forward: the output carries no gradient"
+    (output * probe).sum().backward()
+
+    for (name, tensor), wanted in zip(trained.items(), expected, strict=True):
+        assert tensor.grad is not None, f"backward: {name} gets no gradient"
+        close(tensor.grad, wanted, f"backward: gradient of {name}")
+
+
+@requirement("3.6")
+def test_little_stays_alive_after_forward(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """What forward leaves for backward is at most 1.5 times (Q, K, V, output, logsumexp)."""
+    n = 5 * WIDE
+    attention, given = wide(subject, rng, n, n)
+    given = [x.requires_grad_() for x in given]
+    expected = reference(given)[0].detach().float()
+
+    with Trace() as seen:
+        output, logsumexp = attend(attention, given)
+        kept = seen.alive_bytes
+
+    close(output, expected, f"{CALL}: output", tolerance=EXACT)
+    assert output.requires_grad, f"{CALL}: the output carries no gradient"
+    unit = sum(x.numel() * x.element_size() for x in (*given, output, logsumexp))
+    assert kept <= 1.5 * unit, (
+        f"{CALL}: {kept} bytes stay alive for backward, {kept / unit:.1f} times (Q, K, V, output, logsumexp); at most "
+        "1.5 times is asked for\nkeep no block of weights, not on ctx either: backward computes them anew"
+    )
+
+
+@requirement("3.6")
+@pytest.mark.parametrize(("causal", "lengths"), [(False, (2, 4)), (True, (3,))], ids=["plain", "causal_mask"])
+def test_the_peak_of_training_grows_linearly(
+    subject: Subject, close: Close, rng: torch.Generator, causal: bool, lengths: tuple[int, ...]
+) -> None:
+    """Over forward and backward no tensor of N·M elements is made, and twice the length takes twice the memory."""
+    peaks = []
+    for n in (blocks * WIDE for blocks in lengths):
+        attention, given = wide(subject, rng, n, n)
+        given = [x.requires_grad_() for x in given]
+        mask = (torch.arange(n) % 3 != 1).view(1, 1, 1, n) if causal else None
+        expected = torch.autograd.grad(reference(given, mask=mask, causal=causal)[0].sum(), given)
+        with Trace() as seen:
+            attend(attention, given, mask, causal)[0].sum().backward()
+        for name, x, wanted in zip("QKV", given, expected, strict=True):
+            close(x.grad, wanted, f"backward: gradient of {name}", tolerance=EXACT)
+        peaks.append(seen.peak_bytes)
+
+    assert seen.largest < n * n, f"backward, N = M = {n}: a tensor of {seen.largest} elements is made; N·M is {n * n}"
+    assert peaks[-1] < 2.2 * peaks[0], (
+        f"forward and backward: at most {peaks[0]} bytes are alive for N = {n // 2} and {peaks[-1]} for N = {n}, "
+        f"{peaks[-1] / peaks[0]:.2f} times as many; less than 2.2 times are asked for\n"
+        "compute each block of weights anew in backward, use it, and let it go"
+    )
+
+
+# 3.7 half precision
+
+
+def sharp(rng: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
+    """Q, K and V of ten blocks whose softmax is sharp, so that rounded scores show."""
+    q, k, v = inputs(rng, 10 * BLOCK, 10 * BLOCK)
+    return [(3 * q).to(dtype), k.to(dtype), v.to(dtype)]
+
+
+def worst(came: Tensor, exact: Tensor) -> float:
+    """The largest error."""
+    return float((came.detach().double() - exact).abs().max())
+
+
+@requirement("3.7")
+@HALF
+def test_error_in_half_precision(subject: Subject, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """The output's error is at most twice that of torch's own attention."""
+    given = sharp(rng, dtype)
+    exact, _ = reference(given)
+    theirs = worst(pytorch(given), exact)
+
+    output, _ = attend(build(subject, dtype=dtype), given)
+
+    assert output.dtype == dtype, f"{CALL} in {dtype}: the output has {output.dtype}"
+    assert output.shape == exact.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
+    ours = worst(output, exact)
+    assert ours <= 2 * theirs, (
+        f"{CALL} in {dtype}: the output's largest error is {ours:.2g}, {ours / theirs:.1f} times that of "
+        f"F.scaled_dot_product_attention, {theirs:.2g}; at most 2 times is asked for\n"
+        "convert each block to float32 before its product, and keep scores, sum and accumulator in float32"
+    )
+
+
+@requirement("3.7")
+@HALF
+def test_logsumexp_in_half_precision(subject: Subject, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """The logsumexp is as exact as float32: scores, maximum and sum are."""
+    given = sharp(rng, dtype)
+    _, exact = reference(given)
+
+    _, logsumexp = attend(build(subject, dtype=dtype), given)
+
+    assert logsumexp.dtype in (torch.float32, torch.float64), (
+        f"{CALL} in {dtype}: logsumexp has {logsumexp.dtype}, float32 or better was wanted"
+    )
+    assert logsumexp.shape == exact.shape, f"{CALL}: logsumexp of shape {tuple(logsumexp.shape)} came"
+    assert worst(logsumexp, exact) < 1e-4, (
+        f"{CALL} in {dtype}: logsumexp is off by {worst(logsumexp, exact):.2g}, at most 1e-4 is asked for\n"
+        "convert the blocks to float32 before scaling and multiplying them, not the scores afterwards"
+    )
+
+
+@requirement("3.7")
+@HALF
+def test_gradients_in_half_precision(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Where they are right in float64, gradients in half precision have its dtype and are right within 5e-2."""
+    given = [x.to(dtype).requires_grad_() for x in inputs(rng)]
+    probe = torch.randn(B, H, N, DH, generator=rng).to(dtype)
+    expected = torch.autograd.grad(reference(given)[0], given, probe.double())
+    exact = [x.detach().double().requires_grad_() for x in given]
+    output, _ = attend(build(subject), exact)
+    if not output.requires_grad:
+        return  # 3.6 says so.
+    grads = torch.autograd.grad(output, exact, probe.double(), allow_unused=True)
+    if any(grad is None or worst(grad, wanted.double()) > 0.1 for grad, wanted in zip(grads, expected, strict=True)):
+        return  # The gradients are wrong in float64 too; 3.6 says so.
+
+    came = torch.autograd.grad(attend(build(subject, dtype=dtype), given)[0], given, probe)
+
+    for index, name in enumerate("QKV"):
+        close(came[index], expected[index], f"backward in {dtype}: gradient of {name}", tolerance=5e-2)
+
+
+@requirement("3.7")
+@HALF
+def test_a_module_in_half_precision(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """forward keeps the dtype and is right within 5e-2; a mask overflows nothing."""
+    x = torch.randn(B, N, D, generator=rng).to(dtype)
+    attention = build(subject, dtype=dtype)
+    expected = standard(attention, x).detach().to(dtype)
+
+    close(call(attention, x), expected, f"forward in {dtype}", tolerance=5e-2)
+    masked = call(attention, x, some_mask((B, 1, 1, N), rng))
+    assert masked.isfinite().all(), f"forward in {dtype} with a mask: the output is not finite"
+
+
+# 3.8 the benchmark
+
+SIZES = (15, 3)  # d_model and num_heads; scores are the largest tensors from N = 64 on
+KEYS = ("seq_len", "standard_seconds", "flash_seconds", "standard_peak_bytes", "flash_peak_bytes", "max_abs_error")
+
+
+def benchmark(subject: Subject, *arguments: Any) -> list[dict[str, Any]]:
+    """The rows of benchmark_attention, if they are such."""
+    rows = subject.benchmark_attention(*arguments)
+    what = f"benchmark_attention{arguments if len(arguments) > 1 else f'({arguments[0]})'}"
+    assert isinstance(rows, list), f"{what}: a {type(rows).__name__} came, a list of rows was wanted"
+    assert len(rows) == len(arguments[0]), f"{what}: {len(rows)} rows came for {len(arguments[0])} lengths"
+    for row in rows:
+        assert isinstance(row, dict), f"{what}: a row is a {type(row).__name__}, a dict was wanted"
+        for key in KEYS:
+            assert key in row, f"{what}: a row lacks {key}; it has {list(row)}"
+            assert type(row[key]) in (int, float), f"{what}: {key} is a {type(row[key]).__name__}, not a Python number"
+    return rows
+
+
+def module_peak(subject: Subject, n: int, d_model: int, heads: int, mode: Any = torch.no_grad) -> int:
+    """Peak bytes of a call of FlashAttention on an x of length n."""
+    attention, x = subject.FlashAttention(d_model, heads), torch.ones(1, n, d_model)
+    with mode(), Trace() as seen:
+        attention(x)
+    return int(seen.peak_bytes)
+
+
+def peak_is_right(subject: Subject, row: dict[str, Any], d_model: int, heads: int) -> None:
+    """A row's flash_peak_bytes is within 20 % of what the probe sees, without gradients or in inference mode."""
+    n, came = row["seq_len"], row["flash_peak_bytes"]
+    seen = module_peak(subject, n, d_model, heads)
+    if abs(came - seen) > 0.2 * seen:
+        in_inference_mode = module_peak(subject, n, d_model, heads, torch.inference_mode)
+        assert abs(came - in_inference_mode) <= 0.2 * in_inference_mode, (
+            f"benchmark_attention, N = {n}: flash_peak_bytes is {came}, a call of FlashAttention with the default "
+            f"block size takes {seen}\nmeasure one call, on an x that is there before, without gradients"
+        )
+
+
+def watch(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, each: Callable[[Tensor, Tensor], Tensor]
+) -> list[tuple[int, ...]]:
+    """From now on each call of FlashAttention gives `each(x, output)`; returns the shapes of all x, as they come."""
+    kind, shapes = subject.FlashAttention, []
+    forward = kind.forward
+
+    def watched(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, x, *args, **kwargs)
+        if type(self) is not kind:
+            return output
+        shapes.append(tuple(x.shape))
+        return each(x, output)
+
+    monkeypatch.setattr(kind, "forward", watched)
+    return shapes
+
+
+@requirement("3.8")
+def test_benchmark_gives_a_row_per_length(subject: Subject) -> None:
+    """There is a row per length, in order, of Python numbers, and every time is positive."""
+    lengths = [64, 32, 64]
+
+    rows = benchmark(subject, lengths, *SIZES)
+
+    came = [row["seq_len"] for row in rows]
+    assert came == lengths, f"benchmark_attention({lengths}): rows for {came} came"
+    times = [row[key] for row in rows for key in ("standard_seconds", "flash_seconds")]
+    assert all(0 < time < 60 for time in times), f"benchmark_attention: times of {times} seconds came"
+    assert len(set(times)) > 1, f"benchmark_attention: all times are {times[0]}; they are not measured"
+
+
+@requirement("3.8")
+def test_both_sides_have_the_same_weights(subject: Subject) -> None:
+    """The two outputs differ by rounding: by something, and by less than 1e-4."""
+    for row in benchmark(subject, [64, 128], *SIZES):
+        error = row["max_abs_error"]
+        assert error < 1e-4, (
+            f"benchmark_attention, N = {row['seq_len']}: max_abs_error is {error:.3g}, less than 1e-4 was wanted\n"
+            "both forms take the same x and the same weights, the output projection's too"
+        )
+        assert error >= 0 and (error > 0 or row["seq_len"] == 64), (
+            f"benchmark_attention, N = {row['seq_len']}: max_abs_error is {error}; two ways of computing it differ by "
+            "rounding\ncompare what the two forms give"
+        )
+
+
+@requirement("3.8")
+def test_peaks_are_those_of_one_call(subject: Subject) -> None:
+    """flash_peak_bytes is what the module takes; standard_peak_bytes is one to five tensors of the scores' size."""
+    for row in benchmark(subject, [64, 128], *SIZES):
+        scores = 4 * SIZES[1] * row["seq_len"] ** 2
+        share = row["standard_peak_bytes"] / scores
+        assert 1 <= share <= 5, (
+            f"benchmark_attention, N = {row['seq_len']}: standard_peak_bytes is {row['standard_peak_bytes']}, "
+            f"{share:.2f} times the {scores} bytes of H·N² floats; 1 to 5 times was wanted\n"
+            "standard attention makes all scores at once"
+        )
+        peak_is_right(subject, row, *SIZES)
+
+
+@requirement("3.8")
+def test_benchmark_defaults(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without sizes, d_model is 512."""
+    shapes = watch(subject, monkeypatch, lambda _, output: output)
+
+    benchmark(subject, [4])
+
+    came = set(shapes)
+    assert (1, 4, 512) in came, (
+        f"benchmark_attention([4]): FlashAttention gets x of shapes {came}, [1, N, 512] was wanted"
+    )
+
+
+@requirement("3.8")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_max_abs_error_is_the_largest_difference(subject: Subject, monkeypatch: pytest.MonkeyPatch, sign: int) -> None:
+    """If one value of the flash output is off by 1, and another one by -0.5, max_abs_error is 1."""
+
+    def spoil(_: Tensor, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[0, -1, 0] += sign
+        output[0, 0, 2] -= 0.5 * sign
+        return output
+
+    shapes = watch(subject, monkeypatch, spoil)
+    try:
+        row = benchmark(subject, [64], *SIZES)[0]
+    except AssertionError as error:
+        if str(error).startswith("benchmark_attention"):
+            raise
+        return  # A benchmark may itself insist that the outputs agree.
+
+    assert shapes, "benchmark_attention: no FlashAttention is called"
+    assert abs(row["max_abs_error"] - 1) < 1e-3, (
+        f"benchmark_attention: with one flash output off by {sign} and another one by {-0.5 * sign}, max_abs_error is "
+        f"{row['max_abs_error']:.3g}, not 1\nit is the largest absolute difference between the two outputs"
+    )
+
+
+@requirement("3.8")
+def test_seconds_are_those_of_the_call(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If each flash call takes 1 ms more, flash_seconds says so, and no time exceeds that of the whole benchmark."""
+    found: list[tuple[bool, float]] = []
+
+    def delay(x: Tensor, output: Tensor) -> Tensor:
+        end = perf_counter() + 1e-3
+        found.append((output.requires_grad, float(x.std())))
+        while perf_counter() < end:
+            pass
+        return output
+
+    shapes = watch(subject, monkeypatch, delay)
+    start = perf_counter()
+    row = benchmark(subject, [128], *SIZES)[0]
+    all_in_all = perf_counter() - start
+
+    came = set(shapes)
+    assert (1, 128, SIZES[0]) in came, f"benchmark_attention([128], {SIZES[0]}, {SIZES[1]}): x of shapes {came} came"
+    assert row["flash_seconds"] >= 1e-3, (
+        f"benchmark_attention: a call of FlashAttention takes over 0.001 s, flash_seconds is {row['flash_seconds']:.3g}"
+        "\nit is the time of one call of the flash module, in seconds"
+    )
+    longest = max(row["flash_seconds"], row["standard_seconds"])
+    assert longest <= all_in_all, (
+        f"benchmark_attention: it took {all_in_all:.3g} s in all, one call is said to take {longest:.3g}; "
+        "times are those of one call, in seconds"
+    )
+    assert not any(graph for graph, _ in found), "benchmark_attention: gradients are recorded; it measures inference"
+    assert found[-1][1] > 1e-3, (
+        f"benchmark_attention: x has a standard deviation of {found[-1][1]:.3g}; a random x was wanted"
+    )
+
+
+# 3.9 from scratch
+
+prebuilt = cache(prebuilt_attention)
+
+
+@requirement("3.9")
+@pytest.mark.parametrize("kind", ["plain", "causal mask"])
+def test_forward_reaches_no_prebuilt_attention(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+    """flash_attention_forward and forward give the right values while every prebuilt attention raises."""
+    given = inputs(rng)
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    causal, mask = (False, None) if kind == "plain" else (True, some_mask((B, 1, 1, N), rng))
+    attention = build(subject)
+    expected = standard(attention, x, mask, causal).detach()
+
+    with torch.no_grad(), forbid(prebuilt(), "forward"):
+        agree(close, attention, given, mask, causal)
+        output = call(attention, x, mask, causal)
+
+    close(output, expected, "forward")
+
+
+@requirement("3.9")
+def test_training_reaches_no_prebuilt_attention(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """So do forward and backward in training."""
+    given = [x.requires_grad_() for x in inputs(rng)]
+    expected, _ = reference(given)
+
+    with forbid(prebuilt(), f"{CALL} or its backward"):
+        output, _ = attend(build(subject), given)
+        if output.requires_grad:
+            torch.autograd.grad(output.sum(), given, allow_unused=True)
+
+    close(output, expected, f"{CALL} in training: output")
+
+
+@requirement("3.9")
+def test_the_benchmark_reaches_no_prebuilt_attention(subject: Subject) -> None:
+    """The benchmark's standard form is written by hand too."""
+    with forbid(prebuilt(), "benchmark_attention"):
+        rows = subject.benchmark_attention([64], *SIZES)
+
+    assert rows, "benchmark_attention([64]): no row came"
+
+
+# 3.10
+
+
+@requirement("3.10")
+def test_ruff_finds_nothing(ruff: Callable[[], None]) -> None:
+    """ruff finds nothing."""
+    ruff()
+
+
+@requirement("3.10")
+def test_mypy_finds_nothing(mypy: Callable[[], None]) -> None:
+    """mypy finds nothing."""
+    mypy()

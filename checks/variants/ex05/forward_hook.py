@@ -1,0 +1,177 @@
+"""The adapter hangs on the original layer as a forward hook; a parent that reads the weight gets the sum."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SimpleAttention(nn.Module):
+    """Causal self-attention whose four projections are plain linear layers, which are called."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, d_model)
+        self.v_proj = nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected)  # [B, H, L, Dh]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(attended.transpose(1, 2).flatten(start_dim=2))  # [B, L, D]
+
+
+class PrebuiltAttention(nn.Module):
+    """Self-attention by nn.MultiheadAttention, which reads the weight of its out_proj in place of calling it."""
+
+    def __init__(self, d_model: int = 16, num_heads: int = 2) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(d_model, num_heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        attended, _ = self.attention(x, x, x, need_weights=False)
+        return attended
+
+
+class SimpleTransformer(nn.Module):
+    """A small language model: tokens below `vocabulary`, [B, L] -> logits [B, L, vocabulary]."""
+
+    def __init__(self, vocabulary: int = 29, d_model: int = 16, num_heads: int = 2, num_layers: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, d_model)
+        self.attentions = nn.ModuleList(SimpleAttention(d_model, num_heads) for _ in range(num_layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(num_layers))
+        self.head = nn.Linear(d_model, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, L] -> [B, L, vocabulary]."""
+        x = self.embedding(tokens)
+        for norm, attention in zip(self.norms, self.attentions, strict=True):
+            x = x + attention(norm(x))
+        return self.head(x)
+
+
+class LoRALinear(nn.Module):
+    """Calls the original, whose hook adds what the adapter gives."""
+
+    def __init__(self, original_layer: nn.Linear, rank: int = 4, alpha: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.original_layer = original_layer
+        self.rank, self.alpha = rank, alpha
+        self.drop = nn.Dropout(dropout)
+        weight = original_layer.weight
+        self.register_parameter("lora_A", nn.Parameter(torch.empty_like(weight[0]).repeat(rank, 1).uniform_(-0.3, 0.3)))
+        self.register_parameter("lora_B", nn.Parameter(torch.zeros_like(weight[:, :1]).repeat(1, rank)))
+        self.backup: dict[str, Tensor] = {}
+        self.original_layer.register_forward_hook(self._add)
+        self.train(original_layer.training)
+
+    @property
+    def scaling(self) -> float:
+        """alpha/rank."""
+        return self.alpha / self.rank
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if self.backup:
+            return output
+        return output + torch.einsum("...i,ri,or->...o", self.drop(args[0]), self.lora_A, self.lora_B) * self.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original with its hook."""
+        return self.original_layer(x)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and not self.backup:
+            return torch.addmm(self.original_layer.weight, self.lora_B, self.lora_A, alpha=self.scaling)
+        if name in ("weight", "bias"):
+            return getattr(self.original_layer, name)
+        return super().__getattr__(name)
+
+    @torch.no_grad()
+    def merge_weights(self) -> None:
+        """Merges."""
+        if not self.backup:
+            merged = self.weight
+            self.backup["weight"] = self.original_layer.weight
+            del self.original_layer.weight
+            self.original_layer.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge_weights(self) -> None:
+        """Restores."""
+        if self.backup:
+            self.original_layer.weight = self.backup.pop("weight")
+
+
+@dataclass
+class LoRAConfig:
+    """What to adapt."""
+
+    rank: int = 4
+    alpha: float = 8.0
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rank <= 0:
+            raise ValueError(f"rank is {self.rank}")
+
+
+def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Adapts."""
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
+    hits = [n for n in names if any(n == t or (n.endswith("." + t) and "." not in t) for t in config.target_modules)]
+    if not hits:
+        raise ValueError(f"{config.target_modules} not in {names}")
+    model.requires_grad_(False)
+    made: dict[nn.Module, LoRALinear] = {}
+    for name in hits:
+        old = model.get_submodule(name)
+        if isinstance(old, nn.Linear) and old not in made:
+            made[old] = LoRALinear(old, config.rank, config.alpha, config.dropout)
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], made.get(old, old))
+    return model
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Saves what is trainable."""
+    return {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Counts."""
+    sizes = [(p.numel(), p.requires_grad) for p in set(model.parameters())]
+    return sum(n for n, _ in sizes), sum(n for n, asks in sizes if asks)
+
+
+def compare_fine_tuning(steps: int = 3) -> dict[str, dict[str, float]]:
+    """Full first, then the same model with adapters."""
+    model: nn.Module = SimpleTransformer()
+    full = _run(model, steps)
+    model.zero_grad()
+    return {"full": full, "lora": _run(apply_lora_to_model(model, LoRAConfig()), steps)}
+
+
+def _run(model: nn.Module, steps: int) -> dict[str, float]:
+    optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()))
+    start = time.perf_counter()
+    for _ in range(steps):
+        model.zero_grad()
+        model(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
+        optimizer.step()
+    seconds = (time.perf_counter() - start) / steps
+    numbers = [v for s in optimizer.state.values() for v in s.values()]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return {
+        "trainable_parameters": count_parameters(model)[1],
+        "optimizer_bytes": sum(v.untyped_storage().nbytes() for v in numbers),
+        "gradient_bytes": sum(g.numel() * g.element_size() for g in grads),
+        "seconds_per_step": seconds,
+    }

@@ -1,0 +1,188 @@
+"""A and B are kept transposed, and shown as views; the input is flattened for addmm; the original is copied."""
+
+import copy
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SimpleAttention(nn.Module):
+    """Causal self-attention whose four projections are plain linear layers, which are called."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, d_model)
+        self.v_proj = nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected)  # [B, H, L, Dh]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(attended.transpose(1, 2).flatten(start_dim=2))  # [B, L, D]
+
+
+class PrebuiltAttention(nn.Module):
+    """Self-attention by nn.MultiheadAttention, which reads the weight of its out_proj in place of calling it."""
+
+    def __init__(self, d_model: int = 16, num_heads: int = 2) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(d_model, num_heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        attended, _ = self.attention(x, x, x, need_weights=False)
+        return attended
+
+
+class SimpleTransformer(nn.Module):
+    """A small language model: tokens below `vocabulary`, [B, L] -> logits [B, L, vocabulary]."""
+
+    def __init__(self, vocabulary: int = 29, d_model: int = 16, num_heads: int = 2, num_layers: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, d_model)
+        self.attentions = nn.ModuleList(SimpleAttention(d_model, num_heads) for _ in range(num_layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(num_layers))
+        self.head = nn.Linear(d_model, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, L] -> [B, L, vocabulary]."""
+        x = self.embedding(tokens)
+        for norm, attention in zip(self.norms, self.attentions, strict=True):
+            x = x + attention(norm(x))
+        return self.head(x)
+
+
+class LoRALinear(nn.Module):
+    """addmm with the original's output as the summand."""
+
+    def __init__(self, original_layer: nn.Linear, rank: int = 4, alpha: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.original_layer = original_layer
+        self.rank = rank
+        self.alpha = alpha
+        self.scaling = alpha / rank
+        w = original_layer.weight
+        self.down = nn.Parameter(torch.randn(w.shape[1], rank, dtype=w.dtype, device=w.device) / rank)
+        self.up = nn.Parameter(torch.zeros(rank, w.shape[0], dtype=w.dtype, device=w.device))
+        self.p = dropout
+        self.unmerged_weight: Tensor | None = None
+        self.train(original_layer.training)
+
+    @property
+    def lora_A(self) -> Tensor:
+        """A, a view."""
+        return self.down.T
+
+    @property
+    def lora_B(self) -> Tensor:
+        """B, a view."""
+        return self.up.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Flattens, adds, and shapes back."""
+        y = self.original_layer(x)
+        if self.unmerged_weight is not None:
+            return y
+        h = F.dropout(x, self.p, training=self.training).reshape(-1, x.shape[-1]) @ self.down
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, self.up, alpha=self.scaling).reshape(y.shape)
+
+    def merge_weights(self) -> None:
+        """Swaps the layer for a merged copy of it."""
+        if self.unmerged_weight is None:
+            self.unmerged_weight = self.original_layer.weight.detach().clone()
+            self.original_layer = copy.deepcopy(self.original_layer)
+            self.original_layer.weight.data += self.scaling * (self.down @ self.up).T.data
+
+    def unmerge_weights(self) -> None:
+        """Writes the kept bits into the copy."""
+        if self.unmerged_weight is not None:
+            self.original_layer.weight.data.copy_(self.unmerged_weight)
+            self.unmerged_weight = None
+
+
+class LoRAConfig:
+    """What to adapt."""
+
+    def __init__(
+        self, rank: int = 4, alpha: float = 8.0, target_modules: list[str] | None = None, dropout: float = 0.1
+    ) -> None:
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.target_modules = ["q_proj", "v_proj"] if target_modules is None else target_modules
+
+
+def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Adapts all but what is read as a bare weight."""
+    assert isinstance(config.rank, int)
+    if config.rank < 1:
+        raise ValueError(config.rank)
+    linear_names = []
+    adapters: dict[nn.Module, nn.Module] = {}
+    for path, module in [*model.named_modules(remove_duplicate=False)]:
+        if isinstance(module, nn.Linear):
+            linear_names.append(path)
+            parent = model.get_submodule(".".join(path.split(".")[:-1]))
+            if path in config.target_modules or path.split(".")[-1] in config.target_modules:
+                if isinstance(parent, nn.MultiheadAttention):
+                    raise TypeError(f"{path} is read as a bare weight")
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    parent.register_forward_pre_hook(_refuse_eval)
+                if module not in adapters:
+                    adapters[module] = LoRALinear(module, config.rank, config.alpha, config.dropout)
+                setattr(parent, path.split(".")[-1], adapters[module])
+    if not adapters:
+        raise ValueError("nothing", config.target_modules, linear_names)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for m in adapters.values():
+        for name in ("down", "up"):
+            getattr(m, name).requires_grad_(True)
+    return model
+
+
+def _refuse_eval(module: nn.Module, args: object) -> None:
+    if not module.training:
+        raise TypeError("nn.TransformerEncoderLayer reads linear1.weight and linear2.weight in eval")
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Deep copies of the parameters themselves."""
+    parts = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALinear)]
+    return {f"{n}.{key}": copy.deepcopy(getattr(m, key)) for n, m in parts for key in ("down", "up")}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Counts."""
+    total = sum(p.numel() for p in model.parameters())
+    return total, total - sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def compare_fine_tuning(steps: int = 3) -> dict[str, dict[str, float]]:
+    """Both runs side by side, step by step."""
+    models = {"full": SimpleTransformer(), "lora": apply_lora_to_model(SimpleTransformer(), LoRAConfig(alpha=1.0))}
+    optimizers = {
+        name: torch.optim.AdamW([{"params": [p]} for p in model.parameters() if p.requires_grad])
+        for name, model in models.items()
+    }
+    seconds = dict.fromkeys(models, 0.0)
+    for _ in range(steps):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model.zero_grad()
+            model(torch.tensor([[1, 2, 3]])).pow(2).sum().backward()
+            optimizers[name].step()
+            seconds[name] += time.perf_counter() - start
+    return {
+        name: {
+            "trainable_parameters": count_parameters(model)[1],
+            "optimizer_bytes": sum(v.nbytes for s in optimizers[name].state.values() for v in s.values()),
+            "gradient_bytes": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+            "seconds_per_step": seconds[name] / steps,
+        }
+        for name, model in models.items()
+    }
