@@ -1,0 +1,94 @@
+"""The verdicts on a submission as JSON for programs and as Markdown for people."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.specification import CRITERIA, POINTS
+from harness.verdicts import ExerciseVerdict, RequirementVerdict
+
+SCHEMA = 1
+
+
+def sheet(verdicts: Sequence[ExerciseVerdict], checks_version: str, torch_version: str) -> dict[str, Any]:
+    """The gradesheet of some exercises, as DESIGN's schema 1: scores by criterion, exercise, requirement and check."""
+    requirements = [one for verdict in verdicts for one in verdict.requirements]
+    return {
+        "schema": SCHEMA,
+        "checks_version": checks_version,
+        "torch": torch_version,
+        "score": sum(verdict.score for verdict in verdicts),
+        "max_score": sum(verdict.max_score for verdict in verdicts),
+        "criteria": {criterion: _criterion(criterion, requirements) for criterion in CRITERIA},
+        "exercises": [_exercise(verdict) for verdict in verdicts],
+    }
+
+
+def markdown(graded: dict[str, Any]) -> str:
+    """The same for people: the exercises, the criteria, and the first failing check of each requirement that earned nothing."""
+    lines = [f"# Gradesheet: {graded['score']} of {graded['max_score']} points", ""]
+    lines += ["| exercise | state | points |", "|---|---|---|"]
+    for one in graded["exercises"]:
+        state = f"{one['state']}: {_plain(one['reason'])}" if one["reason"] else one["state"]
+        lines.append(f"| {one['id']} {one['title']} | {state} | {one['score']}/{one['max_score']} |")
+    lines += ["", "| criterion | points |", "|---|---|"]
+    lines += [f"| {name} | {found['score']}/{found['max_score']} |" for name, found in graded["criteria"].items()]
+    for one in graded["exercises"]:
+        lines += ["", f"## {one['id']} {one['title']}", ""]
+        for requirement in one["requirements"]:
+            lines.append(f"- {requirement['id']} {requirement['title']}: {requirement['score']}/{requirement['max_score']}")
+            failed = next((check for check in requirement["checks"] if check["outcome"] != "passed"), None)
+            if failed is not None:
+                lines.append(f"  - `{failed['name']}` {failed['outcome']}: {_plain(failed['message'])}")
+    return "\n".join(lines) + "\n"
+
+
+def write(graded: dict[str, Any], out: Path) -> Path:
+    """Writes the JSON and, beside it with the same stem, the Markdown; each as a whole. Returns the Markdown's path."""
+    beside = out.with_suffix(".md")
+    _replace(out, json.dumps(graded, indent=2, ensure_ascii=False) + "\n")
+    _replace(beside, markdown(graded))
+    return beside
+
+
+def _criterion(criterion: str, requirements: Sequence[RequirementVerdict]) -> dict[str, int]:
+    of_it = [one for one in requirements if one.requirement.criterion == criterion]
+    return {"score": sum(one.score for one in of_it), "max_score": POINTS * len(of_it)}
+
+
+def _exercise(verdict: ExerciseVerdict) -> dict[str, Any]:
+    return {
+        "id": verdict.exercise.id,
+        "title": verdict.exercise.title,
+        "state": verdict.state,
+        "reason": verdict.reason,
+        "score": verdict.score,
+        "max_score": verdict.max_score,
+        "seconds": round(verdict.seconds, 2),
+        "requirements": [_requirement(one) for one in verdict.requirements],
+    }
+
+
+def _requirement(one: RequirementVerdict) -> dict[str, Any]:
+    return {
+        "id": one.requirement.id,
+        "title": one.requirement.title,
+        "criterion": one.requirement.criterion,
+        "score": one.score,
+        "max_score": POINTS,
+        "checks": [{"name": r.name, "outcome": r.outcome, "message": r.message} for r in one.results],
+    }
+
+
+def _plain(message: str) -> str:
+    """One line that Markdown shows as it is."""
+    return " ".join(message.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
