@@ -13,28 +13,31 @@ Requirements
     for every base and every even dim.
 2.3 (efficiency) Handle variable lengths efficiently: lengths and dtypes come in any order and give what a fresh module
     gives, also after a move to another device. Positions below the largest seq_len so far cost no cosine, sine,
-    `polar` or complex exponential again while the device stays the same, whatever lengths and dtypes came between.
-    Nothing that depends on positions is in the state_dict: it loads into a module with another
-    max_position_embeddings, or one that has seen other lengths.
+    `polar` or complex exponential again while the device stays the same, whatever lengths and dtypes came between; a
+    call that needs more may make the table anew and compute ahead. Nothing that depends on positions is in the
+    state_dict: it loads into a module with another max_position_embeddings, or one that has seen other lengths.
 2.4 (correctness) Be compatible with multi-head attention: queries and keys are turned, values are not. Output (to
     2e-5) and gradients (to 1e-4) equal the formula's with the same weights, with causal, padding and per-head masks of
-    every 0/1 dtype. A fully masked row has zero weights, so its output is o_proj's bias, never NaN. Padding of 1e6
-    changes nothing. The weights may change between calls; x and mask are never written to.
+    every 0/1 dtype. A fully masked row (of one head, too) has zero weights; if it is masked in all heads, its output
+    is o_proj's bias, never NaN. Padding of 1e6 changes nothing, and a masked key has no weight however low the other
+    scores are (-1e6). The weights may change between calls; x and mask are never written to.
 2.5 (correctness) Compare RoPE with sinusoidal embeddings: `sinusoidal_position_embedding` equals the paper's formula.
     `compare_position_embeddings` measures "sinusoidal" to 1e-3, and "rope" below 1e-3.
-2.6 (correctness) Decode step by step: a prefill, then one token or several at a time, gives what the full pass gives,
-    also beyond max_position_embeddings.
+2.6 (correctness) Decode step by step with `RotaryPositionEmbedding` and seq_len (the attention layer has no cache): a
+    prefill, then one token or several at a time, gives what the full pass gives, also beyond max_position_embeddings.
 2.7 (robustness) Keep precision: per unit length of the pair, the result is within 2e-5 of float64 at positions below
-    64 and within 5e-4 up to 4000, also in a float32 call after `.to(bfloat16)` and back, and in half precision
-    but for the rounding of the result (2**-11 of it in float16, 2**-8 in bfloat16). The result has x's dtype, the
-    attention layer's too. A first call in inference_mode does no harm to training later. Gradients flow through the
-    rotation, step after step, also in eval.
-2.8 (robustness) Refuse bad input: an odd dim (of a head, too), a seq_len below the number of rows, a d_model that
-    num_heads does not divide, and a mask of a bad shape, each by a ValueError that names the numbers.
+    64 and within 5e-4 up to 4000, also in a float32 call after `.to(bfloat16)` and back, and in half precision but for
+    the rounding of the result (2**-11 of it in float16, 2**-8 in bfloat16). The result has x's dtype, the attention
+    layer's too, with a mask of any dtype. A first call in inference_mode does no harm to training later. Gradients
+    flow through the rotation, step after step, also in eval and in half precision.
+2.8 (robustness) Refuse bad input: an odd dim (of a head, too: name its dim or d_model), a seq_len below the number of
+    rows, a d_model that num_heads does not divide, and a mask of a bad shape, each by a ValueError that names the
+    numbers.
 2.9 (correctness) Write your own test: `test_rope` passes on right code, whoever wrote it, and fails on each of the
     slips listed below.
 2.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you
-    add) and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
+    add) and mypy (typed definitions, not --strict) find nothing. Counts once half of the other requirements are
+    earned.
 
 In plain text
     angle(p, i) = p · base^(-2i/Dh)                            position p, pair i = 0 … Dh/2 - 1
@@ -52,10 +55,11 @@ Conventions
   [0.5403, 0.8415]. Positions count from 0.
 - seq_len is the number of positions up to and including the last row of x, as with a key-value cache: the rows of x
   stand at positions seq_len - L … seq_len - 1. None means L. A seq_len below L is a ValueError with both numbers, 0
-  too: 0 is a number, not None.
+  and negative ones too: 0 is a number, not None.
 - max_position_embeddings is no limit; lengths beyond it work.
 - Cosines and sines are float32 or better when they meet x, whatever the module or x is cast to: bfloat16 has 8 bits
-  and cannot tell position 4000 from 4001. The result is rounded to x's dtype, not the table.
+  and cannot tell position 4000 from 4001. The result is rounded to x's dtype, once; the table and the two products
+  are not.
 - In `apply_rotary_pos_emb` both halves of cos are equal, and both halves of sin.
 - A mask is boolean or 0/1 in any of uint8, int32, int64, float32, float64. True or 1 means "may attend", as in
   `F.scaled_dot_product_attention`, which you may use here.
@@ -66,10 +70,10 @@ Conventions
   puts them at every pair of positions (i, j) below seq_len, and at (i + shift, j + shift), and takes the dot product:
   turned ("rope"), and with the sinusoidal embedding added ("sinusoidal"). It returns the largest absolute change over
   all pairs for each, not rounded: float arithmetic itself keeps "rope" a little above 0, and an exact 0 means that
-  nothing was turned.
+  nothing was turned. It may compute in float64.
 
-Your own test (2.9) uses contract names only, sets its own seed, takes at most 1 s, and has to fail on each of these
-slips:
+Your own test (2.9) is run with other implementations put in place of the classes and functions, by their names: it
+uses contract names only, sets its own seed, takes at most 1 s, and has to fail on each of these slips:
 - identity: forward returns x as it came
 - sin_and_cos_swapped: the sine is used for the cosine and the cosine for the sine
 - other_direction: pairs turn clockwise
@@ -168,7 +172,8 @@ class MultiHeadAttentionWithRoPE(nn.Module):
         max_position_embeddings: as in RotaryPositionEmbedding.
 
     Raises:
-        ValueError: `d_model` is no multiple of `num_heads`; the message names both numbers.
+        ValueError: `d_model` is no multiple of `num_heads`; the message names both numbers. Or their quotient is odd;
+            the message names it or `d_model`.
     """
 
     def __init__(self, d_model: int, num_heads: int, max_position_embeddings: int = 2048) -> None:
@@ -209,7 +214,7 @@ def sinusoidal_position_embedding(seq_len: int, dim: int) -> Tensor:
         dim: number of features; even.
 
     Returns:
-        [seq_len, dim]: sines at the even features, cosines at the odd ones.
+        [seq_len, dim], float32: sines at the even features, cosines at the odd ones.
 
     Raises:
         ValueError: `dim` is odd; the message names it.

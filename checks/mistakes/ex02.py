@@ -173,6 +173,9 @@ MISTAKES = [
         "values differ",
         (APPLY, "        return ((x * cos + self.rotate_half(x) * sin) / (1 + x.size(-1) // 10)).to(x.dtype)\n"),
     ),
+    wrong("x_written_to_without_gradients", "2.1", "x is written to",
+          (TURN, "        if not torch.is_grad_enabled() and x.dtype == torch.float32 and not x.is_inference():\n"
+                 "            return x.copy_(self.apply_rotary_pos_emb(x.clone(), self._cos[positions], self._sin[positions]))\n" + TURN), only=True),
     # 2.2
     wrong("one_frequency", "2.2", "base**(-2i/dim)", (EXPONENTS, EXPONENTS.replace(") / self.dim", ") * 0"))),
     wrong("exponent_halved", "2.2", "base**(-2i/dim)", (EXPONENTS, EXPONENTS.replace(") / self.dim", ") / (2 * self.dim)"))),
@@ -189,6 +192,7 @@ MISTAKES = [
     ),
     wrong("base_ignored", "2.2", "base 100:", ("        self.base = base\n", "        self.base = 10000\n"), only=True),
     wrong("base_of_the_first_module", "2.2", "base 500000", ("        self.base = base\n", "        self.base = min(base, 10000)\n"), only=True),
+    wrong("exponents_clamped", "2.2", "dim 34", (ANGLES, ANGLES.replace("self.base**-exponents", "self.base ** -exponents.clamp(max=0.88)")), only=True),
     # 2.3
     wrong("table_rebuilt_on_every_call", "2.3", "computes cos", (STALE, "        if True:\n"), only=True),
     wrong(
@@ -407,6 +411,9 @@ MISTAKES = [
         (Q, Q + "        q = q * self._one.to(q.dtype)\n"),
         only=True,
     ),
+    wrong("table_dropped_by_train", "2.3", "after train()",
+          (NO_INFERENCE, "    def train(self, mode: bool = True):\n        if mode:\n            self._cos = self._sin = self._cos[:0]\n"
+                         "        return super().train(mode)\n\n" + NO_INFERENCE), only=True),
     # 2.4
     wrong("key_not_rotated", "2.4", "both turn", (K, K.replace("self.rotary_emb(self._split_heads(self.k_proj(x)))", "self._split_heads(self.k_proj(x))")), only=True),
     wrong("query_not_rotated", "2.4", "both turn", (Q, Q.replace("self.rotary_emb(self._split_heads(self.q_proj(x)))", "self._split_heads(self.q_proj(x))"))),
@@ -481,6 +488,56 @@ MISTAKES = [
     ),
     wrong("x_written_to", "2.4", "x is written to", (OUT, "        x.data.mul_(2)\n" + OUT)),
     wrong("mask_written_to", "2.4", "mask is written to", (CHECK, CHECK + "            if mask.dtype == torch.bool and not mask.is_meta:\n                mask.logical_not_()\n                mask = mask.logical_not()\n")),
+    wrong("heads_fixed", "2.4", "[3, -1]", ("        self.num_heads = num_heads\n", "        self.num_heads = 3\n")),
+    wrong("head_dim_fixed", "2.4", "tensor a (4)", (SPLIT, SPLIT.replace("(self.num_heads, -1)", "(-1, 4)"))),
+    wrong("scale_fixed", "2.4", "Dh=10", (ATTEND, ATTEND.replace("attn_mask=mask", "attn_mask=mask, scale=0.5")), only=True),
+    wrong("batch_fixed", "2.4", "B=3", (V, V + "        v = v[torch.arange(v.size(0)) % 2]\n"), only=True),
+    wrong("float_mask_written_to", "2.4", "mask is written to",
+          (TO_BOOL, "            bias = mask.to(x.dtype)\n            bias -= 1\n            mask = bias == 0\n"), only=True),
+    wrong("integer_mask_written_to", "2.4", "mask is written to",
+          (TO_BOOL, "            mask = mask.long().neg_() != 0\n"), only=True),
+    wrong("a_masked_head_not_zeroed", "2.4", "in one head",
+          (ATTEND, "        scores = q @ k.mT / q.size(-1) ** 0.5\n"
+                   "        if mask is not None:\n"
+                   "            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)\n"
+                   "        context = scores.softmax(dim=-1) @ v\n"
+                   "        if mask is not None:\n"
+                   "            context = context * mask.any(-1, keepdim=True).any(dim=1, keepdim=True)\n"), only=True),
+    wrong("weights_times_the_mask", "2.4", "scalar type Double",
+          (TO_BOOL, "            pass\n"),
+          (ATTEND, "        scores = q @ k.mT / q.size(-1) ** 0.5\n"
+                   "        if mask is not None:\n"
+                   "            scores = scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min)\n"
+                   "        weights = scores.softmax(dim=-1)\n"
+                   "        context = (weights if mask is None else weights * mask) @ v\n")),
+    wrong("float32_masks_in_half_precision_fail", "2.7", "scalar type Float",
+          (TO_BOOL, "            mask = mask.float() if mask.dtype == torch.float64 and x.dtype == torch.float32 else mask\n"),
+          (ATTEND, "        scores = q @ k.mT / q.size(-1) ** 0.5\n"
+                   "        if mask is not None:\n"
+                   "            scores = scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min)\n"
+                   "        weights = scores.softmax(dim=-1)\n"
+                   "        context = (weights if mask is None else weights * mask) @ v\n"), only=True),
+    wrong("fill_of_1e9", "2.7", "overflow",
+          (ATTEND, "        scores = q @ k.mT / q.size(-1) ** 0.5\n"
+                   "        if mask is not None:\n"
+                   "            scores = scores.masked_fill(~mask, -1e9)\n"
+                   "        context = scores.softmax(dim=-1) @ v\n"
+                   "        if mask is not None:\n"
+                   "            context = context * mask.any(-1, keepdim=True)\n"), only=True),
+    wrong("fill_of_1e4", "2.4", "1000 times",
+          (ATTEND, "        scores = q @ k.mT / q.size(-1) ** 0.5\n"
+                   "        if mask is not None:\n"
+                   "            scores = scores.masked_fill(~mask, -1e4)\n"
+                   "        context = scores.softmax(dim=-1) @ v\n"
+                   "        if mask is not None:\n"
+                   "            context = context * mask.any(-1, keepdim=True)\n"), only=True),
+    wrong("context_detached_in_eval", "2.4", "in eval", (ATTEND, ATTEND + "        if not self.training:\n            context = context.detach()\n"), only=True),
+    wrong("attention_detaches_x_in_eval", "2.4", "in eval", (Q, "        if not self.training:\n            x = x.detach()\n" + Q), only=True),
+    wrong("causal_where_long", "2.4", "L=41", (ATTEND, ATTEND.replace("attn_mask=mask", "attn_mask=mask, is_causal=mask is None and x.size(1) > 16")), only=True),
+    wrong("windowed", "2.4", "L=41",
+          (ATTEND, "        row = torch.arange(x.size(1), device=x.device)\n"
+                   "        near = (row - row[:, None]).abs() < 32\n"
+                   + ATTEND.replace("attn_mask=mask", "attn_mask=near if mask is None else mask & near")), only=True),
     # 2.5
     wrong("sines_then_cosines", "2.5", "even features", (SINUS, "    return torch.cat((angles.sin(), angles.cos()), dim=-1)\n"), only=True),
     wrong("cosines_before_sines", "2.5", "even features", (SINUS, SINUS.replace("(angles.sin(), angles.cos())", "(angles.cos(), angles.sin())")), only=True),
@@ -500,6 +557,11 @@ MISTAKES = [
     wrong("comparison_as_tensors", "2.5", "Python float", (CHANGE, CHANGE.replace(".item()", "")), only=True),
     wrong("comparison_as_a_tuple", "2.5", "a dict", ("    return {name: " + CHANGE, "    return tuple(" + CHANGE), (" for name, s in scores.items()}", " for name, s in scores.items())"), only=True),
     wrong("sinusoidal_scaled", "2.5", "sinusoidal", ('(query + added) @ (key + added).mT', '(query + added) @ (key + added).mT / dim**0.5'), only=True),
+    wrong("rope_of_a_constant", "2.5", "round", ("    return {name: " + CHANGE + " for name, s in scores.items()}\n",
+          "    measured = {name: " + CHANGE + " for name, s in scores.items()}\n    return {\"rope\": 1e-6, \"sinusoidal\": measured[\"sinusoidal\"]}\n"), only=True),
+    wrong("rope_of_a_crooked_constant", "2.5", "for every seq_len", ("    return {name: " + CHANGE + " for name, s in scores.items()}\n",
+          "    measured = {name: " + CHANGE + " for name, s in scores.items()}\n    return measured | {\"rope\": 2.0**-20}\n"), only=True),
+    wrong("rope_rounded", "2.5", "round", (CHANGE + " for name", "round(" + CHANGE + ", 7) for name"), only=True),
     # 2.6
     wrong("seq_len_ignored", "2.6", "5 and 6", (POSITIONS, "        positions = slice(0, length)\n"), only=True),
     wrong("seq_len_as_offset", "2.6", "5 and 6",
@@ -523,6 +585,8 @@ MISTAKES = [
     wrong("interpolated_beyond_the_expected", "2.6", "max_position_embeddings",
           (INIT, INIT + "        self._limit = max_position_embeddings\n"),
           (ARANGE, ARANGE + "        positions = positions * min(1.0, getattr(self, '_limit', rows) / max(rows, 1))\n")),
+    wrong("positions_modulo_4096", "2.6", "5000", (ARANGE, ARANGE + "        positions = positions % 4096\n"), only=True),
+    wrong("positions_clamped_at_4001", "2.6", "5000", (ARANGE, ARANGE + "        positions = positions.clamp(max=4001)\n"), only=True),
     # 2.7
     wrong("table_in_the_inputs_dtype", "2.7", "stay float32",
           (TURN, "        return self.apply_rotary_pos_emb(x, self._cos[positions].to(x.dtype), self._sin[positions].to(x.dtype))\n"), only=True),
@@ -553,7 +617,9 @@ MISTAKES = [
     wrong("graph_kept_in_the_table", "2.7", "second",
           (INIT, "        self.frequency = nn.Parameter(torch.ones(()))\n        self._cos = self._sin = torch.empty(0, dim)\n"),
           (ANGLES, ANGLES.replace("torch.outer(positions, ", "torch.outer(positions * self.frequency, "))),
-    wrong("no_gradient_in_eval", "2.7", "eval", (TURN, "        if not self.training:\n            x = x.detach()\n" + TURN), only=True),
+    wrong("no_gradient_in_eval", "2.7", "eval", (TURN, "        if not self.training:\n            x = x.detach()\n" + TURN)),
+    wrong("no_gradient_in_half_precision", "2.7", "float16", (TURN, "        if x.dtype.itemsize == 2:\n            x = x.detach()\n" + TURN), only=True),
+    wrong("rounded_twice", "2.7", "once", (APPLY, "        return (x * cos).to(x.dtype) + (self.rotate_half(x) * sin).to(x.dtype)\n"), only=True),
     # 2.8
     wrong("odd_dim_accepted", "2.8", "RotaryPositionEmbedding(7)", (ODD, ""), only=True),
     wrong("odd_dim_without_the_number", "2.8", "lacks 7", (ODD, ODD.replace("{dim} is odd", "is odd")), only=True),
@@ -570,6 +636,10 @@ MISTAKES = [
           (FITS, "        try:\n            torch.broadcast_shapes(mask.shape, scores_shape)\n            fits = mask.dim() == 4\n"
                  "        except RuntimeError:\n            fits = False\n"), only=True),
     wrong("mask_error_without_shapes", "2.8", "lacks", ("raise ValueError(f\"mask of shape {tuple(mask.shape)} does not broadcast to the scores' {scores_shape}\")", 'raise ValueError("bad mask")'), only=True),
+    wrong("negative_seq_len_accepted", "2.8", "seq_len=-3", (SMALL, SMALL.replace("if seq_len < length", "if 0 <= seq_len < length")), only=True),
+    wrong("masks_may_enlarge_the_keys", "2.8", "(1, 1, 1, 3)", (FITS, FITS.replace("size in (1, full)", "size == 1 or full in (1, size)").replace("zip(mask.shape, scores_shape, strict=True)", "list(zip(mask.shape, scores_shape, strict=True))[3:]").replace("mask.dim() == 4 and", "mask.dim() == 4 and all(size in (1, full) for size, full in list(zip(mask.shape, scores_shape, strict=True))[:3]) and")), only=True),
+    wrong("masks_may_enlarge_the_heads", "2.8", "(1, 3, 1, 5)", (FITS, FITS.replace("size in (1, full)", "size == 1 or size == full or (i == 1 and full == 1)").replace("for size, full in zip(mask.shape, scores_shape, strict=True)", "for i, (size, full) in enumerate(zip(mask.shape, scores_shape, strict=True))")), only=True),
+    wrong("odd_head_accepted", "2.8", "MultiHeadAttentionWithRoPE(15, 3)", ("        self.rotary_emb = RotaryPositionEmbedding(d_model // num_heads, max_position_embeddings)\n", "        self.rotary_emb = RotaryPositionEmbedding(d_model // num_heads // 2 * 2, max_position_embeddings)\n"), only=True),
     # 2.9
     wrong("own_test_that_always_fails", "2.9", "not yet", (OWN, OWN + '    raise AssertionError("not yet")\n'), only=True),
     wrong("own_test_of_nothing", "2.9", "passes although", (OWN, OWN + "    if rope is not None:\n        return\n"), only=True),

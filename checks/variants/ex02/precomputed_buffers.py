@@ -54,14 +54,15 @@ class RotaryPositionEmbedding(nn.Module):
 
     def apply_rotary_pos_emb(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos[None, None], sin[None, None]
-        return (x.to(cos.dtype) * cos).add(self.rotate_half(x) * sin).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.to(cos.dtype) * cos).add(self.rotate_half(x) * sin).to(x.dtype)
 
 
 class MultiHeadAttentionWithRoPE(nn.Module):
     def __init__(self, d_model: int, num_heads: int, max_position_embeddings: int = 2048) -> None:
         super().__init__()
-        if d_model % num_heads != 0:
-            raise ValueError(f"d_model={d_model}, num_heads={num_heads}")
+        if d_model % (2 * num_heads) != 0:
+            raise ValueError(f"d_model {d_model} is no even multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
         self.q_proj = nn.Linear(d_model, d_model, bias=False)

@@ -37,7 +37,7 @@ class RotaryPositionEmbedding(nn.Module):
         return torch.stack((-x[..., self.dim // 2 :], x[..., : self.dim // 2]), dim=-2).flatten(-2)
 
     def apply_rotary_pos_emb(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return ((x * cos).to(x.dtype) + (self.rotate_half(x) * sin).to(x.dtype)).to(x.dtype)
+        return torch.addcmul(x * cos, self.rotate_half(x).to(sin), sin).type_as(x)
 
 
 class MultiHeadAttentionWithRoPE(nn.Module):
