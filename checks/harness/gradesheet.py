@@ -27,7 +27,7 @@ def sheet(verdicts: Sequence[ExerciseVerdict], checks_version: str, torch_versio
 
 
 def markdown(graded: dict[str, Any]) -> str:
-    """The same for people: the exercises, the criteria, and the first failing check of each requirement that earned nothing."""
+    """The same for people: the exercises, the criteria, and for each requirement its first failing check."""
     lines = [f"# Gradesheet: {graded['score']} of {graded['max_score']} points", ""]
     lines += ["| exercise | state | points |", "|---|---|---|"]
     for one in graded["exercises"]:
@@ -38,7 +38,8 @@ def markdown(graded: dict[str, Any]) -> str:
     for one in graded["exercises"]:
         lines += ["", f"## {one['id']} {one['title']}", ""]
         for requirement in one["requirements"]:
-            lines.append(f"- {requirement['id']} {requirement['title']}: {requirement['score']}/{requirement['max_score']}")
+            points = f"{requirement['score']}/{requirement['max_score']}"
+            lines.append(f"- {requirement['id']} {requirement['title']}: {points}")
             failed = next((check for check in requirement["checks"] if check["outcome"] != "passed"), None)
             if failed is not None:
                 lines.append(f"  - `{failed['name']}` {failed['outcome']}: {_plain(failed['message'])}")
