@@ -747,7 +747,7 @@ def gradients(
     output.backward(probe)
     for name, formula in zip("VQK", (2, 0, 1), strict=True):
         wanted, came = leaves[0][formula].grad, leaves[1][formula].grad
-        assert wanted is not None
+        assert wanted is not None, "the check's own set-up holds"
         formulas = {"V": "dV = Pᵀ dO", "Q": "dQ = dS K / √Dh", "K": "dK = dSᵀ Q / √Dh"}
         close(
             came,

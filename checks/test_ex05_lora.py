@@ -131,7 +131,7 @@ def apply(subject: Subject, model: nn.Module, *targets: str, rank: int = RANK, d
 def linear_at(model: nn.Module, path: str) -> nn.Linear:
     """The linear layer at a path of a model of the check's own."""
     layer = model.get_submodule(path)
-    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, nn.Linear), "the check's own set-up holds"
     return layer
 
 

@@ -318,12 +318,14 @@ def test_lists_stay_lists(subject: Subject, close: Close, rng: torch.Generator) 
         assert came is kind, (
             f"apply_checkpointing: {name} is a {came.__name__} afterwards; wrap its elements, not the list"
         )
-    assert [len(model.layers), len(model.layers[1:]), len(list(model.more_layers)), len(model.deep_layers[0])] == [
+    lengths = [len(model.layers), len(model.layers[1:]), len(list(model.more_layers)), len(model.deep_layers[0])]
+    wanted = [
         3,
         2,
         2,
         2,
     ]
+    assert lengths == wanted, f"apply_checkpointing: the lists have lengths {lengths}, {wanted} were wanted"
     close(model.more_layers(model.layers[-1](x)), expected, "more_layers(layers[-1](x)) after apply_checkpointing")
 
 

@@ -65,6 +65,7 @@ def ask(arguments: list[str], watch: str) -> int | None:
 
 def start(watch: str) -> bool:
     """Starts the warm process and waits until it answers; False, with its last words, if it does not come up."""
+    print("loading torch and the checks …", flush=True)
     with open(LOG, "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "harness.warm", "--owner", watch or str(os.getppid())],

@@ -74,7 +74,7 @@ def test_the_loop(workspace: Workspace, watch: Terminal) -> None:
     check_file.write_text(check_file.read_text().replace('hint="13 and -2,', 'hint="thirteen and -2,'))
     path.write_text(answer.replace("q.size(-1) ** -0.25", "0.5 * q.size(-1) ** -0.25"))
     changed = watch.until(READY)
-    assert "the checks have changed; they are loaded anew …" in changed and "in progress" in changed, changed
+    assert "loading torch and the checks …" in changed and "in progress" in changed, changed
 
     # A second watch beside the first: both see the save.
     second = Terminal(workspace.make_command("watch"), workspace.top)
