@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def stamp(path: Path) -> Stamp:
     return status.st_mtime_ns, status.st_ino
 
 
+@cache
 def checks_version() -> str:
     """A short digest of everything that judges: the checks, the harness, the banks, the answers."""
     digest = hashlib.sha256()

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from harness import commands, lint, supervise
-from harness.ledger import fingerprint
+from harness.ledger import checks_version, fingerprint
 from harness.processes import alive
 from harness.specification import CHECKS, TOP, selected
 
@@ -74,6 +74,7 @@ def collected(use: Callable[[pytest.Session], int], ex: str = "") -> int:
 def serve(session: pytest.Session, owners: set[int]) -> int:
     """Serves requests until no owner lives or the checks have changed."""
     known = fingerprint()
+    checks_version()  # Remembered, so that no fork has to read all files again.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lint.start_mypy_daemon()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
