@@ -93,7 +93,6 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int, dropout: float = 0.1) -> None:
         super().__init__()
-        # TODO(1.2): refuse a d_model that num_heads does not divide, and keep what forward needs.
         if d_model % num_heads != 0:
             raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
@@ -121,11 +120,6 @@ class MultiHeadAttention(nn.Module):
             ValueError: the mask has not 4 dimensions or does not broadcast to [B, H, Lq, Lk]; the message names the
                 mask's shape and the scores'.
         """
-        # TODO(1.1, 1.4): project, and split the features into heads: [B, L, D] -> [B, H, L, Dh].
-        # TODO(1.2): refuse a mask of a bad shape.
-        # TODO(1.3, 1.8): scores, mask, softmax, weighted sum, by matrix products; nothing larger than the scores.
-        # TODO(1.5): drop weights in training.
-        # TODO(1.6): join the heads, and project the output.
         scores_shape = (query.size(0), self.num_heads, query.size(1), key.size(1))
         if mask is not None:
             self._check_mask(mask, scores_shape)
@@ -156,8 +150,6 @@ class MultiHeadAttention(nn.Module):
         Returns:
             [B, H, Lq, Lk].
         """
-        # TODO(1.5): scale by 1/√Dh.
-        # TODO(1.7): keep half precision finite.
         # Scaling the factors, not the product, keeps float16 away from its largest number, 65504.
         scale = q.size(-1) ** -0.25
         return (q * scale) @ (k * scale).mT
@@ -172,7 +164,6 @@ class MultiHeadAttention(nn.Module):
         Returns:
             [B, H, Lq, Lk], of the scores' dtype.
         """
-        # TODO(1.2): true or 1 means "may attend", whatever the mask's dtype.
         return scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min)
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -187,8 +178,6 @@ class MultiHeadAttention(nn.Module):
 
 def test_multihead_attention() -> None:
     """Your own test of MultiHeadAttention: passes on right code, fails on each slip listed above."""
-    # TODO(1.9): build small modules with unequal sizes, and assert what right code does.
-    # TODO(1.10): make lint-clean, typed code of it all.
     torch.manual_seed(0)
     attention = MultiHeadAttention(12, 3, dropout=0.5).eval()
     query, key, value = torch.randn(2, 5, 12), torch.randn(2, 7, 12), torch.randn(2, 7, 12)

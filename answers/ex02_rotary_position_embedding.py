@@ -117,8 +117,6 @@ class RotaryPositionEmbedding(nn.Module):
 
     def __init__(self, dim: int, max_position_embeddings: int = 2048, base: float = 10000) -> None:
         super().__init__()
-        # TODO(2.2, 2.8): refuse an odd dim, and keep what the frequencies need.
-        # TODO(2.3, 2.7): decide where cosines and sines live: .to(dtype) casts parameters and buffers.
         if dim % 2 != 0:
             raise ValueError(f"dim {dim} is odd; features turn in pairs")
         self.dim = dim
@@ -139,8 +137,6 @@ class RotaryPositionEmbedding(nn.Module):
         Raises:
             ValueError: `seq_len` is less than L; the message names both.
         """
-        # TODO(2.6, 2.8): find the positions of the rows; refuse a seq_len that is too small.
-        # TODO(2.3): compute cosines and sines only for positions that never came before.
         length = x.size(-2)
         if seq_len is None:
             seq_len = length
@@ -162,7 +158,6 @@ class RotaryPositionEmbedding(nn.Module):
         Returns:
             [B, H, L, Dh].
         """
-        # TODO(2.1): swap the halves, and negate the one that comes first.
         x1, x2 = x.chunk(2, dim=-1)
         return torch.cat((-x2, x1), dim=-1)
 
@@ -177,8 +172,6 @@ class RotaryPositionEmbedding(nn.Module):
         Returns:
             [B, H, L, Dh], of x's dtype.
         """
-        # TODO(2.1): a turn by an angle is cos times the vector plus sin times its quarter turn.
-        # TODO(2.7): keep the precision of cos and sin; the result has x's dtype.
         return (x * cos + self.rotate_half(x) * sin).to(x.dtype)
 
     @torch.inference_mode(False)  # A table made in inference mode could never serve training.
@@ -205,7 +198,6 @@ class MultiHeadAttentionWithRoPE(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int, max_position_embeddings: int = 2048) -> None:
         super().__init__()
-        # TODO(2.8): refuse a d_model that num_heads does not divide, and keep what forward needs.
         if d_model % num_heads != 0:
             raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
@@ -231,8 +223,6 @@ class MultiHeadAttentionWithRoPE(nn.Module):
             ValueError: the mask has not 4 dimensions or does not broadcast to [B, H, L, L]; the message names the
                 mask's shape and the scores'.
         """
-        # TODO(2.4): project, split into heads, turn queries and keys, attend, join the heads, project.
-        # TODO(2.8): refuse a mask of a bad shape.
         scores_shape = (x.size(0), self.num_heads, x.size(1), x.size(1))
         if mask is not None:
             self._check_mask(mask, scores_shape)
@@ -266,8 +256,6 @@ def sinusoidal_position_embedding(seq_len: int, dim: int) -> Tensor:
     Raises:
         ValueError: `dim` is odd; the message names it.
     """
-    # TODO(2.5): one frequency per pair of neighbours.
-    # TODO(2.8): refuse an odd dim.
     if dim % 2 != 0:
         raise ValueError(f"dim {dim} is odd; sines and cosines come in pairs")
     frequencies = 10000 ** (-torch.arange(0, dim, 2) / dim)
@@ -286,7 +274,6 @@ def compare_position_embeddings(seq_len: int = 64, dim: int = 32, shift: int = 1
     Returns:
         {"rope": ..., "sinusoidal": ...}: the largest absolute change of the dot product over all pairs of positions.
     """
-    # TODO(2.5): draw query and key as above, and compare the scores before and after the shift.
     query, key = torch.randn(2, dim, generator=torch.Generator().manual_seed(0))
     rows = seq_len + shift
     rope = RotaryPositionEmbedding(dim, rows)
@@ -301,8 +288,6 @@ def compare_position_embeddings(seq_len: int = 64, dim: int = 32, shift: int = 1
 
 def test_rope() -> None:
     """Your own test of this file: passes on right code, fails on each slip listed above."""
-    # TODO(2.9): choose small, unequal sizes, and assert what right code does.
-    # TODO(2.10): make lint-clean, typed code of it all.
     torch.manual_seed(0)
     rope = RotaryPositionEmbedding(6, base=100)
     x = torch.randn(2, 3, 5, 6)

@@ -87,8 +87,6 @@ from torch.utils._pytree import tree_leaves
 _LOG2_E = math.log2(math.e)
 
 
-# TODO(3.6): write a torch.autograd.Function here, under any name: its forward walks over the blocks and saves Q, K, V,
-# the output and the logsumexp; its backward computes each block of weights anew from the logsumexp.
 class _BlockwiseAttention(torch.autograd.Function):
     """Attention block by block, forward and backward.
 
@@ -243,12 +241,6 @@ class FlashAttention(nn.Module):
         Returns:
             The output [B, H, N, Dh], and the logsumexp of the scaled, masked scores [B, H, N].
         """
-        # TODO(3.1, 3.3): walk over blocks of queries and of keys; the last ones may be smaller.
-        # TODO(3.2): keep a running maximum and sum for each query, and rescale what is accumulated when it rises.
-        # TODO(3.5): leave out the blocks that lie wholly above the causal diagonal.
-        # TODO(3.6): return what your torch.autograd.Function's `apply` returns.
-        # TODO(3.7): compute half precision in float32, block by block.
-        # TODO(3.9): by matrix products and exponentials.
         return _BlockwiseAttention.apply(Q, K, V, mask, causal, self.scale, self.block_size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -266,7 +258,6 @@ class FlashAttention(nn.Module):
             ValueError: the mask has not 4 dimensions or does not broadcast to [B, H, N, N]; the message names the
                 mask's shape and [B, H, N, N].
         """
-        # TODO(3.4): refuse a mask of a bad shape; project, split into heads, attend, join the heads, project.
         if mask is not None:
             self._check_mask(mask, (x.size(0), self.num_heads, x.size(1), x.size(1)))
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -300,8 +291,6 @@ def benchmark_attention(seq_lengths: Sequence[int], d_model: int = 512, num_head
             it. Standard takes at least one tensor of H·N² floats, and at most five; flash is held to within 20 %.
         max_abs_error: the largest absolute difference between the two outputs; with the same weights below 1e-4.
     """
-    # TODO(3.8): measure both forms for each length.
-    # TODO(3.10): make lint-clean, typed code of it all.
     return [_compare(length, d_model, num_heads) for length in seq_lengths]
 
 

@@ -151,8 +151,6 @@ class DynamicBatcher:
         *,
         max_queue_size: int = 1024,
     ) -> None:
-        # TODO(4.5, 4.8): keep the limits, and make a queue.
-        # TODO(4.3): make what will run the batches: it belongs to no caller's event loop.
         self.model = model
         self.max_batch_size = max_batch_size
         self.max_wait_time = max_wait_time
@@ -170,7 +168,6 @@ class DynamicBatcher:
         Args:
             seq_len: tokens of the prompt, at least 1.
         """
-        # TODO(4.1): 1 … length_tolerance fall into the first bucket.
         return math.ceil(seq_len / self.length_tolerance) * self.length_tolerance
 
     async def add_request(self, request_id: str, input_tokens: Tensor, max_length: int) -> Tensor:
@@ -190,11 +187,6 @@ class DynamicBatcher:
             RuntimeError: the batcher is shut down.
             Exception: the error of the model, if it raised in this request's batch.
         """
-        # TODO(4.7): refuse what cannot be valid.
-        # TODO(4.8): refuse what would be too much.
-        # TODO(4.4, 4.6): queue the rest; a worker runs, one after the other, the batches that may go, the oldest first.
-        # TODO(4.2): pad each batch on the left, mask the pads, call generate once, and cut each row.
-        # TODO(4.3): wait for the result without blocking the event loop.
         if input_tokens.dim() != 2 or input_tokens.size(0) != 1 or input_tokens.size(1) == 0:
             raise ValueError(f"input_tokens have shape {tuple(input_tokens.shape)}; [1, L] with L >= 1 is wanted")
         if input_tokens.dtype != torch.int64:
@@ -214,7 +206,6 @@ class DynamicBatcher:
 
     def shutdown(self) -> None:
         """Takes no more requests, serves what waits, and returns when that is done; later calls change nothing."""
-        # TODO(4.9): wake the worker, and wait for its end.
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -289,8 +280,6 @@ class DynamicBatcher:
 
 async def test_dynamic_batcher() -> None:
     """Your own test of DynamicBatcher: passes on right code, fails on each slip listed above."""
-    # TODO(4.10): ask for several things at once, and compare with what the model gives each alone.
-    # TODO(4.11): make lint-clean, typed code of it all.
     torch.manual_seed(0)
     decoder = Decoder()
     calls: list[tuple[int, int]] = []  # rows and width of each

@@ -112,9 +112,6 @@ class LoRALinear(nn.Module):
 
     def __init__(self, original_layer: nn.Linear, rank: int = 4, alpha: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__()
-        # TODO(5.1): keep the arguments, and make A and B.
-        # TODO(5.7): of the layer's dtype, on its device, with its training flag; dropout for the adapter's input.
-        # TODO(5.2): decide what a parent gets that reads this module's weight and bias in place of calling it.
         self.original_layer = original_layer
         self.rank = rank
         self.alpha = alpha
@@ -149,9 +146,6 @@ class LoRALinear(nn.Module):
         Returns:
             [..., out].
         """
-        # TODO(5.1): the original's output plus the adapter's, scaled.
-        # TODO(5.4): multiply x by one thin matrix after the other; B A itself is as large as W.
-        # TODO(5.5): while merged, the original's output alone.
         output = self.original_layer(x)
         if self._own_weight:
             return output
@@ -159,7 +153,6 @@ class LoRALinear(nn.Module):
 
     def merge_weights(self) -> None:
         """Makes original_layer.weight W + alpha/rank · B A; does nothing where that is done already."""
-        # TODO(5.5): keep W, and leave the tensor alone that other modules may share.
         if not self._own_weight:
             merged = nn.Parameter(self.weight.detach(), requires_grad=False)
             self._own_weight.append(self.original_layer.weight)
@@ -167,7 +160,6 @@ class LoRALinear(nn.Module):
 
     def unmerge_weights(self) -> None:
         """Gives original_layer its own weight W back, bit for bit; does nothing where nothing is merged."""
-        # TODO(5.5): restore, do not subtract.
         if self._own_weight:
             self.original_layer.weight = self._own_weight.pop()
 
@@ -185,7 +177,6 @@ class LoRAConfig:
     def __init__(
         self, rank: int = 4, alpha: float = 8.0, target_modules: list[str] | None = None, dropout: float = 0.1
     ) -> None:
-        # TODO(5.2): keep the arguments.
         self.rank = rank
         self.alpha = alpha
         self.target_modules = ["q_proj", "v_proj"] if target_modules is None else target_modules
@@ -206,9 +197,6 @@ def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
         ValueError: the rank is below 1, or no target matches a linear layer; then the message names the targets and
             some of the model's linear layers.
     """
-    # TODO(5.2): find the linear layers that match, under all their names; refuse a target list that matches nothing.
-    # TODO(5.1): refuse a rank below 1, here at the latest.
-    # TODO(5.3): leave nothing trainable but the adapters.
     if config.rank < 1:
         raise ValueError(f"rank {config.rank} is below 1")
     targets = config.target_modules
@@ -229,13 +217,11 @@ def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters of a model and nothing else, as copies, under keys that the model's load_state_dict knows."""
-    # TODO(5.8): pick the adapters' entries.
     return {key: value.clone() for key, value in model.state_dict().items() if key.endswith(("lora_A", "lora_B"))}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """How many numbers the model's parameters hold: (all, trainable). Shared parameters count once, buffers never."""
-    # TODO(5.4): count.
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
@@ -250,7 +236,6 @@ def compare_fine_tuning(steps: int = 3) -> dict[str, dict[str, float]]:
         {"full": …, "lora": …}, each with the measured numbers trainable_parameters, optimizer_bytes, gradient_bytes
         and seconds_per_step.
     """
-    # TODO(5.6): train on random tokens; read the numbers off the model and the optimizer after the last step.
     lora = apply_lora_to_model(SimpleTransformer(), LoRAConfig())
     return {"full": _train(SimpleTransformer(), steps), "lora": _train(lora, steps)}
 
@@ -331,8 +316,6 @@ class SimpleTransformer(nn.Module):
 
 def test_lora() -> None:
     """Your own test of LoRA: passes on right code, fails on each slip listed above."""
-    # TODO(5.9): build small layers and models with unequal sizes, and assert what right code does.
-    # TODO(5.10): make lint-clean, typed code of it all.
     torch.manual_seed(0)
     x = torch.randn(5, 7)
     linear = nn.Linear(7, 3)

@@ -109,10 +109,6 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Returns:
         What `function` returns.
     """
-    # TODO(6.2, 6.10): run forward so that nothing inside is kept for backward: an autograd.Function, or hooks.
-    # TODO(6.3): remember the autocast state, and compute the second time under it.
-    # TODO(6.4): pass on everything; the second computation starts from detached inputs.
-    # TODO(6.7): give inputs and parameters their gradients; draw the same dropout, and leave the random stream alone.
     replay = _Replay(function, args, kwargs)
     with saved_tensors_hooks(replay.pack, replay.unpack):
         return function(*args, **kwargs)
@@ -176,8 +172,6 @@ class CheckpointWrapper(nn.Module):
 
     def __init__(self, module: nn.Module, use_checkpoint: bool = True) -> None:
         super().__init__()
-        # TODO(6.1): keep the module's names in the state_dict (state_dict hooks do this).
-        # TODO(6.2): keep what forward needs, and take over the training flag.
         self.module = module
         self.use_checkpoint = use_checkpoint
         self.training = module.training
@@ -194,8 +188,6 @@ class CheckpointWrapper(nn.Module):
         Returns:
             What the module returns.
         """
-        # TODO(6.2): checkpoint only in training, with gradients enabled, and if use_checkpoint says so.
-        # TODO(6.4): pass on all arguments and outputs as they are.
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
             return checkpoint(self.module, *args, **kwargs)
         return self.module(*args, **kwargs)
@@ -226,7 +218,6 @@ class SelectiveCheckpointing:
     """
 
     def __init__(self, checkpoint_every_n_layers: int = 2) -> None:
-        # TODO(6.1): keep n; no layer is wrapped yet.
         self.checkpoint_every_n_layers = checkpoint_every_n_layers
         self.checkpointed_modules: list[str] = []
 
@@ -237,7 +228,6 @@ class SelectiveCheckpointing:
             model: any model; it is changed.
             layer_pattern: what the attribute name of a layer, or of a list of layers, contains.
         """
-        # TODO(6.1): find the layers of the whole model in order, and replace every n-th by its wrapper.
         if self.checkpoint_every_n_layers == 0:
             return
         for name in list(_layer_names(model, layer_pattern))[:: self.checkpoint_every_n_layers]:
@@ -268,7 +258,6 @@ def measure_memory_usage(func: Callable[..., Any], *args: Any, **kwargs: Any) ->
     Returns:
         What `func` returns, and the most MiB of tensor storage allocated inside that was alive at once.
     """
-    # TODO(6.5): follow each new storage until it is freed, with a dispatch mode or torch.profiler.
     with _StorageMeter() as meter:
         result = func(*args, **kwargs)
     return result, meter.peak / 2**20
@@ -318,7 +307,6 @@ def train_step(
     Returns:
         The loss before the step, as a Python float.
     """
-    # TODO(6.6): one step; the criterion gets its positions in one row.
     optimizer.zero_grad()
     logits = model(batch["input_ids"])  # [B, L, V]
     loss = criterion(logits.flatten(0, 1), batch["targets"].flatten())
@@ -366,8 +354,6 @@ class MemoryEfficientTransformer(nn.Module):
 
 def test_gradient_checkpointing() -> None:
     """Your own test of this file: passes on right code, fails on each slip listed above."""
-    # TODO(6.8): compare a wrapped model with a plain one: gradients, keys, work, random stream; and measure a peak.
-    # TODO(6.9): make lint-clean, typed code of it all.
     torch.manual_seed(0)
     input_ids = torch.randint(11, (2, 5))
     plain = MemoryEfficientTransformer(11, d_model=8, num_layers=3, num_heads=2, dropout=0.5)
