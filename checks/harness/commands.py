@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from harness import board, gradesheet
+from harness import board, github, gradesheet
 from harness.ledger import Entry, Ledger, checks_version, stamp
 from harness.specification import TOP, Exercise, UsageError, exercises, selected
 from harness.submission import LoadError, read
@@ -25,6 +25,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ex", default="")
     parser.add_argument("--submission", default="exercises")
     parser.add_argument("--out", default="gradesheet.json", help="where grade writes the gradesheet")
+    parser.add_argument("--github", action="store_true", help="grade also writes what GitHub Actions shows")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -93,7 +94,7 @@ def grade(options: argparse.Namespace, judge: Judge) -> int:
     for exercise in chosen:
         verdict = judge_file(exercise, folder, judge, None).verdict(exercise)
         verdicts.append(verdict)
-        reason = f" ({verdict.reason})" if verdict.reason else ""
+        reason = f" ({github.plain(verdict.reason)})" if verdict.reason else ""
         line = f"{exercise.id} {verdict.score}/{verdict.max_score} {verdict.state}{reason}, {verdict.seconds:.1f} s"
         out.print(line, markup=False, soft_wrap=True)
     graded = gradesheet.sheet(verdicts, checks_version(), torch.__version__.partition("+")[0])
@@ -101,6 +102,8 @@ def grade(options: argparse.Namespace, judge: Judge) -> int:
     out.print(
         f"total {graded['score']}/{graded['max_score']}; {board.shown(path)}, {board.shown(beside)}", soft_wrap=True
     )
+    if options.github:
+        github.publish(verdicts, graded, folder)
     return 0
 
 

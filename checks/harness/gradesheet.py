@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.output import printable
 from harness.specification import CRITERIA, POINTS
 from harness.verdicts import ExerciseVerdict, RequirementVerdict
 
 SCHEMA = 1
+NOT_COUNTED = "counts once half of the exercise's other requirements are earned"
+_SHOWN_CHARACTERS = 1000
 
 
 def sheet(verdicts: Sequence[ExerciseVerdict], checks_version: str, torch_version: str) -> dict[str, Any]:
@@ -31,7 +34,8 @@ def markdown(graded: dict[str, Any]) -> str:
     lines = [f"# Gradesheet: {graded['score']} of {graded['max_score']} points", ""]
     lines += ["| exercise | state | points |", "|---|---|---|"]
     for one in graded["exercises"]:
-        state = f"{one['state']}: {_plain(one['reason'])}" if one["reason"] else one["state"]
+        reason = _code(one["reason"]).replace("|", "\\|")
+        state = f"{one['state']}: {reason}" if reason else one["state"]
         lines.append(f"| {one['id']} {one['title']} | {state} | {one['score']}/{one['max_score']} |")
     lines += ["", "| criterion | points |", "|---|---|"]
     lines += [f"| {name} | {found['score']}/{found['max_score']} |" for name, found in graded["criteria"].items()]
@@ -42,7 +46,9 @@ def markdown(graded: dict[str, Any]) -> str:
             lines.append(f"- {requirement['id']} {requirement['title']}: {points}")
             failed = next((check for check in requirement["checks"] if check["outcome"] != "passed"), None)
             if failed is not None:
-                lines.append(f"  - `{failed['name']}` {failed['outcome']}: {_plain(failed['message'])}")
+                lines.append(f"  - `{failed['name']}` {failed['outcome']}: {_code(failed['message'])}")
+            elif not requirement["score"]:
+                lines.append(f"  - {NOT_COUNTED}")
     return "\n".join(lines) + "\n"
 
 
@@ -83,13 +89,20 @@ def _requirement(one: RequirementVerdict) -> dict[str, Any]:
     }
 
 
-def _plain(message: str) -> str:
+def one_line(message: str) -> str:
+    """A message's lines as one, joined by semicolons, of characters that print."""
+    lines = (" ".join(line.split()) for line in printable(message).splitlines())
+    return "; ".join(line for line in lines if line)
+
+
+def _code(message: str) -> str:
     """One line that Markdown shows as it is."""
-    return " ".join(message.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    line = one_line(message)[:_SHOWN_CHARACTERS].replace("`", "'")
+    return f"`{line}`" if line else ""
 
 
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
     scratch.replace(path)

@@ -35,5 +35,9 @@ def tail(descriptor: int, begin: int = 0) -> str:
     size = os.fstat(descriptor).st_size
     start = max(begin, size - _KEPT_BYTES)
     text = os.pread(descriptor, size - start, start).decode("utf-8", "replace")
-    plain = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
-    return "\n".join(plain.splitlines()[-KEPT_LINES:])
+    return "\n".join(printable(text).splitlines()[-KEPT_LINES:])
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey rather than print."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
