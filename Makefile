@@ -10,6 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 EX ?=
 FORCE ?=
+GITHUB ?=
 OUT ?= gradesheet.json
 SUBMISSION ?= exercises
 
@@ -40,8 +41,9 @@ answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
 
 ##@ Teach
 .PHONY: grade
-grade: .venv/ready ## write the gradesheet: make grade [EX=1] [SUBMISSION=folder] [OUT=gradesheet.json]
-	@CUDA_VISIBLE_DEVICES= $(RUN) -m harness grade --ex '$(EX)' --submission '$(SUBMISSION)' --out '$(OUT)'
+grade: .venv/ready ## write the gradesheet: make grade [EX=1] [SUBMISSION=folder] [OUT=gradesheet.json] [GITHUB=1]
+	@CUDA_VISIBLE_DEVICES= $(RUN) -m harness grade --ex '$(EX)' --submission '$(SUBMISSION)' --out '$(OUT)' \
+		$(if $(GITHUB),--github)
 
 ##@ Set up
 .PHONY: setup
@@ -57,8 +59,11 @@ hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
 
 ##@ Develop
 .PHONY: test
-test: .venv/ready lint ## the project's own tests: answers, mistakes, variants, starters, harness
+test: .venv/test lint ## the project's own tests: answers, mistakes, variants, starters, harness
 	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest
+
+.venv/test: requirements-test.txt .venv/ready
+	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt && touch $@
 
 .PHONY: bench-loop
 bench-loop: .venv/bench ## measure save -> board: build/bench/loop.png

@@ -13,6 +13,7 @@ from pathlib import Path
 from harness.specification import TOP
 
 COPIED = (
+    ".github",
     ".gitignore",
     ".pre-commit-config.yaml",
     "Makefile",
@@ -21,6 +22,7 @@ COPIED = (
     "checks",
     "exercises",
     "pyproject.toml",
+    "requirements-test.txt",
     "requirements.txt",
 )
 
@@ -34,7 +36,7 @@ class Workspace:
         for name in COPIED:
             source = TOP / name
             if source.is_dir():
-                shutil.copytree(source, top / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, top / name, ignore=shutil.ignore_patterns("__pycache__", ".mypy_cache"))
             elif source.exists():
                 shutil.copy2(source, top / name)
         for starter in (TOP / "checks" / "starters").glob("ex*.py"):
