@@ -651,9 +651,9 @@ def test_dropout_follows_torchs_seed(subject: Subject, close: Close, rng: torch.
     given = inputs(rng)
     attention = build(subject, dropout=0.5).train()
 
-    torch.manual_seed(7)
+    seed(7)
     first, second = unpack(attention(*given))[1], unpack(attention(*given))[1]
-    torch.manual_seed(7)
+    seed(7)
     again = unpack(attention(*given))[1]
 
     close(

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from harness.door import Close, OwnTest, Subject, Trials, Where, is_tensor, refuses, requirement
+from harness.door import Close, OwnTest, Subject, Trials, Where, is_tensor, refuses, requirement, seed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -556,7 +556,7 @@ def test_state_dict_holds_no_positions(subject: Subject, close: Close, rng: torc
 def build(subject: Subject, max_position_embeddings: int = 64, d_model: int = D, heads: int = H) -> Any:
     """A seeded attention layer of the learner's in float64, with D = 12 and 3 heads unless told."""
     layer = subject.MultiHeadAttentionWithRoPE
-    torch.manual_seed(1)
+    seed(1)
     return layer(d_model, heads, max_position_embeddings).double()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness.door import Close, OwnTest, Subject, Trace, Trials, Where, is_tensor, refuses, requirement
+from harness.door import Close, OwnTest, Subject, Trace, Trials, Where, is_tensor, refuses, requirement, seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -667,7 +667,7 @@ def moves_both(model: nn.Module, layer: Any, output: Tensor, what: str, hint: st
 
 def bare(path: str) -> nn.Module:
     """A module that reads the weight of the layer at `path`."""
-    torch.manual_seed(3)
+    seed(3)
     if path == "out_proj":
         return nn.MultiheadAttention(8, 2, batch_first=True)
     return nn.TransformerEncoderLayer(8, 2, dim_feedforward=13, dropout=0.0, batch_first=True)
@@ -1350,9 +1350,9 @@ def test_dropout_follows_torchs_seed(subject: Subject, close: Close, rng: torch.
     x = torch.randn(9, IN, generator=rng, dtype=torch.float64)
     adapter.layer.train()
 
-    torch.manual_seed(7)
+    seed(7)
     first, second = value(adapter.layer(x)), value(adapter.layer(x))
-    torch.manual_seed(7)
+    seed(7)
 
     close(value(adapter.layer(x)), first, "forward(x) in training, seeded again", tolerance=0)
     assert not torch.equal(first, second), "forward(x) in training: two calls drop the same elements, or none"

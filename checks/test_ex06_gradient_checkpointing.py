@@ -22,6 +22,7 @@ from harness.door import (
     is_tensor,
     refuses,
     requirement,
+    seed,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -90,11 +91,6 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(self.dropout(x))
-
-
-def seed(number: int) -> None:
-    """Seeds the CPU's stream; torch.manual_seed also formats the call stack, for CUDA's sake, which takes longer."""
-    torch.default_generator.manual_seed(number)
 
 
 def seeded(build: Callable[[], Any], dtype: torch.dtype = torch.float64) -> Any:

@@ -10,7 +10,7 @@ from harness.specification import UsageError, selected
 
 def bank(session: pytest.Session, ex: str, only: str = "") -> int:
     """Prints the kill matrix of an exercise; 1 if anything does not hold."""
-    matrix = kill_matrix.build(supervise.Judge(session), selected(ex)[0], only)
+    matrix = kill_matrix.build(supervise.Judge(session, halves=False), selected(ex)[0], only)
     kill_matrix.show(matrix, board.console())
     return 1 if matrix.problems else 0
 

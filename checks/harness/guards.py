@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -43,6 +44,7 @@ class Prebuilt:
     means: str = "matrix products, softmax and their like"
 
 
+@cache
 def prebuilt_attention() -> Prebuilt:
     """Every attention that torch ships: its operators, and the functions and modules above them."""
     operators = tuple(

@@ -10,6 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mypy.api import run_dmypy
+from ruff import find_ruff_bin
+
 from harness.specification import TOP, Exercise, public_names
 from harness.submission import read
 
@@ -83,7 +86,7 @@ def start_mypy_daemon() -> None:
 def stop_mypy_daemon() -> None:
     """Ends mypy's daemon, if one runs."""
     if DAEMON_FILE.exists():
-        _run([sys.executable, "-m", "mypy.dmypy", "--status-file", str(DAEMON_FILE), "kill"])
+        run_dmypy(["--status-file", str(DAEMON_FILE), "kill"])
 
 
 def _mypy_options() -> list[str]:
@@ -95,22 +98,22 @@ def _mypy_options() -> list[str]:
         "--cache-fine-grained",
         "--no-error-summary",
         "--hide-error-context",
+        # As packages, exercises/ and the like would be modules whose every change of listing crashes the daemon.
+        "--no-explicit-package-bases",
+        "--no-namespace-packages",
     ]
 
 
 def _mypy_daemon(path: Path) -> tuple[int, str] | None:
-    code, output = _run(
-        [sys.executable, "-m", "mypy.dmypy", "--status-file", str(DAEMON_FILE), "check", "--", str(path)]
-    )
+    report, trouble, code = run_dmypy(["--status-file", str(DAEMON_FILE), "check", "--", str(path)])
+    output = report or trouble
     return (code, output) if code in (0, 1) and "Daemon" not in output else None
 
 
 def _ruff(path: Path, rules: str, *options: str) -> list[tuple[int, str, str]]:
     settings = ["--isolated", "--line-length", "120", "--target-version", "py311", "--no-cache"]
     command = [
-        sys.executable,
-        "-m",
-        "ruff",
+        find_ruff_bin(),
         "check",
         *settings,
         "--output-format",

@@ -42,8 +42,12 @@ class Abandoned(Exception):
 
 @dataclass
 class Lane:
-    """One child process and the checks that it has to report, in their order."""
+    """One child process and the checks that it has to report, in their order.
 
+    `stopped` is empty, or why what follows its last result is not run.
+    """
+
+    kind: str
     pid: int
     lines: Lines
     token: str
@@ -51,6 +55,7 @@ class Lane:
     watch: Stopwatch
     results: dict[str, Result]
     running: pytest.Item | None = None
+    stopped: str = ""
 
     def waiting(self) -> list[pytest.Item]:
         return [item for item in self.expected if item.name not in self.results]
@@ -61,11 +66,13 @@ class Judge:
 
     Args:
         hangup: a descriptor that becomes readable when nobody wants the verdict any more.
+        halves: run the checks of the code in two processes where there are two processors.
     """
 
-    def __init__(self, session: pytest.Session, hangup: int | None = None) -> None:
+    def __init__(self, session: pytest.Session, hangup: int | None = None, halves: bool = True) -> None:
         self._session = session
         self._hangup = hangup
+        self._halves = halves and (os.cpu_count() or 1) > 1
 
     def items(self, exercise: Exercise) -> list[pytest.Item]:
         """The checks of an exercise, as collected."""
@@ -91,7 +98,8 @@ class Judge:
             return ""
 
     def results(self, exercise: Exercise, folder: Path, lanes: tuple[str, ...] = LANES) -> list[Result]:
-        """Judges one exercise of the submission `folder` in child processes, one per lane, side by side.
+        """Judges one exercise of the submission `folder` in child processes, one per lane and two for the code's, side
+        by side.
 
         Args:
             lanes: which lanes to run; the checks of others have no result.
@@ -103,15 +111,23 @@ class Judge:
         running: list[Lane] = []
         try:
             for name in LANES:
-                if of_lane := [item for item in items if plugin.lane_of(item) == name]:
-                    running.append(_started(of_lane, folder, _fork if CAN_FORK else _spawn))
+                for share in self._shares([item for item in items if plugin.lane_of(item) == name]):
+                    running.append(_started(share, folder, _fork if CAN_FORK else _spawn))
             _supervise(running, self._hangup)
         finally:
             for lane in running:
                 end(lane.pid)
                 os.close(lane.lines.descriptor)
+        _not_run_after_a_stop([lane for lane in running if lane.kind == "code"])
         found = {name: result for lane in running for name, result in lane.results.items()}
         return [found[item.name] for item in items]
+
+    def _shares(self, items: list[pytest.Item]) -> list[list[pytest.Item]]:
+        """A lane's checks, for one process each."""
+        if not (self._halves and CAN_FORK and len(items) > 1 and plugin.lane_of(items[0]) == "code"):
+            return [items] if items else []
+        middle = len(items) // 2
+        return [items[:middle], items[middle:]]
 
 
 def _started(items: list[pytest.Item], folder: Path, start: Callable[[list[pytest.Item], Path, int, str], int]) -> Lane:
@@ -119,7 +135,20 @@ def _started(items: list[pytest.Item], folder: Path, start: Callable[[list[pytes
     token = secrets.token_hex(8)
     pid = start(items, folder, writing, token)
     os.close(writing)
-    return Lane(pid, Lines(reading), token, items, Stopwatch(pid), {})
+    return Lane(plugin.lane_of(items[0]), pid, Lines(reading), token, items, Stopwatch(pid), {})
+
+
+def _not_run_after_a_stop(lanes: list[Lane]) -> None:
+    """What follows a hang or a crash is not run: the verdict is that of one process, however the work was shared."""
+    stopped = ""
+    for lane in lanes:
+        if stopped:
+            lane.results = {item.name: _missing(item, stopped) for item in lane.expected}
+        stopped = stopped or lane.stopped
+
+
+def _missing(item: pytest.Item, why: str) -> Result:
+    return Result(plugin.requirement_of(item), item.name, "missing", why)
 
 
 def _fork(items: list[pytest.Item], folder: Path, writing: int, token: str) -> int:
@@ -219,6 +248,8 @@ def _note(lane: Lane, line: str) -> None:
         lane.watch.restart()
     elif report["name"] not in lane.results:
         lane.results[report["name"]] = Result(**report)
+        if report["outcome"] == "timeout":
+            lane.stopped = NOT_RUN
 
 
 def _close(lane: Lane) -> None:
@@ -232,12 +263,8 @@ def _close(lane: Lane) -> None:
         if status >= 0
         else f"the interpreter died ({signal.Signals(-status).name})"
     )
-    for item in missing:
-        first = item is missing[0]
-        message = how if first else f"not run: {how} in {missing[0].name}"
-        lane.results[item.name] = Result(
-            plugin.requirement_of(item), item.name, "error" if first else "missing", message
-        )
+    lane.stopped = f"not run: {how} in {missing[0].name}"
+    _end_at(lane, missing, "error", how)
 
 
 def _reaped(pid: int) -> int:
@@ -252,13 +279,16 @@ def _reaped(pid: int) -> int:
 
 def _give_up(lane: Lane) -> None:
     missing = lane.waiting()
-    for item in missing:
-        if item is missing[0]:
-            text = f"did not end within {_limit(lane.running):g} s: an endless loop, or a wait that nothing ends"
-            result = Result(plugin.requirement_of(item), item.name, "timeout", text)
-        else:
-            result = Result(plugin.requirement_of(item), item.name, "missing", NOT_RUN)
-        lane.results[item.name] = result
+    lane.stopped = NOT_RUN
+    text = f"did not end within {_limit(lane.running):g} s: an endless loop, or a wait that nothing ends"
+    _end_at(lane, missing, "timeout", text)
+
+
+def _end_at(lane: Lane, missing: list[pytest.Item], outcome: str, message: str) -> None:
+    """The first of the missing checks is the one that ended the lane; the others were not run."""
+    first, *others = missing
+    lane.results[first.name] = Result(plugin.requirement_of(first), first.name, outcome, message)
+    lane.results |= {item.name: _missing(item, lane.stopped) for item in others}
 
 
 def _limit(item: pytest.Item | None) -> float:
