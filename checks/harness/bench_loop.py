@@ -4,7 +4,6 @@ Usage: python -P -m harness.bench_loop [SAVES]
 """
 
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from harness import board
 from harness.copies import READY, Terminal, Workspace, processes
-from harness.specification import CHECKS, TOP, Exercise, exercises
+from harness.specification import TOP, Exercise, exercises
 
 SAVES = 20
 COLD_SAVES = 5
@@ -83,18 +82,20 @@ def cold(workspace: Workspace, exercise: Exercise, count: int) -> list[float]:
     return taken
 
 
-def grow(workspace: Workspace, total: int) -> None:
-    """Adds copies of ex01 under other numbers, by files alone, until the workspace has `total` exercises."""
-    there = sorted((workspace.top / "checks" / "starters").glob("ex*.py"))
+def resize(workspace: Workspace, total: int) -> None:
+    """Removes the last exercises, or adds copies of ex01 under other numbers, by files alone, until there are
+    `total`.
+    """
+    folders = [workspace.top / name for name in ("exercises", "answers", "checks/starters", "checks")]
+    there = [exercise.file_name for exercise in exercises().values()]
+    for name in there[total:]:
+        for folder in folders:
+            for path in folder.glob(f"*{name}"):
+                path.unlink()
     for number in range(50, 50 + total - len(there)):
-        for folder in ("exercises", "answers", "checks/starters", "checks"):
-            for path in sorted((workspace.top / folder).glob("*ex01_*.py")):
+        for folder in folders:
+            for path in folder.glob("*ex01_*.py"):
                 text = path.read_text(encoding="utf-8").replace("ex01", f"ex{number}")
-                text = (
-                    re.sub(r"(?<![\d.])1\.(\d+)(?=[ ,)\":])(?! - )", rf"{number}.\1", text)
-                    if folder != "answers"
-                    else text
-                )
                 path.with_name(path.name.replace("ex01", f"ex{number}")).write_text(text, encoding="utf-8")
 
 
@@ -117,10 +118,10 @@ def main(count: int = SAVES) -> int:
         table.add_row(exercise.id, f"{one:.2f}", f"{other:.2f}", f"{other / one:.1f}", f"{memory:.0f}")
     growth: dict[int, float] = {}
     first = next(iter(exercises().values()))
-    for total in track([size for size in GROWTH if size >= len(exercises())], "growing", console=out):
+    for total in track(GROWTH, "growing", console=out):
 
         def measure(workspace: Workspace, total: int = total) -> tuple[list[float], float]:
-            grow(workspace, total)
+            resize(workspace, total)
             return warm(workspace, first, max(5, count // 2))
 
         taken, memory = in_a_copy(measure)
@@ -161,5 +162,4 @@ def draw(medians: dict[str, tuple[float, float]], growth: dict[int, float]) -> N
 
 
 if __name__ == "__main__":
-    assert CHECKS.is_dir()
     sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else SAVES))
