@@ -90,6 +90,7 @@ def grade(options: argparse.Namespace, judge: Judge) -> int:
     if path.is_dir() or path.suffix == ".md":
         raise UsageError(f"OUT={options.out}: a file name such as gradesheet.json is wanted")
     out = board.console()
+    token = github.mute() if options.github else ""
     verdicts = []
     for exercise in chosen:
         verdict = judge_file(exercise, folder, judge, None).verdict(exercise)
@@ -103,7 +104,7 @@ def grade(options: argparse.Namespace, judge: Judge) -> int:
         f"total {graded['score']}/{graded['max_score']}; {board.shown(path)}, {board.shown(beside)}", soft_wrap=True
     )
     if options.github:
-        github.publish(verdicts, graded, folder)
+        github.publish(verdicts, graded, folder, token)
     return 0
 
 

@@ -7,6 +7,7 @@ that code has ended, replaces what it needs and empties the rest.
 import base64
 import json
 import os
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice, zip_longest
@@ -27,14 +28,24 @@ _ENTRY_CHARACTERS = 300
 _LATER_STEPS = ("GITHUB_ENV", "GITHUB_PATH", "GITHUB_STATE")
 
 
-def publish(verdicts: Sequence[ExerciseVerdict], graded: dict[str, Any], folder: Path) -> None:
+def mute() -> str:
+    """Has GitHub take no line for a command until `publish` says the token that this returns: a learner's code can
+    write to its parents' standard output.
+    """
+    token = secrets.token_hex(16)
+    print(command("stop-commands", token), flush=True)
+    return token
+
+
+def publish(verdicts: Sequence[ExerciseVerdict], graded: dict[str, Any], folder: Path, token: str) -> None:
     """Prints the annotations and notices, and writes the step's result and summary.
 
     Args:
         graded: the gradesheet of the verdicts.
         folder: the submission.
+        token: what `mute` returned.
     """
-    print(*annotations(verdicts, folder), *notices(graded), sep="\n", flush=True)
+    print(command(token), *annotations(verdicts, folder), *notices(graded), sep="\n", flush=True)
     _empty(os.environ)
     encoded = base64.b64encode(json.dumps(classroom(verdicts, folder)).encode()).decode()
     written = {"GITHUB_OUTPUT": f"result={encoded}\n", "GITHUB_STEP_SUMMARY": summary(graded)}
@@ -95,10 +106,10 @@ def summary(graded: dict[str, Any]) -> str:
     return f"{head}\n\nCut here: GitHub takes 1 MiB; the gradesheet has the rest.\n"
 
 
-def command(name: str, data: str, **properties: str | int) -> str:
+def command(name: str, data: str = "", **properties: str | int) -> str:
     """A workflow command, escaped as GitHub's toolkit does."""
     listed = ",".join(f"{key}={_property(str(value))}" for key, value in properties.items())
-    return f"::{name} {listed}::{_data(data)}"
+    return f"::{name} {listed}::{_data(data)}" if listed else f"::{name}::{_data(data)}"
 
 
 def plain(text: str) -> str:

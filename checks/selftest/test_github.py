@@ -126,16 +126,24 @@ def test_publish_replaces_what_a_learner_wrote(
         monkeypatch.setenv(name, str(tmp_path / name))
         (tmp_path / name).write_text("of a learner")
     verdicts = [verdict(exercise(7), failed("7.1", "it is \ud800"))]
-    github.publish(verdicts, graded(verdicts), tmp_path)
+    github.publish(verdicts, graded(verdicts), tmp_path, "token")
 
     key, _, encoded = (tmp_path / "GITHUB_OUTPUT").read_text().partition("=")
     assert key == "result" and json.loads(base64.b64decode(encoded)) == github.classroom(verdicts, tmp_path)
     assert (tmp_path / "GITHUB_STEP_SUMMARY").read_text() == gradesheet.markdown(graded(verdicts))
     assert [(tmp_path / name).read_text() for name in names[2:]] == ["", "", ""]
-    assert capsys.readouterr().out.splitlines()[1:] == [
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "::token::" and said[1].startswith("::error ")
+    assert said[2:] == [
         "::notice title=Autograding complete::Points 10/15",
         '::notice title=Autograding report::{"totalPoints":10,"maxPoints":15}',
     ]
+
+
+def test_commands_are_off_until_the_token_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    token = github.mute()
+
+    assert len(token) == 32 and capsys.readouterr().out == f"::stop-commands::{token}\n"
 
 
 def test_outside_of_github_it_prints_what_it_can_and_says_so(
@@ -143,9 +151,9 @@ def test_outside_of_github_it_prints_what_it_can_and_says_so(
 ) -> None:
     for name in [name for name in os.environ if name.startswith("GITHUB_")]:
         monkeypatch.delenv(name)
-    github.publish([verdict(exercise(7))], graded([verdict(exercise(7))]), Path())
+    github.publish([verdict(exercise(7))], graded([verdict(exercise(7))]), Path(), "token")
 
-    *notices, last = capsys.readouterr().out.splitlines()
+    _, *notices, last = capsys.readouterr().out.splitlines()
     assert len(notices) == 2
     assert last == (
         "github: GITHUB_OUTPUT and GITHUB_STEP_SUMMARY not set, so the lines above are all; GitHub Actions sets both"

@@ -178,6 +178,11 @@ def tampered(top: Path) -> None:
         f"""import os
 print({SPOOF!r}, flush=True)
 os.system("echo '{SPOOF}'")
+for descriptor in (1, 2):
+    try:
+        open(f"/proc/{{os.getppid()}}/fd/{{descriptor}}", "w").write("{SPOOF}\\n")
+    except OSError:
+        pass
 for name, text in (
     ("GITHUB_OUTPUT", "result=c3Bvb2Y=\\nspoof<<END\\n"),
     ("GITHUB_ENV", "FAIL_ON_MISSING_POINTS=false\\nSPOOF=1\\n"),
@@ -312,7 +317,7 @@ def test_tampering_gains_nothing_and_is_stated(runs: dict[str, Run]) -> None:
         assert f"\n{line}\n" in run.summary, run.summary
     assert str(CLASSROOM) not in run.summary
     ((place, message),) = run.shown("error")
-    assert place == {"file": f"exercises/{SECOND}", "line": "12", "title": "ex02 does not import"}, place
+    assert place == {"file": f"exercises/{SECOND}", "line": "17", "title": "ex02 does not import"}, place
     assert message.startswith(f"ValueError: Points\n{SPOOF}\n"), message
     assert "100 of 100" not in run.summary
     assert not any(line.get("name") == "SPOOF" or line.get("arg") == "/spoof" for line in run.said)
