@@ -43,7 +43,7 @@ answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
 .PHONY: grade
 grade: .venv/ready ## write the gradesheet: make grade [EX=1] [SUBMISSION=folder] [OUT=gradesheet.json] [GITHUB=1]
 	@CUDA_VISIBLE_DEVICES= $(RUN) -m harness grade --ex '$(EX)' --submission '$(SUBMISSION)' --out '$(OUT)' \
-		$(if $(GITHUB),--github)
+		$(if $(GITHUB),--github) $(if $(FORGET_BANKS),--forget-banks)
 
 ##@ Set up
 .PHONY: setup

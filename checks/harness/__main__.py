@@ -1,4 +1,6 @@
-"""Runs a command without a warm process: `python -m harness check …`, or `bank exNN [name]` for authors."""
+"""Runs a command without a warm process: `python -m harness check …`, or `bank exNN [name]` for authors; `bank-quick`
+runs, on mistakes that several requirements may catch, the checks of the one that they name.
+"""
 
 import sys
 
@@ -8,17 +10,17 @@ from harness import board, commands, kill_matrix, supervise, warm
 from harness.specification import UsageError, selected
 
 
-def bank(session: pytest.Session, ex: str, only: str = "") -> int:
+def bank(session: pytest.Session, command: str, ex: str, only: str = "") -> int:
     """Prints the kill matrix of an exercise; 1 if anything does not hold."""
-    matrix = kill_matrix.build(supervise.Judge(session, halves=False), selected(ex)[0], only)
+    matrix = kill_matrix.build(supervise.Judge(session, halves=False), selected(ex)[0], only, command == "bank")
     kill_matrix.show(matrix, board.console())
     return 1 if matrix.problems else 0
 
 
 def main(arguments: list[str]) -> int:
     """Collects the checks and runs a command on them."""
-    if arguments[:1] == ["bank"]:
-        return warm.collected(lambda session: bank(session, *arguments[1:]))
+    if arguments[:1] in (["bank"], ["bank-quick"]):
+        return warm.collected(lambda session: bank(session, *arguments))
     return warm.collected(lambda session: commands.run(arguments, supervise.Judge(session)))
 
 

@@ -1,11 +1,12 @@
 """The banks: answer, mistakes and variants of an exercise, read as text. They may be absent (the student edition)."""
 
 import importlib.util
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.specification import CHECKS, Exercise
+from harness.specification import CHECKS, TOP, Exercise
 
 
 class BanksAbsent(Exception):
@@ -83,6 +84,14 @@ def right_code(exercise: Exercise, name: str) -> str:
 def wrong_code(exercise: Exercise, name: str) -> str:
     """The text of a mistake."""
     return mistakes(exercise)[name].applied_to(answer(exercise))
+
+
+def forget() -> None:
+    """Removes answers, mistakes and variants from this copy of the workspace: for throw-away copies in which a
+    submission runs that might look for them.
+    """
+    for folder in (TOP / "answers", CHECKS / "mistakes", CHECKS / "variants"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path) -> str:

@@ -71,8 +71,6 @@ def cold(workspace: Workspace, exercise: Exercise, count: int) -> list[float]:
         "--runner",
         runner,
         "exercises",
-        "--",
-        "--submission=exercises",
     ]
     terminal = Terminal(command, workspace.top)
     terminal.until(_COLD_END, 120)

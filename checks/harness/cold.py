@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from harness import plugin, supervise, warm
+from harness import child, plugin, warm
 
 
-def main(exercise: str, lane: str, folder: str, writing: str, token: str) -> int:
-    """Runs the lane and reports to the descriptor `writing`."""
+def main(exercise: str, kind: str, folder: str, writing: str, room: str) -> int:
+    """Runs the lane `kind` and reports to the descriptor `writing`; the token comes on standard input."""
+    token = sys.stdin.readline().strip()
 
     def use(session: pytest.Session) -> int:
-        items = [item for item in session.items if plugin.lane_of(item) == lane]
-        supervise.run_lane(items, Path(folder), int(writing), token)
+        items = [item for item in session.items if plugin.lane_of(item) == kind]
+        child.run(items, Path(folder), int(writing), token, Path(room) if room else None)
         return 0
 
     return warm.collected(use, exercise)

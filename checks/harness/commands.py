@@ -3,16 +3,18 @@ in a fork.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import track
 
-from harness import board, github, gradesheet
+from harness import banks, board, github, gradesheet
 from harness.ledger import Entry, Ledger, checks_version, stamp
 from harness.specification import TOP, Exercise, UsageError, exercises, selected
-from harness.submission import LoadError, read
+from harness.submission import LoadError, isolated, read
 from harness.supervise import LANES, Judge
 from harness.verdicts import ExerciseVerdict, Result
 
@@ -25,6 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ex", default="")
     parser.add_argument("--submission", default="exercises")
     parser.add_argument("--out", default="gradesheet.json", help="where grade writes the gradesheet")
+    parser.add_argument("--forget-banks", action="store_true", help="grade: remove answers and banks once read")
     parser.add_argument("--github", action="store_true", help="grade also writes what GitHub Actions shows")
     return parser.parse_intermixed_args(arguments)
 
@@ -57,7 +60,8 @@ def judge_file(exercise: Exercise, folder: Path, judge: Judge, before: Entry | N
     own = judge.own_test_digest(exercise, text)
     kept: dict[str, Result] = {}
     if before is not None and own and own == before.own_test:
-        kept = {result.name: result for result in before.results if judge.lane(exercise, result.name) == "own test"}
+        names = judge.names(exercise, "own test")
+        kept = {result.name: result for result in before.results if result.name in names}
     if any(result.outcome != "passed" for result in kept.values()):
         kept = {}
     lanes = tuple(lane for lane in LANES if not (kept and lane == "own test"))
@@ -91,14 +95,22 @@ def grade(options: argparse.Namespace, judge: Judge) -> int:
         raise UsageError(f"OUT={options.out}: a file name such as gradesheet.json is wanted")
     out = board.console()
     token = github.mute() if options.github else ""
+    judge.read_banks()
+    version = checks_version()
+    if options.forget_banks:
+        if not os.environ.get("CI"):
+            raise UsageError("FORGET_BANKS=1 removes answers and banks; only where CI is set, in a throw-away checkout")
+        banks.forget()
     verdicts = []
-    for exercise in chosen:
-        verdict = judge_file(exercise, folder, judge, None).verdict(exercise)
+    for exercise in track(chosen, "grading", console=out, transient=True, disable=not out.is_terminal):
+        with judge.graded() as alone:
+            copied = isolated(folder / exercise.file_name, alone)
+            verdict = judge_file(exercise, copied, judge, None).verdict(exercise)
         verdicts.append(verdict)
         reason = f" ({github.plain(verdict.reason)})" if verdict.reason else ""
         line = f"{exercise.id} {verdict.score}/{verdict.max_score} {verdict.state}{reason}, {verdict.seconds:.1f} s"
         out.print(line, markup=False, soft_wrap=True)
-    graded = gradesheet.sheet(verdicts, checks_version(), torch.__version__.partition("+")[0])
+    graded = gradesheet.sheet(verdicts, version, torch.__version__.partition("+")[0])
     beside = gradesheet.write(graded, path)
     out.print(
         f"total {graded['score']}/{graded['max_score']}; {board.shown(path)}, {board.shown(beside)}", soft_wrap=True

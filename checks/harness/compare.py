@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.testing import assert_close
+
+from harness.submission import LoadError
+
+# Bound before any submission is loaded: what it does to these names later changes no verdict.
+_isclose, _all, _item, _detach = torch.isclose, torch.all, Tensor.item, Tensor.detach
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,9 @@ class Close:
         limit = self.tolerance if tolerance is None else tolerance
         _same_kind(actual, expected, what, hint)
 
-        def report(_: str) -> str:
-            return _joined(f"{what}: {_first_difference(actual.detach(), expected.detach(), limit)}", hint)
-
-        assert_close(actual, expected, atol=limit, rtol=limit, equal_nan=False, check_stride=False, msg=report)
+        came, wanted = _detach(actual), _detach(expected)
+        if not _item(_all(_isclose(came, wanted, rtol=limit, atol=limit))):
+            raise AssertionError(_joined(f"{what}: {_first_difference(came, wanted, limit)}", hint))
 
 
 def is_tensor(value: Any, what: str, hint: str = "") -> Tensor:
@@ -102,11 +105,11 @@ def _joined(fact: str, hint: str) -> str:
 def refuses(error: type[Exception], call: Callable[[], Any], what: str, *contents: object) -> None:
     """Fails unless `call()` raises `error` with a message that contains each of `contents` as Python prints it.
 
-    NotImplementedError passes through: code that is not written yet refuses nothing.
+    NotImplementedError and LoadError pass through: code that is not written yet, or not there, refuses nothing.
     """
     try:
         call()
-    except NotImplementedError:
+    except (NotImplementedError, LoadError):
         raise
     except error as raised:
         text = str(raised)

@@ -24,8 +24,13 @@ class Matrix:
     problems: list[str] = field(default_factory=list)
 
 
-def build(judge: Judge, exercise: Exercise, only: str = "") -> Matrix:
-    """Runs the starter, the answer, every variant and every mistake (or those whose name contains `only`)."""
+def build(judge: Judge, exercise: Exercise, only: str = "", full: bool = True) -> Matrix:
+    """Runs the starter, the answer, every variant and every mistake (or those whose name contains `only`).
+
+    Args:
+        full: run all checks on every mistake; else, on those that several requirements may catch, the checks of the
+            requirement that they name.
+    """
     matrix = Matrix(exercise)
     mistakes = banks.mistakes(exercise)
     matrix.problems += _form(exercise, mistakes)
@@ -40,7 +45,7 @@ def build(judge: Judge, exercise: Exercise, only: str = "") -> Matrix:
             _right(judge, matrix, name, text)
     for mistake in mistakes.values():
         if only in mistake.name:
-            _wrong(judge, matrix, mistake)
+            _wrong(judge, matrix, mistake, full)
     return matrix
 
 
@@ -90,7 +95,7 @@ def _right(judge: Judge, matrix: Matrix, name: str, text: str) -> None:
         matrix.problems.append(f"{name} earns {verdict.score} of {verdict.max_score} points")
 
 
-def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake) -> None:
+def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool) -> None:
     exercise = matrix.exercise
     try:
         text = mistake.applied_to(banks.answer(exercise))
@@ -99,7 +104,8 @@ def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake) -> None:
         return
     items = judge.items(exercise)
     lanes = {"code", *(plugin.lane_of(item) for item in items if plugin.requirement_of(item) in mistake.requirements)}
-    _, results = _judged(judge, exercise, text, tuple(lanes))
+    needed = () if full or mistake.only else mistake.requirements
+    _, results = _judged(judge, exercise, text, tuple(lanes), needed)
     failed = [result for result in results if result.outcome != "passed"]
     row: dict[str, str] = {}
     for result in failed:
@@ -127,10 +133,10 @@ def _has_own_test(exercise: Exercise, text: str) -> bool:
 
 
 def _judged(
-    judge: Judge, exercise: Exercise, text: str, lanes: tuple[str, ...]
+    judge: Judge, exercise: Exercise, text: str, lanes: tuple[str, ...], requirements: tuple[str, ...] = ()
 ) -> tuple[ExerciseVerdict, list[Result]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / exercise.file_name
         path.write_text(text, encoding="utf-8")
-        results = judge.results(exercise, Path(folder), lanes)
+        results = judge.results(exercise, Path(folder), lanes, requirements)
     return verdicts.judge(exercise, results, untouched=text == exercise.starter), results

@@ -5,6 +5,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from harness import lint as linters
 from harness.compare import CPU, CUDA, Close, Where
 from harness.explain import NotRun, explain
+from harness.integrity import Integrity
 from harness.specification import TOP, exercise_of
 from harness.submission import Subject, neutral_state
 from harness.trials import Trials
 from harness.verdicts import Result
 
 SINK = pytest.StashKey[Callable[[Result], None]]()
+FOLDER = pytest.StashKey[Path]()
+INTEGRITY = pytest.StashKey[Integrity]()
 _TRIALS = pytest.StashKey[Trials]()
 _RESULT = pytest.StashKey[Result]()
 _HUNG = pytest.StashKey[set[Path]]()
@@ -71,7 +75,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.path in item.config.stash.setdefault(_HUNG, set()):
         raise NotRun
-    os.chdir(TOP)
+    os.chdir(item.config.stash.get(FOLDER, TOP))
     neutral_state()
 
 
@@ -158,7 +162,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if result.kind == "unjudged":
             report.outcome, report.longrepr = "skipped", (str(item.path), 0, result.message)
     if call.when == "teardown" and (sink := item.config.stash.get(SINK, None)) is not None:
-        sink(item.stash.get(_RESULT, Result(requirement_of(item), item.name, "passed")))
+        passed = Result(requirement_of(item), item.name, "passed")
+        if replaced := _replaced(item):
+            passed = replace(passed, outcome="failed", message=replaced)
+        sink(item.stash.get(_RESULT, passed))
+
+
+def _replaced(item: pytest.Item) -> str:
+    """What the submission replaced during a check that passed, as a sentence; empty if nothing, or if nobody looks."""
+    integrity = item.config.stash.get(INTEGRITY, None)
+    if integrity is None or not (changes := integrity.changes()):
+        return ""
+    integrity.restore()
+    return f"{submission_path(item).name} replaces {', '.join(changes[:3])}; a check that runs with it proves nothing"
 
 
 def _location(path: Path, result: Result) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # On macOS forks of a process that has loaded system frameworks may crash; EXERCISES_COLD=1 asks for the same elsewhere.
 CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin" and not os.environ.get("EXERCISES_COLD")
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def waited(pid: int) -> float:
@@ -74,6 +74,30 @@ def end(pid: int) -> int:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of every descendant whose own parent ends (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_children() -> None:
+    """Kills what is left of this process's children, and, where it adopts orphans, of theirs."""
+    deadline = time.monotonic() + 5
+    while (left := _children()) and time.monotonic() < deadline:
+        for pid in left:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def _children() -> list[int]:
+    try:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def alive(pid: int) -> bool:

@@ -52,6 +52,18 @@ def read(path: Path) -> str:
         raise LoadError(f"is not UTF-8 text (byte {error.start})", data[: error.start].count(b"\n") + 1) from None
 
 
+def isolated(path: Path, folder: Path) -> Path:
+    """Copies a submission's file, alone, into `folder` and returns that; the file's own folder if it cannot be read,
+    so that its checks say why.
+    """
+    try:
+        text = read(path)
+    except LoadError:
+        return path.parent
+    (folder / path.name).write_text(text, encoding="utf-8")
+    return folder
+
+
 def execute(text: str, path: Path, name: str) -> ModuleType:
     """Runs a file's text as the module `name`; `path` is what tracebacks and debuggers show.
 

@@ -7,32 +7,28 @@ nothing.
 
 import json
 import os
-import resource
 import secrets
 import select
 import signal
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from harness import plugin
-from harness.output import Output
-from harness.own_test import digest
-from harness.processes import CAN_FORK, Lines, Stopwatch, die_with_parent, end
-from harness.specification import Exercise, exercise_of
-from harness.submission import describe
+from harness import child, plugin
+from harness.own_test import OwnTest, digest
+from harness.processes import CAN_FORK, Lines, Stopwatch, adopt_orphans, end, end_children
+from harness.specification import Exercise, exercise_of, exercises
 from harness.verdicts import NOT_RUN, Result
 
 HANG_SECONDS = 10.0
-MEMORY_BYTES = 12 << 30
-OUTPUT_BYTES = 16 << 20
-_LIMITS = ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, OUTPUT_BYTES), (resource.RLIMIT_CORE, 0))
+LANE_SECONDS = 200.0
+# mypy without its cache; an own test that hangs on each of ten slips, which are all run at once.
+_LIMITS = {"lint": 150.0, "own test": 60.0, "code": HANG_SECONDS}
 LANES = ("lint", "own test", "code")
 
 
@@ -53,6 +49,7 @@ class Lane:
     token: str
     expected: list[pytest.Item]
     watch: Stopwatch
+    whole: Stopwatch
     results: dict[str, Result]
     running: pytest.Item | None = None
     stopped: str = ""
@@ -69,55 +66,88 @@ class Judge:
         halves: run the checks of the code in two processes where there are two processors.
     """
 
-    def __init__(self, session: pytest.Session, hangup: int | None = None, halves: bool = True) -> None:
-        self._session = session
+    def __init__(self, session: pytest.Session, hangup: int | None = None, *, halves: bool = True) -> None:
+        self._items: dict[str, list[pytest.Item]] = {exercise: [] for exercise in exercises()}
+        for item in session.items:
+            self._items[exercise_of(item.path).id].append(item)
         self._hangup = hangup
+        self._room: Path | None = None
         self._halves = halves and (os.cpu_count() or 1) > 1
 
     def items(self, exercise: Exercise) -> list[pytest.Item]:
         """The checks of an exercise, as collected."""
-        return [item for item in self._session.items if exercise_of(item.path) == exercise]
+        return self._items[exercise.id]
 
     def expected(self, exercise: Exercise) -> list[tuple[str, str]]:
         """The list of checks that must report: requirement and name of each."""
         return [(plugin.requirement_of(item), item.name) for item in self.items(exercise)]
 
-    def lane(self, exercise: Exercise, name: str) -> str:
-        """The lane of the check called `name`; empty if there is none of that name."""
-        return next((plugin.lane_of(item) for item in self.items(exercise) if item.name == name), "")
+    def names(self, exercise: Exercise, lane: str) -> set[str]:
+        """The names of the checks of a lane."""
+        return {item.name for item in self.items(exercise) if plugin.lane_of(item) == lane}
+
+    def own_test(self, exercise: Exercise) -> OwnTest | None:
+        """What the check file says of the exercise's own test."""
+        modules = (getattr(item, "module", None) for item in self.items(exercise))
+        return next((found for module in modules if (found := getattr(module, "OWN_TEST", None)) is not None), None)
+
+    @contextmanager
+    def graded(self) -> Iterator[Path]:
+        """While inside, code is graded: it may write to one folder only, and it is seen what it replaces of torch's
+        and Python's. Gives an empty folder for a copy of the submission.
+        """
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            self._room, alone = Path(scratch, "room"), Path(scratch, "submission")
+            self._room.mkdir()
+            alone.mkdir()
+            try:
+                yield alone
+            finally:
+                self._room = None
+
+    def read_banks(self) -> None:
+        """Reads what own tests are judged on, so that no later reading of files is needed."""
+        for exercise in exercises().values():
+            if (own := self.own_test(exercise)) is not None:
+                _ = own.texts
 
     def own_test_digest(self, exercise: Exercise, text: str) -> str:
         """What the verdict on the own test in `text` depends on; empty if the exercise has none, or the text does not
         parse.
         """
-        modules = (getattr(item, "module", None) for item in self.items(exercise))
-        own = next((found for module in modules if (found := getattr(module, "OWN_TEST", None)) is not None), None)
+        own = self.own_test(exercise)
         try:
             return digest(text, own.swaps) if own is not None else ""
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return ""
 
-    def results(self, exercise: Exercise, folder: Path, lanes: tuple[str, ...] = LANES) -> list[Result]:
+    def results(
+        self, exercise: Exercise, folder: Path, lanes: tuple[str, ...] = LANES, requirements: tuple[str, ...] = ()
+    ) -> list[Result]:
         """Judges one exercise of the submission `folder` in child processes, one per lane and two for the code's, side
         by side.
 
         Args:
             lanes: which lanes to run; the checks of others have no result.
+            requirements: those whose checks to run; all of them if empty.
 
         Raises:
             Abandoned: nobody wants the verdict any more; the children are gone.
         """
+        adopt_orphans()
         items = [item for item in self.items(exercise) if plugin.lane_of(item) in lanes]
+        items = [item for item in items if not requirements or plugin.requirement_of(item) in requirements]
         running: list[Lane] = []
         try:
             for name in LANES:
                 for share in self._shares([item for item in items if plugin.lane_of(item) == name]):
-                    running.append(_started(share, folder, _fork if CAN_FORK else _spawn))
+                    running.append(_started(share, folder, self._room))
             _supervise(running, self._hangup)
         finally:
             for lane in running:
                 end(lane.pid)
                 os.close(lane.lines.descriptor)
+            end_children()
         _not_run_after_a_stop([lane for lane in running if lane.kind == "code"])
         found = {name: result for lane in running for name, result in lane.results.items()}
         return [found[item.name] for item in items]
@@ -130,12 +160,12 @@ class Judge:
         return [items[:middle], items[middle:]]
 
 
-def _started(items: list[pytest.Item], folder: Path, start: Callable[[list[pytest.Item], Path, int, str], int]) -> Lane:
+def _started(items: list[pytest.Item], folder: Path, room: Path | None) -> Lane:
     reading, writing = os.pipe()
     token = secrets.token_hex(8)
-    pid = start(items, folder, writing, token)
+    pid = child.start(items, folder, writing, token, room)
     os.close(writing)
-    return Lane(plugin.lane_of(items[0]), pid, Lines(reading), token, items, Stopwatch(pid), {})
+    return Lane(plugin.lane_of(items[0]), pid, Lines(reading), token, items, Stopwatch(pid), Stopwatch(pid), {})
 
 
 def _not_run_after_a_stop(lanes: list[Lane]) -> None:
@@ -149,70 +179,6 @@ def _not_run_after_a_stop(lanes: list[Lane]) -> None:
 
 def _missing(item: pytest.Item, why: str) -> Result:
     return Result(plugin.requirement_of(item), item.name, "missing", why)
-
-
-def _fork(items: list[pytest.Item], folder: Path, writing: int, token: str) -> int:
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.setsid()
-            die_with_parent()
-            run_lane(items, folder, writing, token)
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
-def _spawn(items: list[pytest.Item], folder: Path, writing: int, token: str) -> int:
-    exercise, lane = exercise_of(items[0].path).id, plugin.lane_of(items[0])
-    command = [
-        sys.executable,
-        "-P",
-        "-W",
-        "ignore",
-        "-m",
-        "harness.cold",
-        exercise,
-        lane,
-        str(folder),
-        str(writing),
-        token,
-    ]
-    return subprocess.Popen(command, pass_fds=[writing], start_new_session=True).pid
-
-
-def run_lane(items: list[pytest.Item], folder: Path, writing: int, token: str) -> None:
-    """In the child, which leads a session of its own: runs a lane's checks and reports each start and each result."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for kind, limit in _LIMITS:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(kind, (limit, limit))
-    output = Output()
-    config = items[0].config
-    config.option.submission = str(folder)
-
-    def report(what: object) -> None:
-        os.write(writing, f"{token} {json.dumps(what)}\n".encode())
-
-    def sink(result: Result) -> None:
-        if result.outcome != "passed" and not result.printed:
-            result = replace(result, printed=output.tail())
-        report(asdict(result))
-
-    config.stash[plugin.SINK] = sink
-    if plugin.lane_of(items[0]) == "own test":
-        plugin.start_trials(config)
-    for item, following in zip(items, [*items[1:], None], strict=True):
-        output.redirect()
-        report(item.name)
-        try:
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-        except BaseException as error:
-            sink(Result(plugin.requirement_of(item), item.name, "failed", f"your code raises {describe(error)}"))
 
 
 def _supervise(lanes: list[Lane], hangup: int | None) -> None:
@@ -230,7 +196,7 @@ def _supervise(lanes: list[Lane], hangup: int | None) -> None:
             if lane.lines.ended or not lane.waiting():
                 _close(lane)
                 open_lanes.remove(lane)
-            elif lane.watch.seconds() > _limit(lane.running):
+            elif lane.watch.seconds() > _limit(lane.running) or lane.whole.seconds() > LANE_SECONDS:
                 _give_up(lane)
                 open_lanes.remove(lane)
 
@@ -244,7 +210,7 @@ def _note(lane: Lane, line: str) -> None:
         return
     report = json.loads(body)
     if isinstance(report, str):
-        lane.running = next(item for item in lane.expected if item.name == report)
+        lane.running = next((item for item in lane.expected if item.name == report), None)
         lane.watch.restart()
     elif report["name"] not in lane.results:
         lane.results[report["name"]] = Result(**report)
@@ -281,6 +247,8 @@ def _give_up(lane: Lane) -> None:
     missing = lane.waiting()
     lane.stopped = NOT_RUN
     text = f"did not end within {_limit(lane.running):g} s: an endless loop, or a wait that nothing ends"
+    if lane.whole.seconds() > LANE_SECONDS:
+        text = f"did not end: the checks of this exercise have taken {LANE_SECONDS:g} s together"
     _end_at(lane, missing, "timeout", text)
 
 
@@ -295,4 +263,4 @@ def _limit(item: pytest.Item | None) -> float:
     mark = item.get_closest_marker("limit") if item is not None else None
     if mark is not None:
         return float(mark.args[0])
-    return 150.0 if item is not None and plugin.lane_of(item) == "lint" else HANG_SECONDS
+    return _LIMITS[plugin.lane_of(item)] if item is not None else HANG_SECONDS

@@ -74,7 +74,9 @@ def collected(use: Callable[[pytest.Session], int], ex: str = "") -> int:
 def serve(session: pytest.Session, owners: set[int]) -> int:
     """Serves requests until no owner lives or the checks have changed."""
     known = fingerprint()
-    checks_version()  # Remembered, so that no fork has to read all files again.
+    # Remembered, so that no fork has to read all files again.
+    checks_version()
+    supervise.Judge(session).read_banks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lint.start_mypy_daemon()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:

@@ -1,0 +1,61 @@
+"""One program judges: the same submission gets the same outcomes in `make check`, in the watch and in `make grade`."""
+
+import json
+from typing import Any
+
+import pytest
+from harness import banks
+from harness.copies import READY, Terminal, Workspace
+from harness.specification import Exercise, exercises
+
+# Each exercise comes once as the answer, once as a variant, once as a mistake, once as the starter, over four rounds.
+KINDS = ("answer", "variant", "mistake", "starter")
+
+
+def text(exercise: Exercise, kind: str) -> str:
+    if kind == "variant":
+        return list(banks.variants(exercise).values())[-1].read_text()
+    if kind == "mistake":
+        return list(banks.mistakes(exercise).values())[-1].applied_to(banks.answer(exercise))
+    return exercise.starter if kind == "starter" else banks.answer(exercise)
+
+
+def outcomes(workspace: Workspace) -> dict[str, Any]:
+    """What the last verdicts on exercises/ say, by exercise and check."""
+    ledger = json.loads((workspace.top / "build" / "verdicts.json").read_text())
+    return {
+        name: {result["name"]: (result["outcome"], result["message"]) for result in entry["results"]}
+        for name, entry in ledger["exercises"].items()
+    }
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_check_watch_and_grade_agree(workspace: Workspace, turn: int) -> None:
+    for number, exercise in enumerate(exercises().values()):
+        path = workspace.top / "exercises" / exercise.file_name
+        path.write_text(text(exercise, KINDS[(number + 2 * turn) % 4]))
+
+    workspace.make("check")
+    checked = outcomes(workspace)
+    (workspace.top / "build" / "verdicts.json").unlink()
+    watch = Terminal(workspace.make_command("watch"), workspace.top)
+    watch.until(READY, 120)
+    watch.interrupt()
+    assert watch.ended()
+    watched = outcomes(workspace)
+    assert workspace.make("grade").returncode == 0
+    sheet = json.loads((workspace.top / "gradesheet.json").read_text())
+    graded = {
+        exercise["id"]: {
+            check["name"]: (check["outcome"], check["message"])
+            for requirement in exercise["requirements"]
+            for check in requirement["checks"]
+        }
+        for exercise in sheet["exercises"]
+    }
+
+    for name in exercises():
+        assert checked[name] == watched[name], name
+        assert {check: outcome for check, (outcome, _) in checked[name].items()} == {
+            check: outcome for check, (outcome, _) in graded[name].items()
+        }, name
