@@ -55,6 +55,8 @@ def warm(workspace: Workspace, exercise: Exercise, count: int) -> tuple[list[flo
     memory = resident_megabytes(workspace)
     terminal.interrupt()
     terminal.ended()
+    while processes(workspace, "python"):
+        time.sleep(0.2)  # The folder is removed next; what still runs there would never hear of it.
     return taken, memory
 
 
