@@ -39,6 +39,10 @@ reset: .venv/ready ## start one over, your work is kept: make reset EX=1
 answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
 	@$(RUN) -m harness.answer '$(EX)' '$(FORCE)'
 
+.PHONY: bench
+bench: .venv/bench ## measure your code beside the answer and others: make bench EX=3
+	@$(RUN) -m harness.bench '$(EX)'
+
 ##@ Teach
 .PHONY: grade
 grade: .venv/ready ## write the gradesheet: make grade [EX=1] [SUBMISSION=folder] [OUT=gradesheet.json] [GITHUB=1]

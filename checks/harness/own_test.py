@@ -120,5 +120,8 @@ class OwnTest:
             seconds = HANG_SECONDS if name in self.exercise.slips else RIGHT_SECONDS
             before = self._endings.get((path, name))
             if before is None or before.how == "returned":
-                trial = Trial(str(path), self.test, self.swaps, self.texts[name], seconds)
-                self._endings[path, name] = trials.run(trial)
+                ending = trials.run(Trial(str(path), self.test, self.swaps, self.texts[name], seconds))
+                self._endings[path, name] = ending
+                if ending.how in ("unloadable", "not written"):
+                    self._endings |= {(path, other): ending for other in order}
+                    return

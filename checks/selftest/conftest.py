@@ -23,10 +23,20 @@ def workspace(tmp_path: Path) -> Workspace:
 def judged() -> Callable[..., dict[str, Any]]:
     """Judges texts as submissions of an exercise, each alone, in one session, by the checks of some lanes."""
 
-    def judge(exercise: str, texts: dict[str, str | bytes], *lanes: str, graded: bool = False) -> dict[str, Any]:
+    def judge(
+        exercise: str, texts: dict[str, str | bytes], *lanes: str, graded: bool = False, lane_seconds: float = 0.0
+    ) -> dict[str, Any]:
         encoded = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
         hexes = {name: text.hex() for name, text in encoded.items()}
-        request = json.dumps({"exercise": exercise, "texts": hexes, "lanes": lanes or ["code"], "graded": graded})
+        request = json.dumps(
+            {
+                "exercise": exercise,
+                "texts": hexes,
+                "lanes": lanes or ["code"],
+                "graded": graded,
+                "lane_seconds": lane_seconds,
+            }
+        )
         driver = Path(__file__).parent / "driver.py"
         done = subprocess.run(
             [sys.executable, "-P", "-W", "ignore", driver],

@@ -24,6 +24,7 @@ def folder_of_its_own() -> Iterator[Path]:
 def use(session: pytest.Session) -> int:
     request = json.load(sys.stdin)
     exercise = exercises()[request["exercise"]]
+    supervise.LANE_SECONDS = request["lane_seconds"] or supervise.LANE_SECONDS
     judge = supervise.Judge(session)
     judge.read_banks()
     given: dict[str, dict[str, Any]] = {}

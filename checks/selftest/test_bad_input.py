@@ -113,6 +113,14 @@ def test_a_hang_stops_the_exercise_and_names_the_check(verdicts: dict[str, Any])
     assert any(result["message"] == "not run after the hang" for result in verdict["results"])
 
 
+def test_slowness_ends_too(judged: Callable[..., dict[str, Any]]) -> None:
+    verdict = judged("ex01", {"slow": in_forward("import time; time.sleep(0.3)")}, "code", lane_seconds=3.0)["slow"]
+
+    messages = [result["message"] for result in verdict["results"] if result["outcome"] != "passed"]
+    assert messages[0] == "did not end: the checks of this exercise have taken 3 s together", messages[0]
+    assert set(messages[1:]) == {"not run after the hang"}
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     link, folder, pipe = tmp_path / "link.py", tmp_path / "folder.py", tmp_path / "pipe.py"
     link.symlink_to(EX01.answer_file)

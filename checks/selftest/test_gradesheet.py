@@ -1,6 +1,8 @@
 """`make grade`: the sheet's form, its points, and what it does with what cannot be graded."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,13 @@ from harness.copies import Workspace
 from harness.specification import CRITERIA, exercises
 
 FILE = "ex01_multi_head_attention.py"
+CHILDREN = """
+import subprocess
+import threading
+subprocess.Popen(["sleep", "98765"], start_new_session=True)
+subprocess.Popen("(sleep 98765 &) ; sleep 98765", shell=True)
+threading.Thread(target=threading.Event().wait).start()
+"""
 
 
 def graded(workspace: Workspace, *arguments: str) -> dict[str, Any]:
@@ -46,6 +55,39 @@ def test_starters_a_missing_file_and_a_broken_one_earn_nothing_and_say_why(works
     assert [one["id"] for one in starters["exercises"]] == ["ex01"]
     assert (starters["score"], starters["max_score"]) == (0, 50)
     assert starters["exercises"][0]["state"] == "not started"
+
+
+def test_broken_submissions_lose_their_own_points_only(workspace: Workspace) -> None:
+    """Each in bounded time, with a reason in one line, and nothing of it runs on."""
+    names = [exercise.file_name for exercise in exercises().values()]
+    folder = workspace.top / "student"
+    folder.mkdir()
+    (folder / names[0]).write_text("while True:\n    pass\n")
+    (folder / names[1]).symlink_to(workspace.top / "answers" / names[1])
+    (folder / names[2]).mkdir()
+    os.mkfifo(folder / names[3])
+    (folder / names[4]).write_text(workspace.answer(names[4]) + CHILDREN)
+    (folder / names[5]).write_text(workspace.answer(names[5]) + "\nwhile True:\n    print('x' * 9999)\n")
+
+    begin = time.monotonic()
+    found = graded(workspace, "SUBMISSION=student")
+
+    assert time.monotonic() - begin < 60
+    reasons = {one["id"]: (one["state"], one["score"], one["reason"]) for one in found["exercises"]}
+    assert reasons["ex01"] == ("in progress", 0, "") and reasons["ex06"][1] == 0
+    assert reasons["ex02"] == ("does not import", 0, "is a link; a regular file is wanted")
+    assert reasons["ex03"] == reasons["ex04"] == ("does not import", 0, "is not a regular file")
+    assert reasons["ex05"] == ("in progress", 45, "")  # The children cost "reads well" alone.
+    first = found["exercises"][0]["requirements"][0]["checks"][0]
+    assert first["outcome"] == "timeout" and first["message"].startswith("did not end within 10 s")
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and b"98765" in command_line(pid)]
+
+
+def command_line(pid: str) -> bytes:
+    try:
+        return Path("/proc", pid, "cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def test_what_cannot_be_graded_leaves_no_sheet(workspace: Workspace) -> None:
