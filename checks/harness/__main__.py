@@ -1,5 +1,5 @@
 """Runs a command without a warm process: `python -m harness check …`, or `bank exNN [name]` for authors; `bank-quick`
-runs, on mistakes that several requirements may catch, the checks of the one that they name.
+runs, on most mistakes, the checks of the requirement that they name only.
 """
 
 import sys

@@ -28,8 +28,8 @@ def build(judge: Judge, exercise: Exercise, only: str = "", full: bool = True) -
     """Runs the starter, the answer, every variant and every mistake (or those whose name contains `only`).
 
     Args:
-        full: run all checks on every mistake; else, on those that several requirements may catch, the checks of the
-            requirement that they name.
+        full: run all checks on every mistake; else only on the first mistake of each requirement that it alone catches,
+            and on the others the checks of the requirement that they name.
     """
     matrix = Matrix(exercise)
     mistakes = banks.mistakes(exercise)
@@ -43,9 +43,10 @@ def build(judge: Judge, exercise: Exercise, only: str = "", full: bool = True) -
     for name, text in right.items():
         if only in name:
             _right(judge, matrix, name, text)
+    proofs = {mistake.requirements[0]: mistake for mistake in reversed(mistakes.values()) if mistake.only}
     for mistake in mistakes.values():
         if only in mistake.name:
-            _wrong(judge, matrix, mistake, full)
+            _wrong(judge, matrix, mistake, full or proofs.get(mistake.requirements[0]) == mistake)
     return matrix
 
 
@@ -104,7 +105,7 @@ def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool) -> None:
         return
     items = judge.items(exercise)
     lanes = {"code", *(plugin.lane_of(item) for item in items if plugin.requirement_of(item) in mistake.requirements)}
-    needed = () if full or mistake.only else mistake.requirements
+    needed = () if full else mistake.requirements
     _, results = _judged(judge, exercise, text, tuple(lanes), needed)
     failed = [result for result in results if result.outcome != "passed"]
     row: dict[str, str] = {}

@@ -6,6 +6,7 @@ The contract's names in the learner's file are swapped for another implementatio
 import ast
 import hashlib
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from random import SystemRandom
@@ -110,18 +111,26 @@ class OwnTest:
             raise LoadError(ending.text, ending.line, missing=ending.text == "no file")
         if ending.how == "not written":
             raise OwnTestNotWritten(ending.text)
+        if ending.how == "not tried":
+            raise OwnTestError(f"not run: {self.test}() is too slow on right code", ending)
         return ending
 
     def _run_all(self, trials: Trials, path: Path) -> None:
-        """Runs every trial, the first right one twice, in an order that no test can count on."""
-        order = [*self.texts, *self.right[:1]]
-        SystemRandom().shuffle(order)
-        for name in order:
-            seconds = HANG_SECONDS if name in self.exercise.slips else RIGHT_SECONDS
+        """Runs every trial: right code first, then the others in an order that no test can count on, with the same
+        right code two more times among them. A test that is too slow on right code is not run on the others.
+        """
+        first = next(name for name in self.right if name in self.texts)
+        others = [*self.texts, first]
+        SystemRandom().shuffle(others)
+        for name in [first, *others]:
             before = self._endings.get((path, name))
-            if before is None or before.how == "returned":
-                ending = trials.run(Trial(str(path), self.test, self.swaps, self.texts[name], seconds))
-                self._endings[path, name] = ending
-                if ending.how in ("unloadable", "not written"):
-                    self._endings |= {(path, other): ending for other in order}
-                    return
+            if before is not None and before.how != "returned":
+                continue
+            seconds = HANG_SECONDS if name in self.exercise.slips else RIGHT_SECONDS
+            ending = trials.run(Trial(str(path), self.test, self.swaps, self.texts[name], seconds))
+            self._endings[path, name] = ending
+            slow = name in self.right and (ending.how == "hung" or ending.seconds > SECONDS)
+            if slow or ending.how in ("unloadable", "not written"):
+                untried = replace(ending, how="not tried") if slow else ending
+                self._endings |= {(path, other): untried for other in others if (path, other) not in self._endings}
+                return

@@ -24,7 +24,12 @@ def judged() -> Callable[..., dict[str, Any]]:
     """Judges texts as submissions of an exercise, each alone, in one session, by the checks of some lanes."""
 
     def judge(
-        exercise: str, texts: dict[str, str | bytes], *lanes: str, graded: bool = False, lane_seconds: float = 0.0
+        exercise: str,
+        texts: dict[str, str | bytes],
+        *lanes: str,
+        graded: bool = False,
+        lane_seconds: float = 0.0,
+        requirements: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         encoded = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
         hexes = {name: text.hex() for name, text in encoded.items()}
@@ -35,6 +40,7 @@ def judged() -> Callable[..., dict[str, Any]]:
                 "lanes": lanes or ["code"],
                 "graded": graded,
                 "lane_seconds": lane_seconds,
+                "requirements": requirements,
             }
         )
         driver = Path(__file__).parent / "driver.py"

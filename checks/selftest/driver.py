@@ -32,7 +32,7 @@ def use(session: pytest.Session) -> int:
         with judge.graded() if request["graded"] else folder_of_its_own() as folder:
             (folder / exercise.file_name).write_bytes(bytes.fromhex(text))
             start = time.monotonic()
-            results = judge.results(exercise, folder, tuple(request["lanes"]))
+            results = judge.results(exercise, folder, tuple(request["lanes"]), tuple(request["requirements"]))
             verdict = verdicts.judge(exercise, results, untouched=False)
             given[name] = {"state": verdict.state, "reason": verdict.reason, "seconds": time.monotonic() - start}
             given[name]["score"] = verdict.score

@@ -7,14 +7,17 @@ import pytest
 from selftest import cheats
 
 POINTS_OF_THE_ANSWER = 45  # Without "reads well", which is not asked here.
+# Values, masks, cost, agreement, from scratch: what cheats are judged by here, for the sake of time.
+SOME = ("1.1", "1.3", "1.6", "1.8")
 
 
 @pytest.fixture(scope="module")
 def graded(judged: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Verdicts on the code of all cheats, as `make grade` gives them."""
-    given = {"honest": cheats.ANSWER, "zeros": cheats.ZEROS} | cheats.CHEATS
-    verdicts = judged("ex01", given, "code", graded=True)
-    return verdicts | {f"disguised {n}": v for n, v in judged("ex01", cheats.DISGUISED, "code", graded=True).items()}
+    verdicts = judged("ex01", {"honest": cheats.ANSWER, "zeros": cheats.ZEROS}, "code", graded=True)
+    verdicts |= judged("ex01", cheats.CHEATS, "code", graded=True, requirements=SOME)
+    disguised = judged("ex01", cheats.DISGUISED, "code", graded=True, requirements=("1.8",))
+    return verdicts | {f"disguised {name}": verdict for name, verdict in disguised.items()}
 
 
 @pytest.fixture(scope="module")
