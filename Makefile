@@ -80,7 +80,7 @@ bench-loop: .venv/bench ## measure save -> board: build/bench/loop.png
 lint: .venv/ready ## ruff and mypy on everything but exercises/
 	@$(VENV)/ruff check --quiet --extend-exclude exercises .
 	@$(VENV)/ruff format --check --quiet --extend-exclude exercises .
-	@$(VENV)/mypy $(STRICT) checks/conftest.py checks/test_*.py checks/harness checks/mistakes checks/selftest
+	@$(VENV)/mypy $(STRICT) checks/conftest.py checks/test_*.py checks/benches checks/harness checks/mistakes checks/selftest
 	@$(VENV)/mypy $(LENIENT) answers && $(VENV)/mypy $(LENIENT) checks/starters
 
 .PHONY: format

@@ -42,12 +42,14 @@ class Case:
         x: where on the panel's axis.
         runs: by contestant, what is timed; it may return further numbers by name ("tokens per second").
         memory: also measure the most bytes of tensors that one run allocates at once.
+        timed: False where only the numbers that runs return are of interest.
     """
 
     panel: str
     x: float
     runs: Mapping[str, Run]
     memory: bool = False
+    timed: bool = True
 
 
 @dataclass
@@ -75,9 +77,10 @@ class Bench(Protocol):
 def measure(cases: Sequence[Case], out: Console) -> list[Series]:
     """Runs all cases: a warm-up each, then rounds in which the contestants take turns; the medians.
 
-    A contestant that raises is left out of its case, and said so.
+    A contestant that raises is left out of its case; its first error is printed.
     """
     series: dict[tuple[str, str], Series] = {}
+    troubles: dict[str, str] = {}
 
     def note(case: Case, metric: str, contestant: str, value: float) -> None:
         one = series.setdefault((case.panel, metric), Series(case.panel, metric))
@@ -87,16 +90,20 @@ def measure(cases: Sequence[Case], out: Console) -> list[Series]:
         bar = progress.add_task("measuring", total=len(cases))
         for case in cases:
             progress.update(bar, description=f"{case.panel}, {case.x:g}")
-            for contestant, numbers in _rounds(case, out).items():
+            for contestant, numbers in _rounds(case, troubles).items():
                 for metric, found in numbers.items():
+                    if metric == "seconds" and not case.timed:
+                        continue
                     note(case, metric, contestant, statistics.median(found))
                 if case.memory:
                     note(case, "peak bytes", contestant, peak_bytes(case.runs[contestant]))
             progress.advance(bar)
+    for contestant, trouble in troubles.items():
+        out.print(f"{contestant} is left out: {trouble}", markup=False, soft_wrap=True)
     return list(series.values())
 
 
-def _rounds(case: Case, out: Console) -> dict[str, dict[str, list[float]]]:
+def _rounds(case: Case, troubles: dict[str, str]) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {}
     slowest = 0.0
     for contestant, run in case.runs.items():
@@ -104,7 +111,7 @@ def _rounds(case: Case, out: Console) -> dict[str, dict[str, list[float]]]:
             slowest = max(slowest, _timed(run)["seconds"])
             found[contestant] = {}
         except Exception as error:
-            out.print(f"{contestant} is left out of {case.panel}, {case.x:g}: {describe(error)}", markup=False)
+            troubles.setdefault(contestant, f"{case.panel}, {case.x:g}: {describe(error)}")
     rounds = max(1, min(ROUNDS, round(LONGEST_SECONDS / max(slowest, 1e-9))))
     for _ in range(rounds):
         for contestant, numbers in found.items():

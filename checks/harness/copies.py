@@ -23,6 +23,7 @@ COPIED = (
     "exercises",
     "pyproject.toml",
     "requirements-test.txt",
+    "requirements-bench.txt",
     "requirements.txt",
 )
 

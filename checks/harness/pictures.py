@@ -7,7 +7,6 @@ from typing import Any
 # Okabe and Ito's colours, which people with any colour vision tell apart, on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 MARKERS = "osD^vPX"
-COLUMNS = 3
 
 
 def draw(path: Path, title: str, x: str, panels: Sequence[tuple[str, Mapping[str, Mapping[float, float]]]]) -> None:
@@ -17,7 +16,7 @@ def draw(path: Path, title: str, x: str, panels: Sequence[tuple[str, Mapping[str
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(COLUMNS, len(panels))
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(4.6 * columns, 3.4 * rows), facecolor="white", layout="constrained", squeeze=False

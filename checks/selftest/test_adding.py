@@ -107,6 +107,26 @@ MISTAKES = [
         says="passes although the code under it is wrong", only=True),
 ]
 '''
+BENCH = '''"""Bench of ex42."""
+
+import torch
+from harness.bench import Case
+
+X, REFERENCE = "elements", "x + x"
+
+
+def cases(modules):
+    """Doubling, beside a sum."""
+    for size in (8, 16):
+        x = torch.ones(size)
+        runs = {name: lambda m=module, x=x: {"sum": float(m.double(x).sum())} for name, module in modules.items()}
+        yield Case("doubling", size, runs | {REFERENCE: lambda x=x: {"sum": float((x + x).sum())}}, memory=True)
+
+
+def conclude(measured):
+    """What the sums are."""
+    yield str(next(one.values["answer"] for one in measured if one.metric == "sum"))
+'''
 REPLIES = "\n## ex42 Doubling\n\n1. One pass.\n2. At half the range.\n3. Overflow.\n4. Nothing.\n"
 
 
@@ -119,6 +139,7 @@ def grown(workspace: Workspace) -> Iterator[Workspace]:
         f"checks/test_{FILE}": CHECKS,
         "checks/mistakes/ex42.py": MISTAKES,
         f"answers/{FILE}": ANSWER,
+        "checks/benches/ex42.py": BENCH,
         "checks/variants/ex42/sums.py": ANSWER.replace("return 2 * x", "return x + x"),
     }
     for name, text in files.items():
@@ -159,6 +180,17 @@ def test_it_is_checked_graded_and_answered(grown: Workspace) -> None:
 
     answer = grown.make("answer", "EX=42", "FORCE=1")
     assert "+    return 2 * x" in answer.stdout and "At half the range." in answer.stdout, answer.stdout
+
+
+def test_it_is_measured(grown: Workspace) -> None:
+    done = grown.make("bench", "EX=42", seconds=300)
+
+    assert done.returncode == 0, done.stdout
+    assert "yours is left out: doubling, 8: NotImplementedError: TODO 42.1" in done.stdout
+    assert "doubling: peak bytes" in done.stdout and "{8: 16.0, 16: 32.0}" in done.stdout, done.stdout
+    assert "picture: build/bench/ex42.png" in done.stdout
+    assert (grown.top / "build" / "bench" / "ex42.png").read_bytes().startswith(b"\x89PNG")
+    assert "make bench wants one exercise" in grown.make("bench").stdout
 
 
 def test_it_is_tested(grown: Workspace) -> None:
