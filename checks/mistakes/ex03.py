@@ -115,7 +115,7 @@ MISTAKES = [
     Mistake("causal_mask_of_all_pairs", "3.1", [(DIAGONAL, DIAGONAL + "        if causal:\n            tril = torch.ones(self.n, self.m, device=Q.device).tril(self.m - self.n)\n            mask = tril if mask is None else mask * tril\n")], says="causal"),
     Mistake("query_blocks_times_all_keys", "3.1", [(COLUMNS, "        stop = self.m if self.diagonal is None else min(self.m, rows.stop + self.diagonal)\n        return iter([slice(0, stop)] if stop > 0 else [])\n"), (BUFFER, BUFFER.replace("n * m", "n * self.m"))], says="block_size·M is", only=True),
     Mistake("all_queries_times_key_blocks", "3.1", [(ROWS, "        return iter([slice(0, self.n)])\n"), (BUFFER, BUFFER.replace("n * m", "self.n * m"))], says="at most 2048"),
-    Mistake("block_size_ignored", "3.1", [(DIAGONAL, "        self.size = 128\n" + DIAGONAL)], says="block_size = 16"),
+    Mistake("block_size_ignored", "3.1", [(DIAGONAL, "        self.size = 128\n" + DIAGONAL)], says="block_size = 2"),
     Mistake("weights_kept_at_inference", "3.1", [(OUTPUT, OUTPUT + "        kept = []\n"), (WEIGHTS, WEIGHTS + "                kept.append(weights.clone())\n")], says="2.2 times"),
     # 3.2
     Mistake("no_rescale", "3.2", [(ACCUMULATE, ACCUMULATE.replace("mul_(rescale).", ""))], says="exp(old - new)"),
