@@ -53,9 +53,11 @@ def prebuilt_attention() -> Prebuilt:
     functions: list[Callable[..., Any]] = [functional.multi_head_attention_forward, nn.MultiheadAttention.forward]
     functions += [kind.forward for kind in (nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer)]
     functions += [kind.forward for kind in (nn.TransformerDecoder, nn.TransformerDecoderLayer)]
+    import torch.ao.nn.quantizable as quantizable
     import torch.nn.attention.flex_attention as flex
 
-    return Prebuilt(operators, (*functions, flex.flex_attention))
+    quantized = quantizable.MultiheadAttention
+    return Prebuilt(operators, (*functions, quantized.forward, quantized._forward_impl, flex.flex_attention))
 
 
 @contextmanager

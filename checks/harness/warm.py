@@ -47,7 +47,10 @@ class _Waiting:
         if not self.broken:
             # What is there now is there to stay: forks neither walk nor copy it when they collect garbage.
             gc.freeze()
-            self.code = self._use(session)
+            try:
+                self.code = self._use(session)
+            except SystemExit:  # rich's, when whoever read the output has gone: `make check | head`.
+                self.code = 1
         return True
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

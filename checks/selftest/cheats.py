@@ -177,6 +177,9 @@ DISGUISED = {
         "other(q[:, 0], k[:, 0], v[:, 0])",
         "an encoder layer": "layer = nn.TransformerEncoderLayer(query.size(-1), 1, 4, batch_first=True).to(query)\n"
         "layer(query)",
+        "a quantizable module": "import torch.ao.nn.quantizable as quantizable\n"
+        "other = quantizable.MultiheadAttention(q.size(-1), 1, batch_first=True, dtype=q.dtype)\n"
+        "other(q[:, 0], k[:, 0], v[:, 0])",
         "flex attention": "from torch.nn.attention.flex_attention import flex_attention\n"
         "context = flex_attention(q, k, v)",
     }.items()

@@ -61,6 +61,14 @@ def test_what_cannot_be_done_is_said_in_one_line(workspace: Workspace, arguments
     assert len(lines) == 1 and says in lines[0], done.stdout
 
 
+def test_a_reader_may_leave_early(workspace: Workspace) -> None:
+    command = " ".join(f"'{word}'" for word in workspace.make_command("-s", "check", "EX=1", "SUBMISSION=answers"))
+
+    done = subprocess.run(f"{command} | head -1", shell=True, cwd=workspace.top, capture_output=True, text=True)
+
+    assert done.stdout.startswith("ex01") and "Traceback" not in done.stderr and "INTERNAL" not in done.stderr, done
+
+
 def test_reset_keeps_every_attempt(workspace: Workspace) -> None:
     path = workspace.top / "exercises" / FILE
     starter = path.read_text()
