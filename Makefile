@@ -73,6 +73,10 @@ test: .venv/test lint ## the project's own tests: answers, mistakes, variants, s
 bench-loop: .venv/bench ## measure save -> board: build/bench/loop.png
 	@$(RUN) -m harness.bench_loop
 
+.PHONY: picture
+picture: .venv/ready ## render README's picture of the watch
+	@$(RUN) -m harness.screenshot
+
 .venv/bench: requirements-bench.txt .venv/ready
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt && touch $@
 
@@ -89,4 +93,4 @@ format: .venv/ready ## ruff's formatting and fixes, on everything but exercises/
 
 .PHONY: help
 help: ## this list
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

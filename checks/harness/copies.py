@@ -80,11 +80,11 @@ READY = "waiting for the next save"
 class Terminal:
     """A command in a terminal of its own, 80 columns wide."""
 
-    def __init__(self, command: list[str], folder: Path) -> None:
+    def __init__(self, command: list[str], folder: Path, kind: str = "dumb") -> None:
         self.pid, self._screen = pty.fork()
         if self.pid == 0:
             os.chdir(folder)
-            os.execvpe(command[0], command, {**os.environ, "TERM": "dumb", "COLUMNS": "80"})
+            os.execvpe(command[0], command, {**os.environ, "TERM": kind, "COLUMNS": "80"})
 
     def until(self, text: str, seconds: float = 60) -> str:
         """What is printed until `text` has come."""

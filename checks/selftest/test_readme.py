@@ -2,30 +2,22 @@
 
 import re
 
-from harness.copies import READY, Terminal, Workspace
+from harness.copies import Workspace
+from harness.screenshot import PICTURE, svg, watched
 from harness.specification import TOP, exercises
 
 README = TOP / "README.md"
-FILE = "ex01_multi_head_attention.py"
-_CHANGING = re.compile(r"\d\d:\d\d:\d\d judged ex01 in [\d.]+ s")
+_COLOUR = re.compile(r"\x1b\[\d*m")
 
 
-def test_the_board_in_the_readme_is_the_real_one(workspace: Workspace) -> None:
-    """A half-done ex01: masks are inverted. To renew the picture, paste what this test says came."""
+def test_the_board_and_the_picture_are_the_real_ones(workspace: Workspace) -> None:
+    """To renew them: `make picture`, and paste what this test says came."""
     shown = README.read_text(encoding="utf-8").partition("<!-- board")[2].partition("```\n")[2].partition("```")[0]
-    text = workspace.answer(FILE).replace("masked_fill(mask == 0", "masked_fill(mask != 0")
-    terminal = Terminal(workspace.make_command("watch", "EX=1"), workspace.top)
-    terminal.until(READY)
-    (workspace.top / "exercises" / FILE).write_text(text)
-    came = terminal.until("Ctrl-C ends")
-    terminal.interrupt()
-    assert terminal.ended()
+    came = watched(workspace, "xterm")
 
-    def plain(screen: str) -> list[str]:
-        kept = _CHANGING.sub("12:34:56 judged ex01 in 0.35 s", screen[screen.index("judging ") :])
-        return [line.rstrip() for line in kept.strip().splitlines()]
-
-    assert plain(shown) == plain(came), "\n".join(plain(came))
+    plain = [line.rstrip() for line in _COLOUR.sub("", came).splitlines()]
+    assert [line.rstrip() for line in shown.splitlines()] == plain, "\n".join(plain)
+    assert PICTURE.read_text(encoding="utf-8") == svg(came), "make picture renews it"
 
 
 def test_every_command_in_the_readme_is_a_target() -> None:
