@@ -507,7 +507,7 @@ MISTAKES = [
         [(WAIT, "                self._changed.wait()\n")],
         says="something has to wake by itself",
     ),
-    Mistake("goes_at_once", "4.5", [(GO, "                    if batch:\n")], says="went at once", only=True),
+    Mistake("goes_at_once", "4.5", [(GO, "                    if batch:\n")], says="went at once"),
     Mistake(
         "time_counts_from_the_newest",
         "4.5",
@@ -549,7 +549,7 @@ MISTAKES = [
                 "self._waiting[0].timestamp + self.max_wait_time if len(self._by_bucket()) == 1 else None",
             )
         ],
-        says="r1, r3 and r4",
+        says="are the rest in their buckets",
     ),
     Mistake(
         "queue_shared_by_all_batchers",
