@@ -112,6 +112,7 @@ GRADS = "            return None, *(tensor.grad for tensor in given)\n"
 APPLY = (
     "    flat = Rerun.apply(torch.empty(0, requires_grad=True), *tensors)\n    return tree_unflatten(flat, forms[0])\n"
 )
+TWINS = "        self.args, self.kwargs = tree_map_only(Tensor, lambda x: twins.setdefault(id(x), _detached(x)), (args, kwargs))\n"
 LEAVES = "    leaves, spec = tree_flatten((args, kwargs))\n"
 
 
@@ -139,7 +140,7 @@ MISTAKES = [
             (RECOMPUTED, "            return self.module(*args, **kwargs)\n"),
             (CHECKPOINT, "    return function(*args, **kwargs)\n"),
         ],
-        says="are entered [1, 1, 1, 1, 1] times",
+        says="are entered [1, 1, 1, 1] times",
     ),
     Mistake(
         "zeros",
@@ -169,12 +170,6 @@ MISTAKES = [
         "6.1",
         swapped(CHOSEN, "[:: self", "[self.checkpoint_every_n_layers - 1 :: self"),
         says="SelectiveCheckpointing(2) on 5 layers",
-    ),
-    Mistake(
-        "every_n_plus_1",
-        "6.1",
-        swapped(CHOSEN, ":: self.checkpoint_every_n_layers", ":: self.checkpoint_every_n_layers + 1"),
-        says="SelectiveCheckpointing(1) on 5 layers",
     ),
     Mistake(
         "first_n_layers",
@@ -241,24 +236,26 @@ MISTAKES = [
         says="layers.0.0",
         only=True,
     ),
-    Mistake(
-        "lists_looked_through_one_deep",
-        "6.1",
-        [
-            (
-                MATCHES,
-                '        matches = in_list or (pattern in attribute and "norm" not in attribute)\n        if in_list and prefix.count(".") > 2 and prefix[-2].isdigit():\n            continue\n',
-            )
-        ],
-        says="layers.2.0.0",
-        only=True,
-    ),
     Mistake("norms_wrapped", "6.1", swapped(MATCHES, ' and "norm" not in attribute', ""), says="layer_norm", only=True),
     Mistake(
         "norms_by_suffix",
         "6.1",
         swapped(MATCHES, '"norm" not in attribute', 'not attribute.endswith("norm")'),
         says="norm_layers",
+        only=True,
+    ),
+    Mistake(
+        "norms_not_searched",
+        "6.1",
+        [(FOUND, FOUND.replace("        else:\n", '        elif "norm" not in attribute:\n'))],
+        says="layer_norm.layers.0",
+        only=True,
+    ),
+    Mistake(
+        "norms_in_a_list_left_out",
+        "6.1",
+        swapped(MATCHES, "in_list or (pattern in attribute and", "(in_list or pattern in attribute) and ("),
+        says="layers.norm",
         only=True,
     ),
     Mistake(
@@ -332,7 +329,24 @@ MISTAKES = [
         "names_sorted",
         "6.1",
         swapped(CHOSEN, "list(_layer_names(model, layer_pattern))", "sorted(_layer_names(model, layer_pattern))"),
-        says="checkpointed_modules is ['decoder",
+        says="layers.10",
+        only=True,
+    ),
+    Mistake(
+        "one_list_of_names_for_all",
+        "6.1",
+        [
+            ("        self.checkpointed_modules: list[str] = []\n", "        self.checkpointed_modules = _NAMES\n"),
+            ("class SelectiveCheckpointing:\n", "_NAMES: list[str] = []\n\n\nclass SelectiveCheckpointing:\n"),
+        ],
+        says="checkpointed_modules is",
+        only=True,
+    ),
+    Mistake(
+        "every_layer_by_default",
+        "6.1",
+        [("checkpoint_every_n_layers: int = 2", "checkpoint_every_n_layers: int = 1")],
+        says="SelectiveCheckpointing()",
         only=True,
     ),
     Mistake("names_not_kept", "6.1", [(RECORD, "")], says="checkpointed_modules is []", only=True),
@@ -356,6 +370,18 @@ MISTAKES = [
         "6.1",
         swapped(WRAP, "model.get_submodule(name)", "copy.deepcopy(model.get_submodule(name))"),
         says="layers",
+    ),
+    Mistake(
+        "parameters_copied",
+        "6.1",
+        [
+            (
+                FLAG,
+                FLAG
+                + "        for part in module.modules():\n            for name, value in list(part.named_parameters(recurse=False)):\n                setattr(part, name, nn.Parameter(value.detach().clone(), value.requires_grad))\n",
+            )
+        ],
+        says="new objects",
     ),
     Mistake(
         "lists_become_sequentials",
@@ -485,7 +511,7 @@ def _rename(""",
                 + AGAIN,
             )
         ],
-        says="are entered [3, 3, 3, 3, 3] times",
+        says="are entered [3, 3, 3, 3] times",
         only=True,
     ),
     Mistake(
@@ -514,7 +540,7 @@ def _rename(""",
         "output_detached",
         "6.2",
         [(RECOMPUTED, "            with torch.no_grad():\n                return self.module(*args, **kwargs)\n")],
-        says="are entered [1, 1, 1, 1, 1] times",
+        says="are entered [1, 1, 1, 1] times",
     ),
     # 6.3
     Mistake("autocast_not_restored", "6.3", [(AUTOCAST, "")], says="multiplies in", only=True),
@@ -539,6 +565,20 @@ def _rename(""",
         only=True,
     ),
     Mistake(
+        "autocast_kept_in_the_module",
+        "6.3",
+        [
+            (AUTOCAST, AUTOCAST.replace("self.autocasts", "vars(self.function)['autocasts']")),
+            (
+                GET_STATE,
+                GET_STATE
+                + "        vars(function).update(autocasts=[torch.autocast('cpu', torch.get_autocast_dtype('cpu'), torch.is_autocast_enabled('cpu'))])\n",
+            ),
+        ],
+        says="multiplies in",
+        only=True,
+    ),
+    Mistake(
         "autocast_only_ever_switched_on",
         "6.3",
         [
@@ -548,18 +588,6 @@ def _rename(""",
             )
         ],
         says="forward under autocast off",
-        only=True,
-    ),
-    Mistake(
-        "autocast_of_backward",
-        "6.3",
-        [
-            (
-                AUTOCAST,
-                '            stack.enter_context(torch.autocast("cpu", torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")))\n',
-            )
-        ],
-        says="multiplies in",
         only=True,
     ),
     # 6.4
@@ -582,6 +610,45 @@ def _rename(""",
             ),
         ),
         says="gradient",
+        only=True,
+    ),
+    Mistake(
+        "nested_kwargs_without_gradient",
+        "6.4",
+        reentrant(
+            (
+                LEAVES,
+                "    kwargs = {\n        key: value if isinstance(value, Tensor) else tree_map_only(Tensor, Tensor.detach, value)\n        for key, value in kwargs.items()\n    }\n"
+                + LEAVES,
+            )
+        ),
+        says="keyword arguments",
+        only=True,
+    ),
+    Mistake(
+        "calls_without_tensors_refused",
+        "6.4",
+        [
+            (
+                CHECKPOINT,
+                '    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):\n        raise ValueError("no tensor among the arguments")\n'
+                + CHECKPOINT,
+            )
+        ],
+        says="no tensor among",
+        only=True,
+    ),
+    Mistake(
+        "unused_inputs_refused",
+        "6.4",
+        reentrant(
+            (
+                GRADS,
+                '            if any(t.requires_grad and t.grad is None for t in given):\n                raise RuntimeError("unused input")\n'
+                + GRADS,
+            )
+        ),
+        says="unused input",
         only=True,
     ),
     Mistake(
@@ -627,6 +694,13 @@ def _rename(""",
             )
         ],
         says="none was wanted",
+        only=True,
+    ),
+    Mistake(
+        "one_tensor_becomes_several",
+        "6.4",
+        swapped(TWINS, "lambda x: twins.setdefault(id(x), _detached(x))", "_detached"),
+        says="key is query",
         only=True,
     ),
     Mistake(
@@ -761,6 +835,37 @@ def _rename(""",
         only=True,
     ),
     Mistake(
+        "first_output_counted",
+        "6.5",
+        [
+            (
+                "        for storage in _storages(result):\n",
+                "        for storage in itertools.islice(_storages(result), 1):\n",
+            )
+        ],
+        says="a peak of",
+        only=True,
+    ),
+    Mistake(
+        "addresses_never_forgotten",
+        "6.5",
+        [
+            (
+                "        self.known: WeakSet[torch.UntypedStorage] = WeakSet()\n",
+                "        self.known: set[int] = set()\n",
+            ),
+            (KNOWN, "        self.known.update(storage.data_ptr() for storage in _storages((args, kwargs)))\n"),
+            (
+                NEW,
+                NEW.replace("if storage not in", "if storage.data_ptr() not in").replace(
+                    "known.add(storage)", "known.add(storage.data_ptr())"
+                ),
+            ),
+        ],
+        says="takes the place",
+        only=True,
+    ),
+    Mistake(
         "views_counted",
         "6.5",
         swapped(NEW, "            if storage not in self.known:\n", "            if True:\n"),
@@ -801,9 +906,7 @@ def _rename(""",
         says="a peak of",
         only=True,
     ),
-    Mistake("kib", "6.5", swapped(METER, "2**20", "2**10"), says="a peak of", only=True),
     Mistake("bytes", "6.5", swapped(METER, " / 2**20", ""), says="a peak of", only=True),
-    Mistake("megabits", "6.5", swapped(METER, "2**20", "2**17"), says="a peak of", only=True),
     Mistake("a_fifth_too_much", "6.5", swapped(METER, "meter.peak", "1.12 * meter.peak"), says="a peak of", only=True),
     Mistake(
         "tracemalloc",
@@ -836,18 +939,6 @@ def _rename(""",
     result = func(*args, **kwargs)
     return result, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
 """,
-            )
-        ],
-        says="a peak of",
-        only=True,
-    ),
-    Mistake(
-        "cuda_memory_only",
-        "6.5",
-        [
-            (
-                METER,
-                "    result = func(*args, **kwargs)\n    return result, torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else 0.0\n",
             )
         ],
         says="a peak of",
@@ -983,7 +1074,24 @@ def _rename(""",
         only=True,
     ),
     Mistake("no_step", "6.6", swapped(STEP, "    optimizer.step()\n", ""), says="afterwards", only=True),
-    Mistake("no_backward", "6.6", swapped(STEP, "    loss.backward()\n", ""), says="afterwards", only=True),
+    Mistake(
+        "step_by_hand",
+        "6.6",
+        swapped(
+            STEP,
+            "    optimizer.step()\n",
+            "    with torch.no_grad():\n        for parameter in model.parameters():\n            parameter -= optimizer.param_groups[0]['lr'] * parameter.grad\n",
+        ),
+        says="weight decay",
+        only=True,
+    ),
+    Mistake(
+        "model_called_twice",
+        "6.6",
+        swapped(STEP, "    logits = ", '    model(batch["input_ids"])\n    logits = '),
+        says="the model is called 2 times",
+        only=True,
+    ),
     Mistake(
         "step_before_backward",
         "6.6",
@@ -1083,7 +1191,7 @@ def _rename(""",
             ),
             ("def _detached(", "_PILE: list[Tensor] = []\n\n\ndef _detached("),
         ],
-        says="alive at once",
+        says="pile up",
         only=True,
     ),
     Mistake(
@@ -1152,6 +1260,13 @@ def _rename(""",
         "6.7",
         [(AGAIN, AGAIN + "            self.args, self.kwargs = (), {}\n")],
         says="missing 1 required positional argument",
+        only=True,
+    ),
+    Mistake(
+        "leftovers_of_a_backward_trusted",
+        "6.7",
+        [(UNPACK, UNPACK.replace("if number not in self.recomputed", "if not self.recomputed"))],
+        says="KeyError",
         only=True,
     ),
     Mistake(
@@ -1226,6 +1341,23 @@ def _rename(""",
         only=True,
     ),
     Mistake(
+        "frozen_for_ever",
+        "6.7",
+        [
+            *reentrant(
+                (
+                    INNER,
+                    "            frozen = vars(function).get('frozen', []) if isinstance(function, nn.Module) else []\n            before = [parameter.grad for parameter in frozen]\n"
+                    + INNER
+                    + "            for parameter, gradient in zip(frozen, before):\n                parameter.grad = gradient\n",
+                )
+            ),
+            (FLAG, FLAG + '        vars(module)["frozen"] = [p for p in module.parameters() if not p.requires_grad]\n'),
+        ],
+        says="were frozen when",
+        only=True,
+    ),
+    Mistake(
         "module_frozen_in_float64",
         "6.7",
         [
@@ -1236,18 +1368,6 @@ def _rename(""",
             )
         ],
         says="dtype",
-    ),
-    Mistake(
-        "gradient_doubled",
-        "6.7",
-        reentrant(
-            (
-                INNER,
-                INNER
-                + "            for parameter in function.parameters() if isinstance(function, nn.Module) else ():\n                if parameter.grad is not None:\n                    parameter.grad *= 2\n",
-            )
-        ),
-        says="gradient",
     ),
     # 6.8 and 6.9
     Mistake(
@@ -1353,15 +1473,17 @@ def _rename(""",
         only=True,
     ),
     Mistake(
-        "prebuilt_reentrant",
+        "prebuilt_for_nested",
         "6.10",
         [
             (
                 CHECKPOINT,
-                "    import torch.utils.checkpoint\n\n    return torch.utils.checkpoint.checkpoint(lambda *a: function(*a, **kwargs), *args, use_reentrant=True)\n",
+                "    import torch.utils.checkpoint\n\n    if isinstance(function, CheckpointWrapper):\n        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)\n"
+                + CHECKPOINT,
             )
         ],
-        says="reached",
+        says="nested",
+        only=True,
     ),
     Mistake(
         "prebuilt_function",

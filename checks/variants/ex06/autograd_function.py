@@ -177,7 +177,7 @@ def measure_memory_usage(func: Callable[..., Any], *args: Any, **kwargs: Any) ->
 def train_step(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, criterion: Any) -> float:
     """Sets the gradients to zero after the loss is known."""
     logits = model(batch["input_ids"])
-    loss = criterion(logits.view(-1, logits.size(-1)), batch["targets"].view(-1))
+    loss = criterion(logits.reshape(-1, logits.size(-1)), batch["targets"].reshape(-1))
     optimizer.zero_grad(set_to_none=False)
     loss.backward()
     optimizer.step()

@@ -193,7 +193,7 @@ def measure_memory_usage(func: Callable[..., Any], *args: Any, **kwargs: Any) ->
 def train_step(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, criterion: Any) -> float:
     """One step."""
     optimizer.zero_grad()
-    logits = model(input_ids=batch["input_ids"])
+    logits = model(batch["input_ids"])
     loss: Tensor = criterion(logits.reshape(-1, logits.shape[-1]), batch["targets"].reshape(-1))
     loss.backward()
     value = loss.item()

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Closures for hooks."""
-    args, kept, kwargs, kept_kwargs = args, *_detach(args), kwargs, *_detach(kwargs)
+    twins: dict[Tensor, Tensor] = {}
+    kept, kept_kwargs = _twins(args, twins), _twins(kwargs, twins)
     random_state, enabled, dtype = (
         torch.get_rng_state(),
         torch.is_autocast_enabled("cpu"),
@@ -47,8 +48,13 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
-def _detach(values: Any) -> tuple[Any]:
-    return (tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), values),)
+def _twins(values: Any, twins: dict[Tensor, Tensor]) -> Any:
+    def twin(x: Tensor) -> Tensor:
+        if x not in twins:
+            twins[x] = x.detach().requires_grad_(x.requires_grad)
+        return twins[x]
+
+    return tree_map_only(Tensor, twin, values)
 
 
 class CheckpointWrapper(nn.Module):

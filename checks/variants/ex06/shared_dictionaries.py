@@ -19,9 +19,10 @@ class Frame:
 
     def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self.function = function
-        self.inputs = tree_map(
-            lambda x: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, (args, kwargs)
-        )
+        twins = {
+            id(x): x.detach().requires_grad_(x.requires_grad) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)
+        }
+        self.inputs = tree_map(lambda x: twins.get(id(x), x), (args, kwargs))
         self.state = torch.random.get_rng_state()
         self.autocast = torch.autocast("cpu", torch.get_autocast_cpu_dtype(), torch.is_autocast_cpu_enabled())
         self.wanted = 0
@@ -90,8 +91,8 @@ class CheckpointWrapper(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Recomputes in training only."""
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
-            return checkpoint(self.hidden.forward, *args, **kwargs)
-        return self.hidden.forward(*args, **kwargs)
+            return checkpoint(self.hidden, *args, **kwargs)
+        return self.hidden(*args, **kwargs)
 
 
 class SelectiveCheckpointing:
