@@ -74,7 +74,8 @@ class Block(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(functional.dropout(torch.tanh(self.up(x)), self.p, self.training))
+        hidden = torch.tanh(self.up(x))
+        return x + self.down(functional.dropout(hidden, self.p, self.training) if self.p else hidden)
 
 
 class Scale(nn.Module):

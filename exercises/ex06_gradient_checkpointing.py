@@ -6,23 +6,26 @@ it: about a third more computation for a fraction of the memory. You write it on
 with it, and measure what it saves.
 
 Requirements
-6.1 (correctness) Selective checkpointing of layers: exactly the chosen layers are checkpointed, by number and by name,
-    also in nested lists. Lists stay lists. The state_dict keeps its keys: a plain checkpoint loads strictly into a
-    wrapped model, and back; a missing or unexpected key is refused as ever.
+6.1 (correctness) Selective checkpointing of layers: exactly the chosen layers are checkpointed, by number (n) and by
+    name (`layer_pattern`), also in nested lists. Lists stay lists, parameters the same objects. The state_dict keeps
+    its keys: a plain checkpoint loads strictly into a wrapped model, and back; a missing or unexpected key is refused
+    as ever.
 6.2 (efficiency) Memory against computation: what is alive after forward, with only the output held, falls as more
-    layers are chosen; with every one of 8 encoder layers it is less than 0.25 of what it is with none. In a training
-    step each chosen layer is entered exactly twice, every other module once. In eval, without gradients and with
-    use_checkpoint=False the output is the plain one, and nothing is computed twice.
+    layers are chosen; with every one of 8 encoder layers it is less than 0.25 of what it is with none (random states do
+    not count). In a training step each chosen layer, with what is in it, is entered exactly twice, every other module
+    once. In eval, without gradients and with use_checkpoint=False the output is the plain one, and nothing is computed
+    twice.
 6.3 (robustness) Mixed precision: the second computation runs under the autocast state of the first (float16, bfloat16
-    or off), also when backward is called under another one.
+    or off), also when backward is called under another one. It is each call's own. (Judged on the CPU.)
 6.4 (correctness) Nested modules: wrapped modules inside wrapped ones; keyword arguments, tuples, lists and dicts, masks
     and other arguments that are no tensors; several outputs, and outputs that are no tensors. Inputs without gradient
     still train the parameters, and every tensor input that needs a gradient gets it.
 6.5 (correctness) Clear memory measurement: `measure_memory_usage` is within 10 % of what a dispatch mode that follows
-    storages (`torch.utils._python_dispatch.TorchDispatchMode`) or torch.profiler's memory events see; it is judged
-    where both agree. An error of `func` goes through unchanged, and nothing stays switched on.
-6.6 (efficiency) A model that does not fit: where plain training needs half as much memory again as there is, the
-    checkpointed model trains for several steps through `train_step`, with the same losses.
+    storages (`torch.utils._python_dispatch.TorchDispatchMode`) sees, and of what torch.profiler's memory events tell;
+    only cases in which these two agree are judged. An error of `func` goes through unchanged, and nothing stays
+    switched on.
+6.6 (efficiency) A model that does not fit: the checkpointed model trains for several steps through `train_step`, with
+    the same losses, and never has more than two thirds of plain training's peak alive (the check counts the bytes).
 6.7 (correctness) Gradients: after `.backward()` every parameter of the wrapped model has the plain model's gradient,
     with dropout under a seed too, in the second step, and in a second backward with retain_graph. The random stream is
     where it would be after a plain step.
@@ -42,23 +45,30 @@ Shapes
 
 Conventions
 - A layer is an element of an nn.ModuleList or nn.Sequential whose attribute name contains `layer_pattern`, or any other
-  module whose own attribute name does. Names that contain "norm" never match. Nothing inside a layer is a layer.
+  module whose own attribute name does; upper and lower case differ. Attribute names that contain "norm" never match;
+  what is inside such a module may. An element is a layer whatever its own name is. Nothing inside a layer is a layer.
 - The elements of a matching list are wrapped, never the list, so that code that indexes it goes on working. An element
   that is an nn.ModuleList itself is looked through, since it cannot be called; one that is an nn.Sequential is a layer.
 - Layers are counted over the whole model, in its own order, from 0: with n = 2 and the lists encoder.layers (3) and
   decoder.layers (2), encoder.layers.0, encoder.layers.2 and decoder.layers.1 are wrapped.
 - What is said of tensors holds for tensors in nested tuples, lists and dicts too, of arguments and of outputs.
-- `checkpoint` is judged with modules as its function, on its own and through `CheckpointWrapper`.
-- A wrapper takes over its module's training flag: an evaluated layer stays evaluated when it is wrapped.
+- `checkpoint` is judged with modules in training as its function, on its own and through `CheckpointWrapper`; whether
+  to recompute at all is the wrapper's question.
+- A wrapper takes over its module's training flag: an evaluated layer stays evaluated when it is wrapped. It need not
+  pass on other attributes of its module, and the names in `named_parameters` may change.
 - A wrapped module may be called several times before backward, its parameters may be frozen or shared with others, and
-  it may be cast between steps. One tensor may come as several arguments; inputs may be strided, and are never written
-  to.
-- What happens without a match, or at a second `apply_checkpointing`, is not defined.
+  it may be cast between steps. One tensor may come as several arguments, and is one tensor the second time too:
+  self-attention asks whether its key is its query. Inputs may be strided; neither modules nor your code write to them.
+- A module inside two wrappers may be entered more often than twice; one from which backward needs nothing, and any
+  module in a second backward, as often as you like. What forward writes to buffers (BatchNorm) may be written twice.
+- Not defined: no match; a second `apply_checkpointing`; n < 0; a layer that the model holds twice; a matching
+  ModuleDict or ParameterList; another mode in backward than in forward; torch.autograd.grad; double backward.
 - Memory is the bytes of tensor storage: a view costs nothing, and neither does a tensor that existed before `func` was
-  called. 1 MiB = 2^20 bytes. The peak is the most that was alive at once: x + 1 - 2 for an x of 1 MiB has a peak of 2.
+  called. 1 MiB = 2^20 bytes. The peak is the most that was alive at once: x + 1 - 2 + 3 for an x of 1 MiB
+  has a peak of 2 (their sum is 3).
 
-Your own test (6.8) uses contract names, MemoryEfficientTransformer and torch only, sets its own seed, takes at most
-1 s, and has to fail on each of these slips:
+Your own test (6.8) uses contract names, MemoryEfficientTransformer, torch and helpers of its own in this file only,
+sets its own seed, takes at most 1 s once torch is loaded, and has to fail on each of these slips:
 - no_checkpointing: the wrapper just calls its module
 - parameters_without_gradient: backward computes the gradients of the inputs only
 - random_state_not_restored: the second computation draws another dropout
@@ -103,7 +113,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     # TODO(6.2, 6.10): run forward so that nothing inside is kept for backward: an autograd.Function, or hooks.
     # TODO(6.3): remember the autocast state, and compute the second time under it.
-    # TODO(6.4): pass on everything; the second computation starts from detached inputs.
+    # TODO(6.4): pass on everything; the second computation starts from detached inputs, one for each different tensor.
     # TODO(6.7): give inputs and parameters their gradients; draw the same dropout, and leave the random stream alone.
     raise NotImplementedError("TODO 6.2: checkpoint")
 
@@ -187,7 +197,7 @@ def train_step(
     """Makes one step of training: old gradients off, forward, backward, the optimizer's step.
 
     Args:
-        model: gives logits [B, L, V] for input ids [B, L].
+        model: gives logits [B, L, V] for input ids [B, L]; it is in training mode.
         batch: "input_ids" and "targets", int64 [B, L].
         optimizer: over the model's parameters.
         criterion: gives the loss for logits [B·L, V] and targets [B·L].
