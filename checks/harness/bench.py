@@ -114,9 +114,13 @@ def _rounds(case: Case, troubles: dict[str, str]) -> dict[str, dict[str, list[fl
             troubles.setdefault(contestant, f"{case.panel}, {case.x:g}: {describe(error)}")
     rounds = max(1, min(ROUNDS, round(LONGEST_SECONDS / max(slowest, 1e-9))))
     for _ in range(rounds):
-        for contestant, numbers in found.items():
-            for metric, value in _timed(case.runs[contestant]).items():
-                numbers.setdefault(metric, []).append(value)
+        for contestant, numbers in list(found.items()):
+            try:
+                for metric, value in _timed(case.runs[contestant]).items():
+                    numbers.setdefault(metric, []).append(value)
+            except Exception as error:  # Code that is right now and then only.
+                troubles.setdefault(contestant, f"{case.panel}, {case.x:g}: {describe(error)}")
+                del found[contestant]
     return found
 
 

@@ -37,6 +37,8 @@ def draw(path: Path, title: str, x: str, panels: Sequence[tuple[str, Mapping[str
 
 
 def _panel(axis: Any, title: str, x: str, values: Mapping[str, Mapping[float, float]], names: Sequence[str]) -> None:
+    from matplotlib import ticker
+
     _, _, metric = title.rpartition(": ")
     scale = {"seconds": 1e3}.get(metric, 1e-6 if metric.endswith("bytes") else 1.0)
     unit = {"seconds": "ms"}.get(metric, "MB" if metric.endswith("bytes") else metric)
@@ -57,6 +59,9 @@ def _panel(axis: Any, title: str, x: str, values: Mapping[str, Mapping[float, fl
     axis.minorticks_off()
     if all(value > 0 for line in values.values() for value in line.values()):
         axis.set_yscale("log")
+        # 200 rather than 2 × 10²; of the small ticks, as many as there is room for.
+        axis.yaxis.set_major_formatter(ticker.LogFormatter())
+        axis.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.4)))
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x)
     axis.set_ylabel(unit)
