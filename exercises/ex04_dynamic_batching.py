@@ -16,7 +16,8 @@ Requirements
     inside or outside any event loop, and outlives the loops of its callers.
 4.4 (efficiency) Use the device well: a full batch goes at once, without waiting for max_wait_time, also if another
     bucket has waited longer but may not go yet. One `generate` call per batch, never two at a time, for as many new
-    tokens as the batch's longest request asks for. None for requests that were cancelled before they started.
+    tokens as the batch's longest request asks for. Requests that were cancelled before they started are in no call,
+    and fill no batch.
 4.5 (correctness) Keep to configurable limits: never more than max_batch_size requests in a batch. A batch that is not
     full goes once its oldest request has waited max_wait_time seconds (0: at once), by itself, and not before.
 4.6 (correctness) Serve a mix of short and long sequences (25 to 32 and 90 to 96 tokens): all are served, none starves.
@@ -27,10 +28,10 @@ Requirements
     an error of the same type and text, and the next batch works. A caller that is cancelled, or whose event loop is
     closed, costs its own request only.
 4.8 (robustness) Push back: a request that would make more than max_queue_size wait gets QueueFullError at once.
-    Requests that run do not count; a cancelled one that was waiting frees its place at once.
+    Requests that run do not count; one that was waiting frees its place as soon as its cancelled caller has ended.
 4.9 (robustness) Shut down cleanly: shutdown serves what is queued, at once, without waiting for max_wait_time, and
-    returns when it is served; nobody hangs. It may be called twice and from any thread, an event loop's own included.
-    add_request raises RuntimeError afterwards. The batcher's threads end.
+    returns when it is served; nobody hangs. It may be called twice and from any thread but the batcher's, an event
+    loop's own included (which it blocks). add_request raises RuntimeError afterwards. The batcher's threads end.
 4.10 (correctness) Write your own test: `test_dynamic_batcher` passes on right code, whoever wrote it, and fails on
     each of the slips listed below.
 4.11 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you
@@ -52,13 +53,17 @@ Conventions
 - Pads need a valid token id, 0. Only the mask tells a pad from a token 0 of a prompt.
 - do_sample is False: a result then depends on its prompt alone.
 - A bucket depends on the length of the prompt, not on max_length. Rows are cut to what their own request asked for.
-- max_queue_size counts all waiting requests together, whatever their bucket.
+- max_queue_size counts all waiting requests together, whatever their bucket. A request waits until a batch takes it:
+  what comes in one turn of the event loop may all wait, a full batch too.
+- Free, and nothing for your test to count on: which refusal comes first where several apply, and refusals beyond those
+  listed; pads up to the longest prompt of the batch or to the bucket's edge; whether prompts are copied, and whether
+  callers share one error; what a batcher does that is never shut down.
 - A future belongs to its event loop: `set_result` from another thread does not wake the loop, which sleeps until
   something else happens. A thread wakes it by `loop.call_soon_threadsafe`; or it fills a `concurrent.futures.Future`,
   which the caller awaits through `asyncio.wrap_future`.
 
 Your own test (4.10) uses contract names and the given Decoder (or a model of your own), sets its own seed, takes at
-most 1 s, and has to fail on each of these slips:
+most 1 s, and has to fail (or hang) on each of these slips:
 - right_padding: the padding goes on the right
 - no_attention_mask: generate gets no attention_mask
 - pads_kept: a row keeps its padding, and lacks tokens at its end
