@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from harness.submission import read
 SETTINGS = TOP / "pyproject.toml"
 DAEMON_FILE = TOP / "build" / "dmypy.json"
 MYPY_SECONDS = 120
+DAEMON_SECONDS = 5.0
 _RULES = "E,W,B,D101,D103"
 _DOCSTRING_CODES = ("D101", "D103")
 _BLANKET = re.compile(
@@ -105,7 +107,20 @@ def _mypy_options() -> list[str]:
 
 
 def _mypy_daemon(path: Path) -> tuple[int, str] | None:
-    report, trouble, code = run_dmypy(["--status-file", str(DAEMON_FILE), "check", "--", str(path)])
+    """What the daemon says; None if it does not run, or is busy for longer than mypy itself would take."""
+
+    def waited(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.setitimer(signal.ITIMER_REAL, DAEMON_SECONDS)
+    try:
+        report, trouble, code = run_dmypy(["--status-file", str(DAEMON_FILE), "check", "--", str(path)])
+    except TimeoutError:
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     output = report or trouble
     return (code, output) if code in (0, 1) and "Daemon" not in output else None
 
