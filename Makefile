@@ -8,6 +8,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+DEVICE ?=
 EX ?=
 FORCE ?=
 GITHUB ?=
@@ -18,6 +19,8 @@ export PYTHONPATH := $(CURDIR)/checks
 export PYTHONWARNINGS := ignore
 VENV := .venv/bin
 RUN := $(VENV)/python -P
+# A .venv that does not run here, because it was made outside the container or elsewhere, is made anew.
+$(shell $(VENV)/python -c 'import _pytest' 2>/dev/null || rm -f .venv/ready)
 # torch's own stubs return Any and re-export without saying so.
 STRICT := --strict --allow-untyped-calls --no-warn-return-any --implicit-reexport --no-error-summary --cache-dir build/mypy-strict
 LENIENT := --no-error-summary --cache-dir build/mypy --cache-fine-grained
@@ -28,8 +31,12 @@ watch: .venv/ready ## judge each exercise when you save it: make watch [EX=1]
 	@$(RUN) -m harness.watch '$(EX)'
 
 .PHONY: check
-check: .venv/ready ## judge once: make check [EX=1] [SUBMISSION=folder]
-	@$(RUN) checks/harness/client.py check --ex '$(EX)' --submission '$(SUBMISSION)'
+check: .venv/ready ## judge once: make check [EX=1] [SUBMISSION=folder] [DEVICE=cuda]
+	@$(RUN) checks/harness/client.py check --ex '$(EX)' --submission '$(SUBMISSION)' $(if $(DEVICE),--device='$(DEVICE)')
+
+.PHONY: board
+board: .venv/ready ## the board, after judging what is not yet judged: make board [EX=1]
+	@$(RUN) -m harness save --once --ex '$(EX)'
 
 .PHONY: reset
 reset: .venv/ready ## start one over, your work is kept: make reset EX=1
@@ -68,6 +75,14 @@ test: .venv/test lint ## the project's own tests: answers, mistakes, variants, s
 
 .venv/test: requirements-test.txt .venv/ready
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt && touch $@
+
+.PHONY: bank
+bank: .venv/ready ## every mistake and variant through every check: make bank [EX=1]
+	@$(RUN) -m harness bank '$(EX)'
+
+.PHONY: test-container
+test-container: .venv/ready ## the dev container, for real; needs Docker and Node
+	@$(RUN) -m harness.container
 
 .PHONY: bench-loop
 bench-loop: .venv/bench ## measure save -> board: build/bench/loop.png

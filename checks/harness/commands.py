@@ -26,8 +26,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("watched", nargs="*", help="the folders that pytest-watch appends to its runner; not needed")
     parser.add_argument("--ex", default="")
     parser.add_argument("--submission", default="exercises")
+    parser.add_argument("--device", default="cpu", help="check: where the agreement checks run too, uncounted")
     parser.add_argument("--out", default="gradesheet.json", help="where grade writes the gradesheet")
     parser.add_argument("--forget-banks", action="store_true", help="grade: remove answers and banks once read")
+    parser.add_argument("--once", action="store_true", help="save: nothing waits for the next one")
     parser.add_argument("--github", action="store_true", help="grade also writes what GitHub Actions shows")
     return parser.parse_intermixed_args(arguments)
 
@@ -135,7 +137,8 @@ def save(options: argparse.Namespace, judge: Judge) -> int:
     names = ", ".join(exercise.id for exercise in stale) or "nothing new"
     took = f"{time.strftime('%H:%M:%S')} judged {names} in {time.perf_counter() - started:.2f} s"
     out.print(f"\n{_next_step(verdicts, folder)}", style="dim", soft_wrap=True)
-    out.print(f"{took}; waiting for the next save, Ctrl-C ends", style="dim", soft_wrap=True)
+    then = "make watch judges every save" if options.once else "waiting for the next save, Ctrl-C ends"
+    out.print(f"{took}; {then}", style="dim", soft_wrap=True)
     return 0
 
 
