@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def randomize(rng: torch.Generator, *tensors: Tensor, scale: float = 0.5) -> Non
     """Writes new random numbers into tensors, in place."""
     with torch.no_grad():
         for tensor in tensors:
-            tensor.copy_(scale * torch.randn(tensor.shape, generator=rng))
+            tensor.copy_(scale * torch.randn(tensor.shape, generator=rng, dtype=torch.float64))
 
 
 def known(layer: Any, original: nn.Linear, rank: int, alpha: float) -> Adapter:
@@ -225,13 +226,15 @@ def test_a_case_by_hand(subject: Subject, close: Close) -> None:
 @requirement("5.1")
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 2.5), (4, 3), (4, 1.0)])
 def test_attributes(subject: Subject, rank: int, alpha: float) -> None:
-    """rank and alpha are kept, and scaling is alpha/rank."""
-    layer = fresh(subject, nn.Linear(IN, OUT), rank=rank, alpha=alpha).layer
+    """rank, alpha and the layer itself are kept, and scaling is alpha/rank."""
+    original = nn.Linear(IN, OUT)
+    layer = fresh(subject, original, rank=rank, alpha=alpha).layer
 
     what = f"LoRALinear(…, rank={rank}, alpha={alpha})"
     for name, wanted in (("rank", rank), ("alpha", alpha), ("scaling", alpha / rank)):
         came = getattr(layer, name, None)
         assert came == wanted, f"{what}.{name}: {came} came, {wanted} was wanted"
+    assert layer.original_layer is original, f"{what}.original_layer: not the layer that was given, maybe a copy of it"
 
 
 @requirement("5.1")
@@ -268,10 +271,12 @@ def test_the_start_is_the_original(subject: Subject, close: Close, rng: torch.Ge
     assert full == rank, (
         f"lora_A of a new adapter: its {rank} rows span {full} dimension(s); rows that are alike stay alike"
     )
+    other = value(fresh(subject, linear(rng, 23, 19), rank=rank).layer.lora_A)
+    assert not torch.equal(a, other), "lora_A of two new adapters: the same numbers; they are random at the start"
 
 
 @requirement("5.1")
-@pytest.mark.parametrize(("rank", "alpha"), [(1, 2.5), (4, 2.5), (4, 32.0), (16, 6)])
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 2.5), (4, 32.0), (16, 6), (29, -2.5), (2, 0)])
 def test_the_formula(subject: Subject, close: Close, rng: torch.Generator, rank: int, alpha: float) -> None:
     """Any rank and alpha give x Wᵀ + b + x Aᵀ Bᵀ · alpha/rank."""
     adapter = fresh(subject, linear(rng, 23, 19), rank=rank, alpha=alpha)
@@ -285,7 +290,7 @@ def test_the_formula(subject: Subject, close: Close, rng: torch.Generator, rank:
     hint = ""
     if output.shape == added.shape:
         extra = value(output) - F.linear(x, adapter.weight, adapter.bias)
-        factor = float((extra * added).sum() / added.square().sum()) * alpha / rank
+        factor = float((extra * added).sum() / added.square().sum().clamp(min=1e-12)) * alpha / rank
         hint = f"the adapter adds about {factor:.4g} × x Aᵀ Bᵀ; alpha/rank = {alpha / rank:.4g}"
     close(output, adapter.expected(x), what, hint=hint)
 
@@ -330,10 +335,11 @@ def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Ge
                 f"forward(x) after {name} has changed",
                 hint="something is kept from before",
             )
-        adapter.weight.mul_(-0.7)
-        with torch.no_grad():
-            adapter.layer.original_layer.weight.mul_(-0.7)
-        close(adapter.layer(x), adapter.expected(x), "forward(x) after original_layer.weight has changed")
+        for name, known_one in (("weight", adapter.weight), ("bias", adapter.bias)):
+            with torch.no_grad():
+                for tensor in (known_one, getattr(adapter.layer.original_layer, name)):
+                    tensor.mul_(-0.7)
+            close(adapter.layer(x), adapter.expected(x), f"forward(x) after original_layer.{name} has changed")
 
 
 @requirement("5.1")
@@ -343,9 +349,9 @@ def test_gradients_reach_x_and_both_matrices(
 ) -> None:
     """One step of gradient descent moves A and B by the formula's gradients, and x gets its own."""
     adapter = build(subject, rng)
-    x = torch.randn(5, IN, generator=rng, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, IN, generator=rng, dtype=torch.float64, requires_grad=True)
     a, b = (value(tensor).requires_grad_() for tensor in (adapter.layer.lora_A, adapter.layer.lora_B))
-    probe = torch.randn(5, OUT, generator=rng, dtype=torch.float64)
+    probe = torch.randn(2, 3, OUT, generator=rng, dtype=torch.float64)
     (F.linear(x, adapter.weight + adapter.scaling * b @ a) * probe).sum().backward()
     given = value(x).requires_grad_()
 
@@ -360,6 +366,50 @@ def test_gradients_reach_x_and_both_matrices(
     close(
         given.grad, is_tensor(x.grad, ""), "backward: gradient of x", hint=f"x reaches the output by W and by A; {hint}"
     )
+
+
+@requirement("5.1")
+def test_gradients_with_dropout(subject: Subject, rng: torch.Generator) -> None:
+    """With the same elements dropped, the output moves as its gradients say; it is linear in each of x, A and B."""
+    layer = build(subject, rng, dropout=0.4).layer.train()
+    layer.original_layer.requires_grad_(False)
+    x = torch.randn(2, 3, IN, generator=rng, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(2, 3, OUT, generator=rng, dtype=torch.float64)
+
+    def probed() -> Tensor:
+        seed(7)
+        return (is_tensor(layer(x), "forward(x) in training") * probe).sum()
+
+    tensors = {"x": x, "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    before = {name: value(tensor) for name, tensor in tensors.items()}
+    start = probed()
+    descend([x, *trainable(layer)], start)
+    steps = {name: before[name] - value(tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        along = torch.randn(tensor.shape, generator=rng, dtype=torch.float64)
+        with torch.no_grad():
+            for other, kept in before.items():
+                tensors[other].copy_(kept)
+            tensor.add_(along)
+            moved = float(probed() - start)
+
+        wanted = float((steps[name] * along).sum())
+        assert abs(moved - wanted) < 1e-6 * (1 + abs(moved)), (
+            f"backward in training, dropout 0.4: gradient of {name}: the output moves by {moved:.6g}, "
+            f"the gradient says {wanted:.6g}\nis something detached, or wrapped in no_grad?"
+        )
+
+
+@requirement("5.1")
+def test_a_freshly_adapted_model_is_the_original(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """What apply_lora_to_model gives computes what the model did before."""
+    model, tokens = Tiny(rng), torch.tensor(TOKENS)
+    expected = value(model(tokens))
+
+    apply(subject, model, "q_proj", "v_proj")
+
+    adapter_at(model, "q_proj")
+    close(model(tokens), expected, "output of a freshly adapted model", tolerance=1e-5, hint="B starts at zero")
 
 
 @requirement("5.1")
@@ -484,6 +534,7 @@ def test_other_modules_never_match(subject: Subject, rng: torch.Generator) -> No
         "e.q_proj": nn.Sequential(nn.Linear(5, 4)),
     }
     model = tree({**others, "f.q_proj": nn.Linear(5, 4)})
+    model.register_module("absent", None)
 
     apply(subject, model, "q_proj")
 
@@ -497,7 +548,7 @@ def test_other_modules_never_match(subject: Subject, rng: torch.Generator) -> No
 
 
 @requirement("5.2")
-@pytest.mark.parametrize(("rank", "alpha"), [(2, 3.0), (3, 7)])
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 3.5), (3, 7)])
 def test_adapters_are_as_the_config_says(
     subject: Subject, close: Close, rng: torch.Generator, rank: int, alpha: float
 ) -> None:
@@ -520,6 +571,8 @@ def test_adapters_are_as_the_config_says(
             tolerance=1e-5,
             hint="rank or alpha of the config is lost",
         )
+    own = {tensor.data_ptr() for adapter in adapters for tensor in (adapter.layer.lora_A, adapter.layer.lora_B)}
+    assert len(own) == 4, "apply_lora_to_model on two layers of one shape: their adapters share A or B"
 
 
 @requirement("5.2")
@@ -528,19 +581,23 @@ def test_the_model_itself_comes_back(subject: Subject, close: Close, rng: torch.
     model = Tiny(rng)
     plain = copy.deepcopy(model)
 
-    result = subject.apply_lora_to_model(model, subject.LoRAConfig(RANK, ALPHA, ["q_proj", "v_proj"], 0.0))
+    tokens, targets = torch.tensor(TOKENS), ["q_proj", "v_proj"]
+    config = subject.LoRAConfig(RANK, ALPHA, list(targets), 0.0)
+    result = subject.apply_lora_to_model(model, config)
 
     assert result is model, f"apply_lora_to_model: a {type(result).__name__} came, the model itself was wanted"
+    assert config.target_modules == targets, f"apply_lora_to_model changes config.target_modules {targets}"
     for path, layer in zip(("q_proj", "block.v_proj"), tiny_adapters(model), strict=True):
         randomize(rng, layer.lora_A, layer.lora_B)
         original = linear_at(plain, path)
         original.weight.data.copy_(known(layer, original, RANK, ALPHA).merged_weight())
-    tokens = torch.tensor(TOKENS)
     close(model(tokens), plain(tokens).detach(), "output of an adapted model", tolerance=1e-5)
 
 
 @requirement("5.2")
-@pytest.mark.parametrize("targets", [["missing"], ["wide", "narrow_up", "trunk"]], ids=["unknown", "nearly"])
+@pytest.mark.parametrize(
+    "targets", [["missing"], ["wide", "narrow_up", "trunk"], []], ids=["unknown", "nearly", "none"]
+)
 def test_targets_that_match_nothing_are_refused(subject: Subject, targets: list[str]) -> None:
     """ValueError names the targets and some of the linear layers that there are."""
     model = tree({"trunk.widen": nn.Linear(5, 4), "narrow": nn.Linear(4, 5), "wide": nn.Embedding(3, 5)})
@@ -553,6 +610,14 @@ def test_targets_that_match_nothing_are_refused(subject: Subject, targets: list[
     assert "widen" in text or "narrow" in text.replace("narrow_up", ""), (
         f"{what}: the ValueError says {text!r}; it names none of the model's linear layers, trunk.widen and narrow"
     )
+
+
+@requirement("5.2")
+def test_no_targets_are_no_default(subject: Subject) -> None:
+    """An empty target list matches nothing; the default stands in for None alone."""
+    model = tree({"q_proj": nn.Linear(5, 4)})
+
+    refuses(ValueError, lambda: apply(subject, model), "apply_lora_to_model with targets []", "q_proj")
 
 
 @requirement("5.2")
@@ -600,13 +665,15 @@ def test_a_layer_under_several_names_gets_one_adapter(
 @requirement("5.2")
 def test_defaults_of_the_config(subject: Subject) -> None:
     """rank 4, alpha 8, q_proj and v_proj, dropout 0.1; the list is a new one each time."""
-    config = subject.LoRAConfig()
+    names, given = ("rank", "alpha", "target_modules", "dropout"), (2, 1.5, ["head"], 0.7)
+    other, config = subject.LoRAConfig(*given), subject.LoRAConfig()
 
-    for name, wanted in (("rank", 4), ("alpha", 8.0), ("target_modules", ["q_proj", "v_proj"]), ("dropout", 0.1)):
-        came = getattr(config, name, None)
+    for name, wanted, earlier in zip(names, (4, 8.0, ["q_proj", "v_proj"], 0.1), given, strict=True):
+        came, kept = getattr(config, name, None), getattr(other, name, None)
         assert came == wanted, f"LoRAConfig().{name}: {came} came, {wanted} was wanted"
+        assert kept == earlier, f"LoRAConfig(*{given}).{name}: {kept} came once another config was made"
     config.target_modules.append("k_proj")
-    came = subject.LoRAConfig().target_modules
+    came = subject.LoRAConfig(target_modules=None).target_modules
     assert came == ["q_proj", "v_proj"], (
         f"LoRAConfig().target_modules: {came} came after another config's list had grown"
     )
@@ -619,7 +686,7 @@ def test_a_bare_weight_works_or_is_refused(
     subject: Subject, close: Close, rng: torch.Generator, path: str, mode: str
 ) -> None:
     """A layer whose weight its parent reads is adapted in every mode, with gradients, or refused by a TypeError."""
-    model, x = bare(path), torch.randn(3, 5, 8, generator=rng, dtype=torch.float64)
+    model, x = bare(path, bias=mode != "eval"), torch.randn(3, 5, 8, generator=rng, dtype=torch.float64)
     plain = copy.deepcopy(model).double().train(mode == "train")
     layer = adapted_or_refused(lambda: adapter_at(apply(subject, model, path), path), path)
     if layer is None:
@@ -665,11 +732,11 @@ def moves_both(model: nn.Module, layer: Any, output: Tensor, what: str, hint: st
         assert not torch.equal(kept, getattr(layer, name)), f"{what}: a step of training does not move {name}\n{hint}"
 
 
-def bare(path: str) -> nn.Module:
-    """A module that reads the weight of the layer at `path`."""
+def bare(path: str, bias: bool = True) -> nn.Module:
+    """A module that reads the weight of the layer at `path`; one without biases reads out_proj's alone."""
     seed(3)
     if path == "out_proj":
-        return nn.MultiheadAttention(8, 2, batch_first=True)
+        return nn.MultiheadAttention(8, 2, bias=bias, batch_first=True)
     return nn.TransformerEncoderLayer(8, 2, dim_feedforward=13, dropout=0.0, batch_first=True)
 
 
@@ -743,7 +810,7 @@ def test_training_leaves_every_other_byte(subject: Subject, rng: torch.Generator
 @requirement("5.3")
 def test_what_was_frozen_before_stays_frozen(subject: Subject, rng: torch.Generator) -> None:
     """A model that came frozen, in part or as a whole, trains its adapters and nothing else."""
-    model = Tiny(rng).requires_grad_(False)
+    model = Tiny(rng).requires_grad_(False).eval()
     model.head.requires_grad_(True)
 
     apply(subject, model, "q_proj", "v_proj")
@@ -759,7 +826,7 @@ def test_what_was_frozen_before_stays_frozen(subject: Subject, rng: torch.Genera
 @requirement("5.4")
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_what_adapters_add(subject: Subject, rng: torch.Generator, rank: int) -> None:
-    """Each adapter adds rank·(in + out) trainable numbers, and no more."""
+    """Each adapter adds rank·(in + out) trainable numbers, no more, and no copy of W."""
     model = Tiny(rng)
     old = {parameter.data_ptr() for parameter in model.parameters()}
 
@@ -771,6 +838,11 @@ def test_what_adapters_add(subject: Subject, rng: torch.Generator, rank: int) ->
     assert added == wanted, (
         f"apply_lora_to_model, rank {rank}, layers 6 -> 4 and 4 -> 3: {added} new trainable numbers came, "
         f"{wanted} = Σ rank·(in + out) were wanted"
+    )
+    new = {held.data_ptr(): held for held in (*model.parameters(), *model.buffers()) if held.data_ptr() not in old}
+    frozen = sum(held.numel() for held in new.values()) - added
+    assert frozen < 4 * 3, (
+        f"apply_lora_to_model, layers 6 -> 4 and 4 -> 3: {frozen} new numbers came that are not trained; is W copied?"
     )
 
 
@@ -804,6 +876,7 @@ def test_count_parameters_leaves_buffers_out(subject: Subject) -> None:
     """Running statistics are no parameters; a module without parameters has none."""
     counted(subject, nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2)), 10 + 12, 10 + 12, "a batch norm and a layer")
     counted(subject, nn.ReLU(), 0, 0, "a module without parameters")
+    counted(subject, nn.Linear(4, 2, device="meta"), 10, 10, "a layer on meta, where all addresses are 0")
 
 
 @requirement("5.4")
@@ -836,20 +909,21 @@ def test_forward_makes_nothing_as_large_as_the_weight(
     subject: Subject, close: Close, rng: torch.Generator, grad: bool, training: bool
 ) -> None:
     """x goes through the thin matrices one after the other: neither B A nor a copy of W is made."""
-    adapter = fresh(subject, linear(rng, 31, 29))
-    randomize(rng, adapter.layer.lora_A, adapter.layer.lora_B)
-    adapter.layer.train(training)
     x = torch.randn(2, 3, 31, generator=rng, dtype=torch.float64)
-    expected = adapter.expected(x)
+    for dropout in (0.0, 0.3):
+        adapter = fresh(subject, linear(rng, 31, 29), dropout=dropout)
+        randomize(rng, adapter.layer.lora_A, adapter.layer.lora_B)
+        adapter.layer.train(training)
 
-    with torch.set_grad_enabled(grad), Trace() as seen:
-        output = adapter.layer(x)
+        with torch.set_grad_enabled(grad), Trace() as seen:
+            output = adapter.layer(x)
 
-    close(output, expected, "forward(x)")
-    assert seen.largest < 31 * 29, (
-        f"forward: a tensor of {seen.largest} elements is made; W has out·in = {31 * 29}\n"
-        "multiply x by Aᵀ, and the result by Bᵀ: B A is as large as W"
-    )
+        if not dropout:
+            close(output, adapter.expected(x), "forward(x)")
+        assert seen.largest < 31 * 29, (
+            f"forward: a tensor of {seen.largest} elements is made; W has out·in = {31 * 29}\n"
+            "multiply x by Aᵀ, and the result by Bᵀ: B A is as large as W"
+        )
 
 
 # 5.5 merging
@@ -874,7 +948,7 @@ def test_the_merged_weight(subject: Subject, close: Close, rng: torch.Generator,
 @requirement("5.5")
 def test_the_merged_weight_of_a_square_layer(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Where in = out, a transposed product fits, and is wrong."""
-    adapter = fresh(subject, linear(rng, IN, IN))
+    adapter = fresh(subject, linear(rng, IN, IN), rank=13, alpha=-2.0)
     randomize(rng, adapter.layer.lora_A, adapter.layer.lora_B)
     wanted = adapter.merged_weight()
 
@@ -897,7 +971,9 @@ def test_merging_changes_no_output(
 
     adapter.layer.merge_weights()
 
-    gap = float((value(is_tensor(adapter.layer(x), "forward(x), merged")).double() - expected).abs().max())
+    with torch.no_grad():
+        output = is_tensor(adapter.layer(x), "forward(x), merged")
+    gap = float((output.double() - expected).abs().max())
     limit = 1e-6 * max(1.0, float(expected.abs().max()))
     assert gap <= limit, (
         f"forward(x), merged: off by {gap:.3g} from the unmerged output; at most {limit:.3g} is asked for\n"
@@ -910,11 +986,12 @@ def test_merging_changes_no_output(
 def test_a_merged_layer_costs_one_matrix_product(
     subject: Subject, close: Close, rng: torch.Generator, training: bool, dropout: float
 ) -> None:
-    """While merged, forward multiplies matrices once, drops nothing out, and lets gradients through to x."""
+    """While merged, forward multiplies matrices once, drops nothing out in either mode, and x gets its gradient."""
     adapter = build(subject, rng, dropout=dropout)
-    x = torch.randn(5, IN, generator=rng, dtype=torch.float64, requires_grad=True)
-    expected, gradient = adapter.expected(x), adapter.merged_weight().sum(0).expand(5, IN)
-    adapter.layer.train(training).merge_weights()
+    x = torch.randn(2, 3, IN, generator=rng, dtype=torch.float64, requires_grad=True)
+    expected, merged = adapter.expected(x), adapter.merged_weight()
+    adapter.layer.train(not training).merge_weights()
+    adapter.layer.train(training)
 
     with Trace() as seen:
         output = adapter.layer(x)
@@ -925,7 +1002,8 @@ def test_a_merged_layer_costs_one_matrix_product(
         f"forward(x), merged: {products} matrix products are made, 1 is wanted; the adapter is in W already"
     )
     output.sum().backward()
-    close(x.grad, gradient, "backward, merged: gradient of x")
+    close(x.grad, merged.sum(0).expand_as(x), "backward, merged: gradient of x")
+    close(adapter.now(), merged, "original_layer.weight, merged, after a change of mode and a call")
 
 
 @requirement("5.5")
@@ -994,6 +1072,7 @@ def test_the_adapter_survives_a_merge(subject: Subject, close: Close, rng: torch
         close(value(adapter.layer.lora_A), a, f"lora_A after {act}", tolerance=0, hint=hint)
         close(value(adapter.layer.lora_B), b, f"lora_B after {act}", tolerance=0, hint=hint)
         close(adapter.layer(x), expected, f"forward(x) after {act}")
+        assert adapter.layer.training, f"{act}: the layer was in training, and is in eval"
 
 
 @requirement("5.5")
@@ -1091,12 +1170,17 @@ def test_two_layers_that_share_a_weight_merge_apart(subject: Subject, close: Clo
 
 @requirement("5.5")
 def test_merging_leaves_trainable_what_is_trainable(subject: Subject, rng: torch.Generator) -> None:
-    """After merging and unmerging, the same parameters ask for gradients as before."""
+    """While merged nothing else asks for gradients, and after unmerging the same parameters do as before."""
     model = apply(subject, Tiny(rng), "q_proj", "v_proj")
     before = {parameter.data_ptr() for parameter in trainable(model)}
 
     for layer in tiny_adapters(model):
         layer.merge_weights()
+    more = sorted(
+        name for name, held in model.named_parameters() if held.requires_grad and held.data_ptr() not in before
+    )
+    assert not more, f"while merged: {more} are trainable; a new nn.Parameter asks for gradients"
+    for layer in tiny_adapters(model):
         layer.unmerge_weights()
 
     after = {parameter.data_ptr() for parameter in trainable(model)}
@@ -1130,11 +1214,11 @@ def test_a_merged_bare_weight(subject: Subject, close: Close, rng: torch.Generat
         randomize(rng, layer.lora_A, layer.lora_B)
         expected = with_merged_weight(plain, path, layer, x)
         layer.merge_weights()
+        for training in (True, False):
+            output = called(model.train(training), x)
 
-        output = called(model, x)
-
-        what = f"{type(model).__name__} with a merged {path}"
-        close(output, expected, what, tolerance=1e-5, hint="while merged the weight holds B A already")
+            what = f"{type(model).__name__} with a merged {path}, training {training}"
+            close(output, expected, what, tolerance=1e-5, hint="while merged the weight holds B A already")
 
 
 # 5.6 the comparison
@@ -1150,6 +1234,7 @@ class Seen:
     optimizer_bytes: int = 0
     gradient_bytes: int = 0
     all_parameters: int = 0
+    adapter_parameters: int = 0
     adapted: bool = False
 
 
@@ -1174,7 +1259,9 @@ def optimizers(kind: type[nn.Module]) -> Iterator[dict[Optimizer, Seen]]:
         trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
         for model in [m for m in models if trained & {id(parameter) for parameter in m.parameters()}][-1:]:
             note.all_parameters = sum(parameter.numel() for parameter in model.parameters())
-            note.adapted = any(hasattr(module, "lora_A") for module in model.modules())
+            adapters = [module for module in model.modules() if hasattr(module, "lora_A")]
+            matrices = {m.data_ptr(): m.numel() for module in adapters for m in (module.lora_A, module.lora_B)}
+            note.adapted, note.adapter_parameters = bool(adapters), sum(matrices.values())
 
     handles = [register_module_forward_pre_hook(before_forward), register_optimizer_step_post_hook(after_step)]
     try:
@@ -1203,27 +1290,28 @@ def compared(subject: Subject, steps: int) -> dict[str, tuple[dict[str, Any], Se
 
 
 @requirement("5.6")
-def test_the_full_run_trains_everything(subject: Subject) -> None:
-    """One run trains every parameter of a SimpleTransformer without adapters."""
-    _, seen = compared(subject, 1)["full"]
+def test_one_run_trains_everything_and_one_the_adapters(subject: Subject) -> None:
+    """One run trains every parameter of a SimpleTransformer, the other adapters on one of the same sizes."""
+    runs = compared(subject, 1)
+    full, lora = (runs[name][1] for name in ("full", "lora"))
 
-    assert seen.trainable_parameters == seen.all_parameters, (
-        f"compare_fine_tuning(1): the full run trains {seen.trainable_parameters} numbers; "
-        f"its SimpleTransformer has {seen.all_parameters}, and full fine-tuning trains them all"
+    assert full.trainable_parameters == full.all_parameters, (
+        f"compare_fine_tuning(1): the full run trains {full.trainable_parameters} numbers; "
+        f"its SimpleTransformer has {full.all_parameters}, and full fine-tuning trains them all"
+    )
+    base, adapters = lora.all_parameters - lora.adapter_parameters, lora.adapter_parameters
+    assert base == full.all_parameters, (
+        f"compare_fine_tuning(1): the lora run's model has {base} numbers besides its adapters, "
+        f"the full run's has {full.all_parameters}; the same sizes are wanted"
+    )
+    # That nothing else is trained is 5.3's.
+    assert lora.trainable_parameters >= adapters, (
+        f"compare_fine_tuning(1): the lora run trains {lora.trainable_parameters} numbers; its adapters hold {adapters}"
     )
 
 
 @requirement("5.6")
-@pytest.mark.parametrize("steps", [1, 4])
-def test_every_run_makes_its_steps(subject: Subject, steps: int) -> None:
-    """Each run makes at least the steps that are asked for."""
-    for name, (_, seen) in compared(subject, steps).items():
-        assert seen.steps >= steps, f"compare_fine_tuning({steps}): the {name} run makes {seen.steps} steps"
-
-
-@requirement("5.6")
-@pytest.mark.parametrize("number", ["trainable_parameters", "optimizer_bytes", "gradient_bytes"])
-def test_the_numbers_are_those_of_the_run(subject: Subject, number: str) -> None:
+def test_the_numbers_are_those_of_the_run(subject: Subject) -> None:
     """What is reported equals what the optimizer held after its last step."""
     hints = {
         "trainable_parameters": "the numbers that the run's optimizer trains",
@@ -1231,20 +1319,34 @@ def test_the_numbers_are_those_of_the_run(subject: Subject, number: str) -> None
         "gradient_bytes": "the .grad of what the run trains, after the last backward, before any zero_grad, in bytes",
     }
     for name, (reported, seen) in compared(subject, 1).items():
-        what = f"compare_fine_tuning(1)[{name!r}][{number!r}]"
-        came, wanted = reported.get(number), getattr(seen, number)
-        assert isinstance(came, int | float), f"{what}: {came!r} came, a number was wanted"
-        assert came == wanted, f"{what}: {came} came, {wanted} was seen\n{hints[number]}"
+        for number, hint in hints.items():
+            what = f"compare_fine_tuning(1)[{name!r}][{number!r}]"
+            came, wanted = reported.get(number), getattr(seen, number)
+            assert isinstance(came, int | float), f"{what}: {came!r} came, a number was wanted"
+            assert came == wanted, f"{what}: {came} came, {wanted} was seen\n{hint}"
 
 
 @requirement("5.6")
-def test_seconds_are_positive(subject: Subject) -> None:
-    """seconds_per_step is a positive number for both runs."""
-    for name, (reported, _) in compared(subject, 1).items():
-        came = reported.get("seconds_per_step")
-        what = f"compare_fine_tuning(1)[{name!r}]['seconds_per_step']"
-        right = isinstance(came, int | float) and math.isfinite(came) and came > 0
-        assert right, f"{what}: {came!r} came, a positive number was wanted"
+def test_every_run_makes_and_times_its_steps(subject: Subject) -> None:
+    """Each run makes at least the steps that are asked for, each time, and tells the seconds for one of them."""
+    for steps in (2, 7):
+        begin = time.perf_counter()
+        runs = compared(subject, steps)
+        elapsed = time.perf_counter() - begin
+
+        per_step = {}
+        for name, (reported, seen) in runs.items():
+            assert seen.steps >= steps, f"compare_fine_tuning({steps}): the {name} run makes {seen.steps} steps"
+            came = reported.get("seconds_per_step")
+            what = f"compare_fine_tuning({steps})[{name!r}]['seconds_per_step']"
+            right = isinstance(came, int | float) and math.isfinite(came) and came > 0
+            assert right, f"{what}: {came!r} came, a positive number was wanted"
+            per_step[name] = came
+        # No clock decides here: a median of 7 times may be 7/4 of their mean, and no sum can pass the whole.
+        assert steps * sum(per_step.values()) <= 2 * elapsed, (
+            f"compare_fine_tuning({steps}): seconds_per_step {per_step} came; the whole call took {elapsed:.3g} s\n"
+            "seconds, for one step"
+        )
 
 
 # 5.7 dtype, device, mode, dropout
@@ -1295,7 +1397,10 @@ def test_each_adapter_follows_its_own_layer(subject: Subject) -> None:
 def test_another_device(subject: Subject, rng: torch.Generator, training: bool, moved: bool) -> None:
     """An adapter that is built on another device, or moved there, works there: the meta device stands in for one."""
     original = linear(rng) if moved else linear(rng).to("meta")
-    layer = subject.LoRALinear(original, rank=RANK, dropout=0.5).to("meta").train(training)
+    layer = subject.LoRALinear(original, rank=RANK, dropout=0.5).train(training)
+    if moved:
+        layer(torch.randn(5, IN, generator=rng))
+        layer.to("meta")
 
     output = is_tensor(layer(torch.randn(5, IN, device="meta")), "forward(x) on meta")
 
@@ -1320,11 +1425,13 @@ def test_an_adapter_may_be_cast_later(subject: Subject, close: Close, rng: torch
 def test_dropout_acts_on_the_adapters_input_alone(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """In training every element of x reaches A as 0 or as x / (1 - p); the original sees all of x."""
     adapter = see_through(fresh(subject, linear(rng, 12, 12), rank=12, dropout=0.4), rng)
-    x = torch.rand(60, 12, generator=rng, dtype=torch.float64) + 1
+    x = torch.rand(5, 12, 12, generator=rng, dtype=torch.float64) + 1
 
     reached = what_reached_a(adapter, x, adapter.layer.train()(x))
 
-    dropped_alone(close, x, reached, 0.4, "forward(x) in training, dropout 0.4")
+    for start in (0, 1):
+        flat = (tensor.flatten(start, start + 1) for tensor in (x, reached))
+        dropped_alone(close, *flat, 0.4, "forward(x [5, 12, 12]) in training, dropout 0.4")
 
 
 @requirement("5.7")
@@ -1338,7 +1445,8 @@ def test_dropout_comes_from_the_config(subject: Subject, close: Close, rng: torc
     see_through(adapter, rng)
     x = torch.rand(60, 12, generator=rng, dtype=torch.float64) + 1
 
-    reached = what_reached_a(adapter, x, adapter.layer.train()(x))
+    with torch.no_grad():
+        reached = what_reached_a(adapter, x, adapter.layer.train()(x))
 
     dropped_alone(close, x, reached, p, f"LoRAConfig(dropout={p}), in training")
 
@@ -1386,6 +1494,8 @@ def test_an_adapter_takes_over_its_layers_mode(
     output, expected = is_tensor(adapter.layer(x), "forward(x)"), adapter.expected(x).float()
 
     what = f"apply_lora_to_model on a layer in {'training' if training else 'eval'}"
+    alone = subject.LoRALinear(linear(rng).train(training), dropout=0.5).training
+    assert alone is training, f"LoRALinear(a layer whose training flag is {training}): its own flag is {alone}"
     assert adapter.layer.training is training, f"{what}: the adapter's training flag is {adapter.layer.training}"
     if training:
         assert (output - expected).abs().max() > 1e-3, f"{what}: dropout 0.5 changes nothing"
@@ -1462,12 +1572,31 @@ def test_the_adapters_alone_are_saved(subject: Subject, rng: torch.Generator) ->
 
 
 @requirement("5.8")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neither_names_nor_flags_make_an_adapter(subject: Subject, rng: torch.Generator) -> None:
+    """A frozen adapter is saved; a trained head is not, nor a layer of the base that is named like a part of one."""
+    names = ("flora", "lora_head", "a.down", "a.up", "adapter", "a.lora")
+    model = apply(subject, tree({"a.q_proj": linear(rng), **{name: linear(rng, 3, 5) for name in names}}), "q_proj")
+    wanted = RANK * (IN + OUT)
+    for flag in (True, False):
+        numbers = sum(held.numel() for held in saved_by(subject, model.requires_grad_(flag)).values())
+
+        assert numbers == wanted, (
+            f"lora_state_dict(model), every requires_grad {flag}, base layers {names}: {numbers} numbers came; "
+            f"the adapter holds {wanted}\nsave A and B of every adapter, and nothing of the base"
+        )
+
+
+@requirement("5.8")
+@pytest.mark.parametrize(
+    ("dtype", "merged"), [(torch.float64, False), (torch.bfloat16, False), (torch.float32, True)], ids=str
+)
 def test_saved_adapters_load_into_a_fresh_model(
-    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, merged: bool
 ) -> None:
-    """By way of a file, without an unexpected key, A and B come back bit for bit."""
+    """By way of a file, without an unexpected key, A and B come back bit for bit, saved while merged or not."""
     trained, other = adapted_pair(subject, rng, dtype)
+    for layer in tiny_adapters(trained) if merged else ():
+        layer.merge_weights()
     file = io.BytesIO()
     torch.save(saved_by(subject, trained), file)
     file.seek(0)

@@ -6,28 +6,28 @@ numbers to rank·(in + out) for each layer, and B A can be added to W when train
 
 Requirements
 5.1 (correctness) Support different rank values: the output is the formula's for any rank and alpha, also after weights
-    have changed. At the start it is the original's: B is zero, A is not. Gradients reach x, A and B: the first step
-    moves B, the second moves A too. A rank below 1 is refused.
+    have changed. At the start it is the original's: B is zero, A is not. Gradients reach x, A and B: the first step of
+    gradient descent moves B, the second moves A too. A rank below 1 is refused.
 5.2 (correctness) Adapt any linear layer: with and without bias, at any depth, under several names, for inputs
     [..., in] of any strides, which are never written to. Exactly the layers that match are adapted, as the config says.
     A target list that matches nothing is refused; a layer that is read as a bare weight works or is refused.
 5.3 (correctness) Keep the original weights frozen: after `apply_lora_to_model` the adapters alone are trainable in the
-    whole model, and after training steps every other byte is what it was.
-5.4 (efficiency) Reduce the parameters significantly: each adapter adds rank·(in + out) trainable numbers and no more,
-    and `count_parameters` counts right. `forward`, in training and in eval, makes no tensor of out·in elements (views
-    aside).
+    whole model, and after training steps every other parameter is what it was, byte for byte.
+5.4 (efficiency) Reduce the parameters significantly: each adapter adds rank·(in + out) trainable numbers, no more and
+    no copy of W, and `count_parameters` counts right. `forward` of a few rows, in training and in eval, makes no tensor
+    of out·in elements (views aside).
 5.5 (correctness) Merge back easily: merged output = unmerged output, within 1e-6 · max(1, largest output) in float32,
-    for one matrix product. Merging twice is merging once. Unmerging gives the original weights back bit for bit, in
-    bfloat16 too, and training goes on with the same A and B; merging again uses the new ones. Tensors that other
-    modules share stay unchanged.
+    and `forward` makes one matrix product. Merging twice is merging once. Unmerging gives the original weights back bit
+    for bit, in bfloat16 too, and training goes on with the same A and B; merging again then uses their new values.
+    Tensors that other modules share stay unchanged.
 5.6 (efficiency) Compare with full fine-tuning: `compare_fine_tuning` trains a `SimpleTransformer` by AdamW, once with
     all its parameters and once with adapters, for at least `steps` steps each, and reports what the optimizer really
-    held.
+    held. Both runs start from the same sizes; config, data, learning rate and warm-up are up to you.
 5.7 (robustness) Follow the layer: an adapter takes over its layer's dtype, device and training flag, and may be cast
     or moved later. Dropout acts on the adapter's input and on nothing else, element by element, in training only, with
     the config's probability.
 5.8 (correctness) Save and load the adapter alone: `load_state_dict(saved, strict=False)` into a freshly adapted model
-    meets no unexpected key and restores the outputs. What is saved holds the adapters and nothing else.
+    meets no unexpected key and restores the outputs. What is saved, merged or not, holds the adapters and nothing else.
 5.9 (correctness) Write your own test: `test_lora` passes on right code, whoever wrote it, and fails on each of the
     slips listed below.
 5.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you
@@ -45,26 +45,28 @@ Conventions
 - A target matches a linear layer (an `nn.Linear`) if it equals the last part of the layer's dotted path, or the whole
   path: "q_proj" and "blocks.0.q_proj" both match the layer at `blocks.0.q_proj`; "proj" and "0.q_proj" do not. Modules
   of other kinds never match.
-- Where no target matches anything, ValueError names the targets and some of the model's linear layers; one idle target
-  beside others is fine.
+- Where no target matches anything, as with an empty list, ValueError names the targets and some of the model's linear
+  layers; one idle target beside others is fine. For a rank below 1 `LoRAConfig` may raise it already.
 - `apply_lora_to_model` puts a LoRALinear in the place of each matched layer. A layer that is registered under several
   matching names gets one adapter, in every place.
 - Some parents never call a linear layer but read its `weight` and `bias`: `nn.MultiheadAttention` does so with its
   out_proj, `nn.TransformerEncoderLayer` in eval with linear1 and linear2. There the adapter works, in training and in
-  eval, with gradients (its dropout aside), or TypeError says that it cannot, from `apply_lora_to_model` or from the
-  first forward. An adapter that is silently ignored would train nothing and tell nobody.
+  eval, merged or not, with gradients (its dropout aside), or TypeError says that it cannot, from `apply_lora_to_model`
+  or from the forward that would leave it out. An adapter that is silently ignored would train nothing and tell nobody.
 - `lora_A` and `lora_B` hold the trained numbers themselves and stay the same parameters for good, so that an optimizer
   which was built before a merge works after it; checks write to them in place. Merged or not, A and B stay as they are.
-- While merged, `original_layer.weight` is W + alpha/rank · B A, and nothing is dropped out. Unmerging what is not
-  merged does nothing.
-- Not defined: a model that is itself an nn.Linear, a layer of which only some names match, applying twice, casting or
-  moving while merged.
+- While merged, `original_layer.weight` is W + alpha/rank · B A (in 16 bits, within a few roundings) and is not trained,
+  and nothing is dropped out, in training and in eval. Unmerging what is not merged does nothing.
+- Not defined: a model that is itself an nn.Linear; a layer of which only some names match, or whose weight is no plain
+  parameter (lazy, weight_norm); applying twice; what a refused model is left like; gradients from before; casting,
+  moving or writing to W, A or B while merged. Nor is what a LoRALinear does that you make yourself with rank 0, and
+  whether it freezes its layer before `apply_lora_to_model` does. Further attributes and helpers are free.
 - The bytes of a tensor are its elements times its element size. `optimizer_bytes` counts every tensor in the
   optimizer's state after the last step, the step counters too; `gradient_bytes` counts the .grad of everything that
   the run trains, after its last backward.
 
-Your own test (5.9) uses contract names only, sets its own seed, takes at most 1 s, and has to fail on each of these
-slips:
+Your own test (5.9) is run with other implementations put in place of the classes and functions, by their names: it
+uses contract names only, sets its own seed, takes at most 1 s, and has to fail on each of these slips:
 - adapter_ignored: the layer's output is the original's, whatever A and B are
 - no_scaling: alpha/rank is left out
 - both_random: B starts at random, so that the start is not the original
@@ -145,7 +147,7 @@ class LoRAConfig:
     Args:
         rank: rank of every adapter.
         alpha: alpha of every adapter.
-        target_modules: names of the layers to adapt; by default ["q_proj", "v_proj"], a new list each time.
+        target_modules: names of the layers to adapt; None means ["q_proj", "v_proj"], a new list each time.
         dropout: dropout of every adapter.
     """
 
@@ -177,7 +179,10 @@ def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters of a model and nothing else, as copies, under keys that the model's load_state_dict knows."""
+    """The adapters of a model and nothing else, as copies, under keys that the model's load_state_dict knows.
+
+    An adapter in several places comes once or in each.
+    """
     # TODO(5.8): pick the adapters' entries.
     raise NotImplementedError("TODO 5.8: lora_state_dict")
 
@@ -196,7 +201,7 @@ def compare_fine_tuning(steps: int = 3) -> dict[str, dict[str, float]]:
 
     Returns:
         {"full": …, "lora": …}, each with the measured numbers trainable_parameters, optimizer_bytes, gradient_bytes
-        and seconds_per_step.
+        and seconds_per_step (mean or median).
     """
     # TODO(5.6): train on random tokens; read the numbers off the model and the optimizer after the last step.
     raise NotImplementedError("TODO 5.6: compare_fine_tuning")

@@ -93,19 +93,7 @@ MISTAKES = [
     Mistake("original_ignored", "5.1", [(RETURN, RETURN.replace("output + ", ""))], says="forward([[4, 1]])"),
     Mistake("no_scaling", "5.1", [(RETURN, RETURN.replace(" * self.scaling", ""))], says="forward([[4, 1]])"),
     Mistake("scaled_by_alpha", "5.1", [(SCALING, "        self.scaling = alpha\n")], says="forward([[4, 1]])"),
-    Mistake(
-        "scaled_by_root_of_rank",
-        "5.1",
-        [(SCALING, "        self.scaling = alpha / rank**0.5\n")],
-        says="forward([[4, 1]])",
-    ),
     Mistake("integer_scaling", "5.1", [(SCALING, "        self.scaling = alpha // rank\n")], says="forward([[4, 1]])"),
-    Mistake(
-        "scaled_twice",
-        "5.1",
-        [(RETURN, RETURN.replace("self.scaling", "self.scaling * self.scaling"))],
-        says="forward([[4, 1]])",
-    ),
     Mistake(
         "scaled_for_floats_only",
         "5.1",
@@ -146,7 +134,7 @@ MISTAKES = [
         [(A, A.replace("start * ", "start * 0 * ")), (B, B.replace("new_zeros", "new_ones"))],
         says="lora_B of a new adapter",
     ),
-    Mistake("a_all_alike", "5.1", [(START, START.replace("randn", "ones"))], says="rows", only=True),
+    Mistake("a_all_alike", "5.1", [(START, START.replace("randn", "ones"))], says="lora_A of", only=True),
     Mistake(
         "shapes_transposed",
         "5.1",
@@ -233,6 +221,56 @@ MISTAKES = [
         only=True,
     ),
     Mistake("rank_divides_by_zero", "5.1", [(RANK, "")], says="ValueError was wanted", only=True),
+    Mistake(
+        "rank_at_most_in_and_out",
+        "5.1",
+        [
+            (SCALING, SCALING + "        used = min(rank, *original_layer.weight.shape)\n"),
+            (MODE, MODE + "        self.used = used\n"),
+            (
+                RETURN,
+                RETURN.replace(
+                    "self.lora_A.mT @ self.lora_B.mT", "self.lora_A[: self.used].mT @ self.lora_B.mT[: self.used]"
+                ),
+            ),
+        ],
+        says="rank 29",
+        only=True,
+    ),
+    Mistake(
+        "alpha_0_is_1", "5.1", [(SCALING, "        self.scaling = (alpha or 1.0) / rank\n")], says="alpha 0", only=True
+    ),
+    Mistake(
+        "a_the_same_everywhere",
+        "5.1",
+        [(START, START.replace("torch.randn(", "torch.eye("))],
+        says="the same numbers",
+        only=True,
+    ),
+    Mistake(
+        "copy_of_the_bias",
+        "5.1",
+        [
+            (MODE, MODE + "        self._b = [t.detach().clone() for t in [original_layer.bias] if t is not None]\n"),
+            (
+                ORIGINAL,
+                "        bias = self._b[0].to(x) if self._b else None\n        output = F.linear(x, self.original_layer.weight, bias)\n",
+            ),
+        ],
+        says="original_layer.bias has changed",
+    ),
+    Mistake(
+        "the_layer_is_copied",
+        ("5.1", "5.4"),
+        [
+            (
+                "        self.original_layer = original_layer\n",
+                "        self.original_layer = copy.deepcopy(original_layer)\n",
+            ),
+            ("import time\n", "import copy\nimport time\n"),
+        ],
+        says="not the layer that was given",
+    ),
     # 5.2
     Mistake(
         "bias_lost", "5.2", [(ORIGINAL, "        output = F.linear(x, self.original_layer.weight)\n")], says="bias"
@@ -458,7 +496,7 @@ MISTAKES = [
         "config_alpha_lost",
         "5.2",
         [(ADAPT, ADAPT.replace("config.rank, config.alpha, config.dropout", "config.rank, dropout=config.dropout"))],
-        says="LoRAConfig(rank=2, alpha=3.0)",
+        says="LoRAConfig(rank=2, alpha=3.5)",
     ),
     Mistake(
         "config_rank_lost",
@@ -603,6 +641,66 @@ MISTAKES = [
         says="reads bare weights",
         only=True,
     ),
+    Mistake(
+        "an_empty_list_is_the_default",
+        "5.2",
+        [(TARGETS, TARGETS.replace("target_modules is None else", "not target_modules else"))],
+        says="targets []: was accepted",
+        only=True,
+    ),
+    Mistake(
+        "one_config_for_all",
+        "5.2",
+        [(TARGETS, TARGETS.replace("self.", "LoRAConfig."))],
+        says="once another config was made",
+        only=True,
+    ),
+    Mistake(
+        "config_alpha_cut_to_an_integer",
+        "5.2",
+        [(ADAPT, ADAPT.replace("config.alpha", "int(config.alpha)"))],
+        says="LoRAConfig(rank=2, alpha=3.5)",
+        only=True,
+    ),
+    Mistake(
+        "absent_children_are_walked",
+        "5.2",
+        [
+            (WALK, '    modules = _walk(model, "")\n'),
+            (
+                "def lora_state_dict",
+                'def _walk(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:\n    found = []\n    for name, child in module._modules.items():\n        found += [(prefix + name, child), *_walk(child, f"{prefix}{name}.")]\n    return found\n\n\ndef lora_state_dict',
+            ),
+        ],
+        says="NoneType",
+        only=True,
+    ),
+    Mistake(
+        "layers_of_one_shape_share_a",
+        "5.2",
+        [
+            (
+                PUT,
+                "    first: dict[tuple[int, ...], nn.Parameter] = {}\n    for adapter in adapters.values():\n        adapter.lora_A = first.setdefault(tuple(adapter.lora_A.shape), adapter.lora_A)\n    return model\n",
+            ),
+            (ADAPT, ADAPT + "        model.set_submodule(path, adapters[layer])\n"),
+        ],
+        says="share A or B",
+    ),
+    Mistake(
+        "b_random_once_applied",
+        "5.1",
+        [(ADAPT, ADAPT + "            nn.init.normal_(adapters[layer].lora_B)\n")],
+        says="output of a freshly adapted model",
+        only=True,
+    ),
+    Mistake(
+        "targets_used_up",
+        "5.2",
+        [(REFUSAL, REFUSAL + "    targets.clear()\n")],
+        says="changes config.target_modules",
+        only=True,
+    ),
     # 5.3
     Mistake(
         "other_layers_trainable",
@@ -628,21 +726,6 @@ MISTAKES = [
             )
         ],
         says="q_proj.bias",
-        only=True,
-    ),
-    Mistake(
-        "norms_trainable",
-        "5.3",
-        [
-            (
-                PUT,
-                PUT.replace(
-                    "    return model\n",
-                    "    for module in model.modules():\n        if isinstance(module, nn.LayerNorm):\n            module.requires_grad_(True)\n    return model\n",
-                ),
-            )
-        ],
-        says="norm.weight",
         only=True,
     ),
     Mistake("nothing_frozen", "5.3", [(FREEZE, "")], says="trainable besides lora_A and lora_B", only=True),
@@ -675,6 +758,19 @@ MISTAKES = [
             )
         ],
         says="has changed",
+    ),
+    Mistake(
+        "adapters_of_layers_in_eval_frozen",
+        "5.3",
+        [
+            (
+                ADAPT,
+                ADAPT
+                + "            adapters[layer].requires_grad_(layer.training)\n            layer.requires_grad_(False)\n",
+            )
+        ],
+        says="0 numbers are trainable",
+        only=True,
     ),
     # 5.4
     Mistake(
@@ -791,12 +887,6 @@ MISTAKES = [
         says="(all, trainable)",
     ),
     Mistake(
-        "frozen_comes_second",
-        "5.4",
-        [(COUNT, COUNT.replace("if p.requires_grad", "if not p.requires_grad"))],
-        says="count_parameters(Tiny, all trainable)",
-    ),
-    Mistake(
         "a_share_comes_second",
         "5.4",
         [
@@ -806,6 +896,27 @@ MISTAKES = [
             )
         ],
         says="a pair of integers",
+    ),
+    Mistake(
+        "dense_where_dropout_is_idle",
+        "5.4",
+        [(RETURN, "        if self.dropout.p > 0 and not self.training:\n    " + DENSE + RETURN)],
+        says="B A is as large as W",
+        only=True,
+    ),
+    Mistake(
+        "w_copied_into_a_buffer",
+        "5.4",
+        [(MODE, MODE + '        self.register_buffer("first", weight.detach().clone(), persistent=False)\n')],
+        says="is W copied?",
+        only=True,
+    ),
+    Mistake(
+        "counted_by_address",
+        "5.4",
+        [(PARAMETERS, "    parameters = list({p.data_ptr(): p for p in model.parameters()}.values())\n")],
+        says="a layer on meta",
+        only=True,
     ),
     # 5.5
     Mistake(
@@ -930,35 +1041,6 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
-        "merge_in_bfloat16",
-        "5.5",
-        [
-            (
-                MERGED,
-                MERGED.replace(
-                    "self.weight.detach()",
-                    "(self.original_layer.weight + self.scaling * (self.lora_B.bfloat16() @ self.lora_A.bfloat16()).to(self.lora_A.dtype)).detach()",
-                ),
-            )
-        ],
-        says="original_layer.weight after merge_weights",
-    ),
-    Mistake(
-        "merge_rounds_to_16_bits",
-        "5.5",
-        [
-            (
-                MERGED,
-                MERGED.replace(
-                    "self.weight.detach()",
-                    "(self.weight.half().to(self.lora_A.dtype) if self.lora_A.dtype == torch.float32 else self.weight).detach()",
-                ),
-            )
-        ],
-        says="off by",
-        only=True,
-    ),
-    Mistake(
         "merge_errs_by_1e_5",
         "5.5",
         [
@@ -1063,18 +1145,6 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
-        "unmerge_makes_new_parameters",
-        "5.5",
-        [
-            (
-                RESTORE,
-                RESTORE
-                + "            self.lora_A, self.lora_B = nn.Parameter(self.lora_A.detach().clone()), nn.Parameter(self.lora_B.detach().clone())\n",
-            )
-        ],
-        says="the same parameters",
-    ),
-    Mistake(
         "merge_freezes_the_adapter",
         "5.5",
         [
@@ -1104,17 +1174,6 @@ MISTAKES = [
         ],
         says="original_layer.weight in torch.float32, merged",
         only=False,
-    ),
-    Mistake(
-        "first_product_is_kept",
-        "5.5",
-        [
-            (
-                MERGED,
-                '            product = self.__dict__.setdefault("_product", (self.scaling * self.lora_B @ self.lora_A).detach())\n            merged = nn.Parameter(self.original_layer.weight.detach() + product.to(self.lora_A.dtype), requires_grad=False)\n',
-            )
-        ],
-        says="original_layer.weight",
     ),
     Mistake(
         "w_is_kept_when_built",
@@ -1168,6 +1227,68 @@ MISTAKES = [
         says="merged after .double()",
         only=True,
     ),
+    Mistake(
+        "training_unmerges",
+        "5.5",
+        [
+            (
+                "    def merge_weights",
+                '    def train(self, mode: bool = True) -> "LoRALinear":\n        """Merged weights are for eval."""\n        if mode and self.__dict__.get("_own_weight"):\n            self.unmerge_weights()\n        return super().train(mode)\n\n    def merge_weights',
+            )
+        ],
+        says="forward(x), merged",
+        only=True,
+    ),
+    Mistake(
+        "merging_ends_training",
+        "5.5",
+        [(KEEP, KEEP + "            self.eval()\n")],
+        says="the layer was in training",
+        only=True,
+    ),
+    Mistake(
+        "merged_weight_trained",
+        "5.5",
+        [(MERGED, MERGED.replace(", requires_grad=False", ""))],
+        says="while merged",
+        only=True,
+    ),
+    Mistake(
+        "merge_of_the_first_ranks",
+        "5.5",
+        [
+            (
+                MERGED,
+                MERGED.replace(
+                    "self.weight.detach()",
+                    "(self.original_layer.weight + self.scaling * self.lora_B[:, :4] @ self.lora_A[:4]).detach()",
+                ),
+            )
+        ],
+        says="original_layer.weight after merge_weights",
+        only=True,
+    ),
+    Mistake(
+        "added_again_without_gradients",
+        "5.5",
+        [
+            (
+                IF_MERGED,
+                IF_MERGED.replace(
+                    "self._own_weight:", "self._own_weight and (torch.is_grad_enabled() or not x.dim() == 2):"
+                ),
+            )
+        ],
+        says="off by",
+        only=True,
+    ),
+    Mistake(
+        "merged_bare_weight_counts_twice_in_training",
+        "5.5",
+        weight(WEIGHT.replace("self._own_weight", "self._own_weight and not self.training")),
+        says="training True",
+        only=True,
+    ),
     # 5.6
     Mistake(
         "step_counters_left_out",
@@ -1195,13 +1316,6 @@ MISTAKES = [
         "5.6",
         [(OPTIMIZER_BYTES, '        "optimizer_bytes": 8 * count_parameters(model)[1],\n')],
         says="was seen",
-        only=True,
-    ),
-    Mistake(
-        "state_of_all_parameters",
-        "5.6",
-        [(OPTIMIZER_BYTES, '        "optimizer_bytes": sum(8 * p.numel() + 4 for p in model.parameters()),\n')],
-        says="['lora']['optimizer_bytes']",
         only=True,
     ),
     Mistake(
@@ -1325,7 +1439,7 @@ MISTAKES = [
         "one_step_too_few",
         "5.6",
         [(LOOP, LOOP.replace("range(steps)", "range(max(1, steps - 1))"))],
-        says="run makes 3 steps",
+        says="run makes 1 steps",
         only=True,
     ),
     Mistake("no_step_at_all", "5.6", [(STEP, "")], says="no optimizer of torch.optim made a step", only=True),
@@ -1361,24 +1475,60 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
-        "seconds_negative",
-        "5.6",
-        [(SECONDS, SECONDS.replace("seconds / steps", "-seconds / steps"))],
-        says="a positive number was wanted",
-        only=True,
-    ),
-    Mistake(
-        "text_for_numbers",
-        "5.6",
-        [(OPTIMIZER_BYTES, '        "optimizer_bytes": f"{sum(value.nbytes for value in state)} B",\n')],
-        says="a number was wanted",
-        only=True,
-    ),
-    Mistake(
         "rows_in_a_list",
         "5.6",
         [(RUNS, "    return [_train(SimpleTransformer(), steps), _train(lora, steps)]\n")],
         says="a dict with the dicts 'full' and 'lora'",
+        only=True,
+    ),
+    Mistake(
+        "a_smaller_model_for_lora",
+        "5.6",
+        [
+            (
+                "    lora = apply_lora_to_model(SimpleTransformer(),",
+                "    lora = apply_lora_to_model(SimpleTransformer(d_model=8),",
+            )
+        ],
+        says="the same sizes are wanted",
+        only=True,
+    ),
+    Mistake(
+        "lora_run_trains_a_alone",
+        "5.6",
+        [
+            (
+                ADAMW,
+                "    trained = [p for p in model.parameters() if p.requires_grad and p.shape != (16, 4)]\n    optimizer = torch.optim.AdamW(trained)\n",
+            ),
+            (TRAINED, '        "trainable_parameters": sum(p.numel() for p in trained),\n'),
+            (GRADIENTS, "    gradients = [p.grad for p in trained if p.grad is not None]\n"),
+        ],
+        says="its adapters hold 512",
+        only=True,
+    ),
+    Mistake(
+        "milliseconds",
+        "5.6",
+        [(SECONDS, SECONDS.replace("seconds / steps", "1e3 * seconds / steps"))],
+        says="seconds, for one step",
+        only=True,
+    ),
+    Mistake(
+        "seconds_of_all_steps",
+        "5.6",
+        [(SECONDS, SECONDS.replace("seconds / steps", "seconds"))],
+        says="seconds, for one step",
+        only=True,
+    ),
+    Mistake(
+        "measured_once",
+        "5.6",
+        [
+            (RUNS, RUNS.replace("    return ", "    _rows.update(_rows or ").replace("}\n", "})\n    return _rows\n")),
+            ("def _train", "_rows: dict[str, dict[str, float]] = {}\n\n\ndef _train"),
+        ],
+        says="no optimizer of torch.optim made a step",
         only=True,
     ),
     # 5.7
@@ -1390,13 +1540,6 @@ MISTAKES = [
             (B, "        self.lora_B = nn.Parameter(torch.zeros(weight.size(0), rank, device=weight.device))\n"),
         ],
         says="torch.float32 came, torch.bfloat16 was wanted",
-        only=True,
-    ),
-    Mistake(
-        "b_in_float32",
-        "5.7",
-        [(B, "        self.lora_B = nn.Parameter(torch.zeros(weight.size(0), rank, device=weight.device))\n")],
-        says="lora_B: torch.float32 came",
         only=True,
     ),
     Mistake(
@@ -1466,16 +1609,6 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
-        "dropout_on_the_original_alone",
-        "5.7",
-        [
-            (ORIGINAL, "        output = self.original_layer(x if self._own_weight else self.dropout(x))\n"),
-            (RETURN, RETURN.replace("self.dropout(x)", "x")),
-        ],
-        says="what reaches A",
-        only=True,
-    ),
-    Mistake(
         "dropout_on_the_output",
         "5.7",
         [(RETURN, "        return self.dropout(output + x @ self.lora_A.mT @ self.lora_B.mT * self.scaling)\n")],
@@ -1488,12 +1621,6 @@ MISTAKES = [
         [(RETURN, "        return output + self.dropout(x @ self.lora_A.mT) @ self.lora_B.mT * self.scaling\n")],
         says="what reaches A",
         only=True,
-    ),
-    Mistake(
-        "dropout_behind_b",
-        "5.7",
-        [(RETURN, "        return output + self.dropout(x @ self.lora_A.mT @ self.lora_B.mT) * self.scaling\n")],
-        says="what reaches A",
     ),
     Mistake(
         "no_dropout", "5.7", [(RETURN, RETURN.replace("self.dropout(x)", "x"))], says="nothing is dropped", only=True
@@ -1554,19 +1681,67 @@ MISTAKES = [
         only=True,
     ),
     Mistake("config_dropout_lost", "5.7", [(ADAPT, ADAPT.replace(", config.dropout", ""))], says="dropout", only=True),
-    Mistake("mode_not_taken_over", "5.7", [(MODE, "")], says="training flag is True", only=True),
-    Mistake(
-        "mode_of_the_model",
-        "5.7",
-        [(PUT, PUT.replace("adapters[layer])\n", "adapters[layer].train(model.training))\n", 1))],
-        says="training flag is",
-        only=True,
-    ),
+    Mistake("mode_not_taken_over", "5.7", [(MODE, "")], says="flag is True", only=True),
     Mistake(
         "flag_taken_over_dropout_not",
         "5.7",
         [(MODE, "        self.training = original_layer.training\n")],
         says="although the layer is in eval",
+        only=True,
+    ),
+    Mistake(
+        "x_detached_by_dropout",
+        "5.1",
+        [(RETURN, RETURN.replace("dropout(x)", "dropout(x.detach() if self.training and self.dropout.p > 0 else x)"))],
+        says="gradient of x: the output moves",
+        only=True,
+    ),
+    Mistake(
+        "dropout_of_rows_in_batches",
+        "5.7",
+        [(DROPOUT, "        self.dropout = nn.Dropout2d(dropout)\n")],
+        says="for all features",
+        only=True,
+    ),
+    Mistake(
+        "one_mask_for_the_batch",
+        "5.7",
+        [
+            (
+                RETURN,
+                RETURN.replace(
+                    "self.dropout(x)", "(x * self.dropout(torch.ones_like(x[:1])) if x.dim() > 2 else self.dropout(x))"
+                ),
+            )
+        ],
+        says="for all rows",
+        only=True,
+    ),
+    Mistake(
+        "no_dropout_without_gradients",
+        "5.7",
+        [(RETURN, RETURN.replace("self.dropout(x)", "(self.dropout(x) if torch.is_grad_enabled() else x)"))],
+        says="nothing is dropped",
+        only=True,
+    ),
+    Mistake(
+        "mode_taken_over_when_applied",
+        "5.7",
+        [(MODE, ""), (ADAPT, ADAPT + "            adapters[layer].train(layer.training)\n")],
+        says="its own flag is True",
+        only=True,
+    ),
+    Mistake(
+        "left_on_the_first_calls_device",
+        "5.7",
+        [
+            (
+                RETURN,
+                '        one = self.__dict__.setdefault("_one", torch.ones(1, dtype=x.dtype, device=x.device)).to(x.dtype)\n'
+                + RETURN.replace("* self.scaling", "* self.scaling * one"),
+            )
+        ],
+        says="meta",
         only=True,
     ),
     # 5.8
@@ -1601,13 +1776,6 @@ MISTAKES = [
         "references_saved",
         "5.8",
         [(SAVE, SAVE.replace("value.clone()", "value"))],
-        says="a reference was saved",
-        only=True,
-    ),
-    Mistake(
-        "shallow_copies_saved",
-        "5.8",
-        [(SAVE, SAVE.replace("value.clone()", "value.detach()"))],
         says="a reference was saved",
         only=True,
     ),
@@ -1675,6 +1843,38 @@ MISTAKES = [
         says="a list came",
         only=True,
     ),
+    Mistake(
+        "what_is_trainable_is_saved",
+        "5.8",
+        [(SAVE, "    return {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}\n")],
+        says="and nothing of the base",
+        only=True,
+    ),
+    Mistake(
+        "lora_anywhere_in_the_key",
+        "5.8",
+        [(SAVE, SAVE.replace('key.endswith(("lora_A", "lora_B"))', '"lora" in key'))],
+        says="base layers",
+        only=True,
+    ),
+    Mistake(
+        "nothing_saved_while_merged",
+        "5.8",
+        [
+            (
+                SAVE,
+                '    adapters = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear) and not m._own_weight}\n    return {f"{n}.{part}": getattr(m, part).detach().clone() for n, m in adapters.items() for part in ("lora_A", "lora_B")}\n',
+            )
+        ],
+        says="after loading",
+        only=True,
+    ),
+    Mistake(
+        "saved_in_float32",
+        "5.8",
+        [(SAVE, SAVE.replace("value.clone()", "value.float()"))],
+        says="after loading",
+    ),
     # 5.9
     Mistake(
         "own_test_asserts_nothing",
@@ -1717,18 +1917,6 @@ MISTAKES = [
             )
         ],
         says="fails on right code",
-        only=True,
-    ),
-    Mistake(
-        "own_test_of_the_start_alone",
-        "5.9",
-        [
-            (
-                "    with torch.no_grad():\n        layer.lora_B.normal_()\n",
-                "    return\n    with torch.no_grad():\n        layer.lora_B.normal_()\n",
-            )
-        ],
-        says="passes although",
         only=True,
     ),
 ]

@@ -1,7 +1,7 @@
 """The adapter hangs on the original layer as a forward hook; a parent that reads the weight gets the sum."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -116,10 +116,12 @@ class LoRAConfig:
 
     rank: int = 4
     alpha: float = 8.0
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    target_modules: list[str] | None = None
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.target_modules is None:
+            self.target_modules = ["q_proj", "v_proj"]
         if self.rank <= 0:
             raise ValueError(f"rank is {self.rank}")
 
@@ -127,9 +129,10 @@ class LoRAConfig:
 def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """Adapts."""
     names = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
-    hits = [n for n in names if any(n == t or (n.endswith("." + t) and "." not in t) for t in config.target_modules)]
+    targets = config.target_modules or []
+    hits = [n for n in names if any(n == t or (n.endswith("." + t) and "." not in t) for t in targets)]
     if not hits:
-        raise ValueError(f"{config.target_modules} not in {names}")
+        raise ValueError(f"{targets} not in {names}")
     model.requires_grad_(False)
     made: dict[nn.Module, LoRALinear] = {}
     for name in hits:
@@ -141,8 +144,9 @@ def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Saves what is trainable."""
-    return {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
+    """Saves what is registered under an adapter's own names."""
+    paths = {n for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {n: p.data.clone() for n, p in model.named_parameters() if n.rpartition(".")[0] in paths}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

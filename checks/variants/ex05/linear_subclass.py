@@ -91,7 +91,7 @@ class LoRALinear(nn.Linear):
         if not self.kept:
             self.kept = (self.weight,)
             merged = torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scaling)
-            self.weight = self.original_layer.weight = nn.Parameter(merged)
+            self.weight = self.original_layer.weight = nn.Parameter(merged, requires_grad=False)
 
     def unmerge_weights(self) -> None:
         """Restores."""

@@ -58,6 +58,9 @@ class SimpleTransformer(nn.Module):
         return self.head(x)
 
 
+PARTS = ("down", "up")
+
+
 class LoRALinear(nn.Module):
     """The original, and beside it down and up."""
 
@@ -121,7 +124,7 @@ class LoRAConfig:
         if rank < 1:
             raise ValueError("rank must be positive")
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.target_modules = target_modules or ["q_proj", "v_proj"]
+        self.target_modules = ["q_proj", "v_proj"] if target_modules is None else target_modules
 
 
 def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
@@ -148,8 +151,10 @@ def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Everything of the parts named down and up."""
-    wanted = ("down.weight", "up.weight")
-    return {k: v.clone() for k, v in model.state_dict().items() if k.endswith(wanted) and ".adapter." not in k}
+    adapters = tuple(
+        f"{path}.{part}." for path, m in model.named_modules() if isinstance(m, LoRALinear) for part in PARTS
+    )
+    return {key: held.clone() for key, held in model.state_dict().items() if key.startswith(adapters)}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
