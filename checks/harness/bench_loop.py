@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from harness import board
-from harness.copies import READY, Terminal, Workspace, processes
+from harness.copies import READY, Terminal, Workspace, processes, quiet
 from harness.specification import TOP, Exercise, exercises
 
 SAVES = 20
@@ -55,8 +55,7 @@ def warm(workspace: Workspace, exercise: Exercise, count: int) -> tuple[list[flo
     memory = resident_megabytes(workspace)
     terminal.interrupt()
     terminal.ended()
-    while processes(workspace, "python"):
-        time.sleep(0.2)  # The folder is removed next; what still runs there would never hear of it.
+    quiet(workspace)
     return taken, memory
 
 

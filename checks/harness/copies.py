@@ -114,6 +114,16 @@ class Terminal:
         return False
 
 
+def quiet(workspace: Workspace, seconds: float = 30) -> bool:
+    """Waits until nothing runs in a copy any more: a folder that is removed before leaves its processes behind."""
+    deadline = time.monotonic() + seconds
+    while left := processes(workspace, "python"):
+        if time.monotonic() > deadline:
+            return not left
+        time.sleep(0.1)
+    return True
+
+
 def processes(workspace: Workspace, what: str) -> list[int]:
     """Processes of this copy of the workspace: their working directory tells."""
     found = []

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from harness.copies import READY, Terminal, Workspace
+from harness.copies import READY, Terminal, Workspace, quiet
 from harness.specification import TOP
 
 PICTURE = TOP / ".github" / "watch.svg"
@@ -33,7 +33,7 @@ def watched(workspace: Workspace, kind: str) -> str:
     (workspace.top / "exercises" / FILE).write_text(text.replace(*SLIP), encoding="utf-8")
     came = terminal.until("Ctrl-C ends")
     terminal.interrupt()
-    assert terminal.ended()
+    assert terminal.ended() and quiet(workspace)
     kept = _CHANGING.sub("12:34:56 judged ex01 in 0.35 s", came[came.index("judging ") :])
     return "\n".join(line.rstrip() for line in kept.strip().splitlines())
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from harness.copies import READY, Terminal, Workspace, processes
+from harness.copies import READY, Terminal, Workspace, processes, quiet
 
 FILE = "ex42_doubling.py"
 STARTER = '''"""ex42: Doubling
@@ -168,7 +168,7 @@ def test_it_is_watched(grown: Workspace) -> None:
     assert f"\nexercises/{FILE}:25: error: 42.1 double(x): " in wrong, wrong
 
     watch.interrupt()
-    assert watch.ended()
+    assert watch.ended() and quiet(grown)
 
 
 def test_it_is_checked_graded_and_answered(grown: Workspace) -> None:

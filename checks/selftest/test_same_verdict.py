@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from harness import banks
-from harness.copies import READY, Terminal, Workspace
+from harness.copies import READY, Terminal, Workspace, quiet
 from harness.specification import Exercise, exercises
 
 # Each exercise comes once as the answer, once as a variant, once as a mistake, once as the starter, over four rounds.
@@ -41,7 +41,7 @@ def test_check_watch_and_grade_agree(workspace: Workspace, turn: int) -> None:
     watch = Terminal(workspace.make_command("watch"), workspace.top)
     watch.until(READY, 120)
     watch.interrupt()
-    assert watch.ended()
+    assert watch.ended() and quiet(workspace)
     watched = outcomes(workspace)
     assert workspace.make("grade").returncode == 0
     sheet = json.loads((workspace.top / "gradesheet.json").read_text())

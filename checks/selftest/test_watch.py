@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from harness.copies import READY, Terminal, Workspace, processes
+from harness.copies import READY, Terminal, Workspace, processes, quiet
 
 FILE = "ex01_multi_head_attention.py"
 
@@ -99,7 +99,4 @@ def test_the_loop(workspace: Workspace, watch: Terminal) -> None:
     watch.until("judging ")
     watch.interrupt()
     assert watch.ended()
-    deadline = time.monotonic() + 10
-    while processes(workspace, "python") and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not processes(workspace, "python"), "processes stay behind"
+    assert quiet(workspace), "processes stay behind"
