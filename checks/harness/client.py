@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     """Runs a command and returns its exit code."""
     os.chdir(TOP)
     os.makedirs("build", exist_ok=True)
-    cold = os.environ.get("EXERCISES_COLD") or "--device=cuda" in arguments
+    cold = os.environ.get("EXERCISES_COLD") or any(argument.startswith("--device=") for argument in arguments)
     watch = os.environ.get("EXERCISES_WATCH", "")
     if not cold:
         for _ in range(3):

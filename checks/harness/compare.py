@@ -1,7 +1,7 @@
 """The one comparison between what a learner's code gave and what a check expects."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Where:
 CPU = Where(torch.device("cpu"), torch.float64, 1e-9)
 # A float32 sum of a few dozen unit-scale terms errs by about 1e-6; bfloat16 holds 8 bits, 4e-3 per rounding.
 CUDA = (Where(torch.device("cuda"), torch.float32, 2e-5), Where(torch.device("cuda"), torch.bfloat16, 5e-2))
+# Where DEVICE sends the agreement checks besides. The stand-in, a GPU's dtypes on the CPU, is for where no GPU is.
+ELSEWHERE = {"cuda": CUDA, "stand-in": tuple(replace(place, device=CPU.device) for place in CUDA)}
 
 
 class Close:

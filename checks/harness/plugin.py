@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from harness import lint as linters
-from harness.compare import CPU, CUDA, Close, Where
+from harness.compare import CPU, ELSEWHERE, Close, Where
 from harness.explain import NotRun, explain
 from harness.integrity import Integrity
 from harness.specification import TOP, exercise_of
@@ -24,6 +24,7 @@ from harness.verdicts import Result
 SINK = pytest.StashKey[Callable[[Result], None]]()
 FOLDER = pytest.StashKey[Path]()
 INTEGRITY = pytest.StashKey[Integrity]()
+DEVICE_SECONDS = 60
 _TRIALS = pytest.StashKey[Trials]()
 _RESULT = pytest.StashKey[Result]()
 _HUNG = pytest.StashKey[set[Path]]()
@@ -35,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--submission", default="exercises", metavar="DIR", help="the folder that is judged (default: exercises)"
     )
     group.addoption(
-        "--device", default="cpu", choices=["cpu", "cuda"], help="also run the agreement checks on this device"
+        "--device", default="cpu", choices=["cpu", *ELSEWHERE], help="also run the agreement checks on this device"
     )
 
 
@@ -52,8 +53,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "on" in metafunc.fixturenames:
-        places = [CPU, *(CUDA if metafunc.config.getoption("--device", "cpu") == "cuda" else ())]
-        metafunc.parametrize("on", places, ids=str)
+        # A device may take long to come up; no hang is reported for that.
+        device, slow = metafunc.config.getoption("--device", "cpu"), pytest.mark.limit(DEVICE_SECONDS)
+        others = [pytest.param(place, marks=slow, id=str(place)) for place in ELSEWHERE.get(device, ())]
+        metafunc.parametrize("on", [pytest.param(CPU, id=str(CPU)), *others])
 
 
 def pytest_runtestloop(session: pytest.Session) -> None:
@@ -133,6 +136,16 @@ def requirement_of(item: pytest.Item) -> str:
     if mark is None:
         raise pytest.UsageError(f"{item.nodeid}: no @requirement")
     return str(mark.args[0])
+
+
+def earns(item: pytest.Item) -> bool:
+    """Whether an item counts: what runs elsewhere than on the CPU in float64 is shown only."""
+    return "on" not in _fixtures(item) or _parameter(item, "on") == CPU
+
+
+def _parameter(item: pytest.Item, name: str) -> object:
+    assert isinstance(item, pytest.Function)
+    return item.callspec.params[name]
 
 
 def lane_of(item: pytest.Item) -> str:

@@ -58,14 +58,15 @@ class _Waiting:
             self.broken.append(str(report.longrepr))
 
 
-def collected(use: Callable[[pytest.Session], int], ex: str = "") -> int:
-    """Collects all checks (or those of the exercise `ex`), then returns what `use` returns on the session.
+def collected(use: Callable[[pytest.Session], int], ex: str = "", device: str = "cpu") -> int:
+    """Collects all checks (or those of the exercise `ex`), some of them for `device` too, then returns what `use`
+    returns on the session.
 
     Raises:
         CollectionFailed: a check file has an error of its own.
     """
     waiting = _Waiting(use)
-    options = ["-c", str(CHECKS / "pytest.ini"), "--rootdir", str(TOP), "--capture=no"]
+    options = ["-c", str(CHECKS / "pytest.ini"), "--rootdir", str(TOP), "--capture=no", f"--device={device}"]
     options += [f"-pno:{plugin}" for plugin in ("terminal", "faulthandler", "logging")]
     files = [str(exercise.check_file) for exercise in selected(ex) if exercise.check_file.exists()]
     code = pytest.main([*options, *files], plugins=[waiting])
