@@ -34,9 +34,9 @@ INF = float("inf")
 CALL = "flash_attention_forward"
 WEIGHTS = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "o_proj.bias"]
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
-MASK_SHAPES = [(1, 1, 1, N), (B, 1, 1, N), (1, H, 1, N), (1, 1, N, N), (B, 1, N, N), (B, H, N, N)]
 FACTORIES = _device_constructors()
-HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+HALVES = [torch.bfloat16, torch.float16]
+HALF = pytest.mark.parametrize("dtype", HALVES, ids=str)
 
 
 def build(subject: Subject, block_size: int = BLOCK, dtype: torch.dtype = torch.float64) -> Any:
@@ -218,15 +218,14 @@ def towards(rng: torch.Generator, offsets: Tensor, dtype: torch.dtype = torch.fl
 
 
 @requirement("3.2")
-@pytest.mark.parametrize("step", [2, -2, 300, -300])
-def test_a_maximum_that_changes_from_block_to_block(
-    subject: Subject, close: Close, rng: torch.Generator, step: int
-) -> None:
+def test_a_maximum_that_changes_from_block_to_block(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Scores that rise or fall from key to key give the formula's results."""
-    given = towards(rng, step * torch.arange(3.0 * BLOCK))
+    attention = build(subject)
 
-    agree(close, build(subject), given, hint=f"scores change by {step} from key to key: when the maximum rises, "
-          "sum and accumulator are multiplied by exp(old - new)")  # fmt: skip
+    for step in (2, -2, 300, -300):
+        hint = f"scores change by {step} from key to key: when the maximum rises, sum and accumulator are multiplied by"
+        given = towards(rng, step * torch.arange(3.0 * BLOCK))
+        agree(close, attention, given, hint=f"{hint} exp(old - new)")
 
 
 @requirement("3.2")
@@ -246,47 +245,50 @@ def test_large_logits(
 
 
 @requirement("3.2")
-@pytest.mark.parametrize("offset", [-2000.0, 2000.0])
-def test_scores_that_are_all_far_from_zero(subject: Subject, close: Close, rng: torch.Generator, offset: float) -> None:
-    """Scores that all lie around -2000, or 2000, give the formula's results."""
-    given = towards(rng, torch.full((N,), offset))
+def test_scores_that_are_all_far_from_zero(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Scores that all lie around -100000, or 100000, give the formula's results."""
+    attention = build(subject)
 
-    agree(close, build(subject), given, hint=f"all scores are about {offset:g}: the maximum starts below any score")
+    for offset in (-1e5, 1e5):
+        hint = f"all scores are about {offset:g}: the maximum starts below any score"
+        agree(close, attention, towards(rng, torch.full((N,), offset)), hint=hint)
 
 
 @requirement("3.2")
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_a_masked_block(subject: Subject, close: Close, rng: torch.Generator, where: str) -> None:
+def test_a_masked_block(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A block in which a row may attend to nothing, before, between or after others, leaves the row right."""
-    given = inputs(rng, m=3 * BLOCK)
-    mask = some_mask((B, 1, N, 3 * BLOCK), rng)
-    block = ("first", "middle", "last").index(where) * BLOCK
-    mask[0, 0, 2:, block : block + BLOCK] = False
+    given, attention = inputs(rng, m=3 * BLOCK), build(subject)
 
-    agree(close, build(subject), given, mask, hint=f"for some rows the {where} block is masked: "
-          "there -inf - -inf must not become NaN, nor a masked key have weight")  # fmt: skip
+    for number, where in enumerate(("first", "middle", "last")):
+        mask = some_mask((B, 1, N, 3 * BLOCK), rng)
+        mask[0, 0, 2:, number * BLOCK : (number + 1) * BLOCK] = False
+        hint = (
+            f"for some rows the {where} block is masked: there -inf - -inf must not become NaN, nor a masked key have"
+        )
+        agree(close, attention, given, mask, hint=f"{hint} weight")
 
 
 @requirement("3.2")
-@pytest.mark.parametrize("shape", [(B, 1, N, N), (B, 1, N, 1), (B, H, 1, 1)], ids=["some_rows", "queries", "heads"])
-def test_a_row_that_may_attend_to_nothing(
-    subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]
-) -> None:
+def test_a_row_that_may_attend_to_nothing(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """It has output 0 and logsumexp -inf; the others are right."""
-    mask = some_mask(shape, rng)
-    mask[0, 0, -1] = False
-    mask[1, 0, 0] = False
+    given, attention = inputs(rng), build(subject)
 
-    hint = "a row that may attend to nothing has output 0 and logsumexp -inf: its sum is 0"
-    agree(close, build(subject), inputs(rng), mask, hint=hint)
+    for shape in ((B, 1, N, N), (B, 1, N, 1), (B, H, 1, 1)):
+        mask = some_mask(shape, rng)
+        mask[0, 0, -1] = False
+        mask[1, 0, 0] = False
+        hint = "a row that may attend to nothing has output 0 and logsumexp -inf: its sum is 0"
+        agree(close, attention, given, mask, hint=f"a mask of shape {shape}: {hint}")
 
 
 @requirement("3.2")
-@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
-def test_nothing_may_be_attended_to(subject: Subject, close: Close, rng: torch.Generator, causal: bool) -> None:
+def test_nothing_may_be_attended_to(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """With a mask that allows nothing at all every output is 0 and every logsumexp -inf."""
-    hint = "the mask allows nothing at all: output 0, logsumexp -inf"
-    agree(close, build(subject), inputs(rng), torch.zeros(1, 1, 1, N, dtype=torch.bool), causal, hint=hint)
+    given, attention = inputs(rng), build(subject)
+
+    for causal in (False, True):
+        hint = f"the mask allows nothing at all, causal = {causal}: output 0, logsumexp -inf"
+        agree(close, attention, given, torch.zeros(1, 1, 1, N, dtype=torch.bool), causal, hint=hint)
 
 
 @requirement("3.2")
@@ -335,21 +337,21 @@ def test_gradients_of_rows_that_may_attend_to_nothing(subject: Subject, rng: tor
 
 
 @requirement("3.2")
-@pytest.mark.parametrize("offset", [-2000.0, 2000.0])
-def test_gradients_of_large_scores_are_finite(subject: Subject, rng: torch.Generator, offset: float) -> None:
+def test_gradients_of_large_scores_are_finite(subject: Subject, rng: torch.Generator) -> None:
     """Scores around 2000 overflow nothing in backward."""
-    given = [x.requires_grad_() for x in towards(rng, torch.full((N,), offset))]
+    attention = build(subject)
 
-    output, _ = attend(build(subject), given)
-    if not output.requires_grad:
-        return  # 3.6 says so.
-    grads = torch.autograd.grad(output.square().sum(), given)
-
-    for name, grad in zip("QKV", grads, strict=True):
-        assert grad.isfinite().all(), (
-            f"backward, scores about {offset:g}: the gradient of {name} is not finite\n"
-            "P = exp(S - logsumexp), in one step"
-        )
+    for offset in (-2000.0, 2000.0):
+        given = [x.requires_grad_() for x in towards(rng, torch.full((N,), offset))]
+        output, _ = attend(attention, given)
+        if not output.requires_grad:
+            return  # 3.6 says so.
+        grads = torch.autograd.grad(output.square().sum(), given)
+        for name, grad in zip("QKV", grads, strict=True):
+            assert grad.isfinite().all(), (
+                f"backward, scores about {offset:g}: the gradient of {name} is not finite\n"
+                "P = exp(S - logsumexp), in one step"
+            )
 
 
 @requirement("3.2")
@@ -372,59 +374,63 @@ def test_padded_keys_change_nothing(subject: Subject, close: Close, rng: torch.G
 
 
 @requirement("3.3")
-@pytest.mark.parametrize(
-    ("n", "m"), [(1, 1), (1, 3), (3, 1), (2, 3), (4, 5), (5, 4), (9, 14), (14, 9), (1, 11), (11, 1)]
-)
-def test_any_lengths(subject: Subject, close: Close, rng: torch.Generator, n: int, m: int) -> None:
+def test_any_lengths(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Any numbers of queries and keys give the formula's results."""
-    hint = f"N = {n}, M = {m}, block_size = {BLOCK}: the last block may be smaller, and N and M are unrelated"
-    agree(close, build(subject), inputs(rng, n, m), hint=hint)
+    attention = build(subject)
+
+    for n, m in ((1, 1), (1, 3), (3, 1), (2, 3), (4, 5), (5, 4), (9, 14), (14, 9), (1, 11), (11, 1)):
+        hint = f"N = {n}, M = {m}, block_size = {BLOCK}: the last block may be smaller, and N and M are unrelated"
+        agree(close, attention, inputs(rng, n, m), hint=hint)
 
 
 @requirement("3.3")
-@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 64])
-def test_any_block_size(subject: Subject, close: Close, rng: torch.Generator, block_size: int) -> None:
+def test_any_block_size(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Blocks of any size give the formula's results, causal or not."""
-    for causal in (False, True):
-        hint = f"N = 4, M = 6, block_size = {block_size}, causal = {causal}: j <= i + M - N"
-        agree(close, build(subject, block_size), inputs(rng, 4, 6), causal=causal, hint=hint)
+    given = inputs(rng, 4, 6)
+
+    for block_size in (1, 2, 3, 7, 64):
+        attention = build(subject, block_size)
+        for causal in (False, True):
+            hint = f"N = 4, M = 6, block_size = {block_size}, causal = {causal}: j <= i + M - N"
+            agree(close, attention, given, causal=causal, hint=hint)
 
 
 @requirement("3.3")
-@pytest.mark.parametrize(("n", "m"), [(3, 7), (8, 12), (1, 6), (5, 18)])
-def test_causal_aligns_the_last_query_with_the_last_key(
-    subject: Subject, close: Close, rng: torch.Generator, n: int, m: int
-) -> None:
+def test_causal_aligns_the_last_query_with_the_last_key(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """With more keys than queries, query i sees the keys up to i + M - N."""
-    hint = f"N = {n}, M = {m}: query i sees the keys j <= i + M - N, so the last query sees all"
-    agree(close, build(subject), inputs(rng, n, m), causal=True, hint=hint)
+    attention = build(subject)
+
+    for n, m in ((3, 7), (8, 12), (1, 6), (5, 18)):
+        hint = f"N = {n}, M = {m}: query i sees the keys j <= i + M - N, so the last query sees all"
+        agree(close, attention, inputs(rng, n, m), causal=True, hint=hint)
 
 
 @requirement("3.3")
-@pytest.mark.parametrize(("n", "m"), [(8, 5), (9, 4)])
-def test_causal_with_more_queries_than_keys(
-    subject: Subject, close: Close, rng: torch.Generator, n: int, m: int
-) -> None:
+def test_causal_with_more_queries_than_keys(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """The last M queries see 1, 2, … M keys."""
-    given = inputs(rng, n, m)
-    expected = reference(given, causal=True)
+    attention = build(subject)
 
-    actual = attend(build(subject), given, causal=True)
-
-    hint = f"N = {n}, M = {m}: query i sees the keys j <= i + M - N, so the last query sees all"
-    for came, wanted, name in zip(actual, expected, ("output", "logsumexp"), strict=True):
-        assert came.shape == wanted.shape, f"{CALL}: {name} of shape {tuple(came.shape)} came"
-        close(came[:, :, n - m :].double(), wanted[:, :, n - m :], f"{CALL}: {name} of the last {m} queries", hint=hint)
+    for n, m in ((8, 5), (9, 4)):
+        given = inputs(rng, n, m)
+        actual, expected = attend(attention, given, causal=True), reference(given, causal=True)
+        hint = f"N = {n}, M = {m}: query i sees the keys j <= i + M - N, so the last query sees all"
+        for came, wanted, name in zip(actual, expected, ("output", "logsumexp"), strict=True):
+            assert came.shape == wanted.shape, f"{CALL}: {name} of shape {tuple(came.shape)} came"
+            last = slice(n - m, n)
+            close(came[:, :, last].double(), wanted[:, :, last], f"{CALL}: {name} of the last {m} queries", hint=hint)
 
 
 @requirement("3.3")
-@pytest.mark.parametrize(("n", "m"), [(7, 10), (6, 3), (1, 3)])
-def test_masks_at_any_lengths(subject: Subject, close: Close, rng: torch.Generator, n: int, m: int) -> None:
+def test_masks_at_any_lengths(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A mask is cut where the blocks are, and may be combined with causal."""
-    for shape in ((B, H, n, m), (B, 1, 1, m), (1, 1, n, m)):
-        causal = shape[0] > 1 and m > n
-        hint = f"N = {n}, M = {m}, a mask of shape {shape}, block_size = {BLOCK}, causal = {causal}"
-        agree(close, build(subject), inputs(rng, n, m), some_mask(shape, rng), causal, hint=hint)
+    attention = build(subject)
+
+    for n, m in ((7, 10), (6, 3), (1, 3)):
+        given = inputs(rng, n, m)
+        for shape in ((B, H, n, m), (B, 1, 1, m), (1, 1, n, m)):
+            causal = shape[1] == 1 and m > n
+            hint = f"N = {n}, M = {m}, a mask of shape {shape}, block_size = {BLOCK}, causal = {causal}"
+            agree(close, attention, given, some_mask(shape, rng), causal, hint=hint)
 
 
 @requirement("3.3")
@@ -433,13 +439,20 @@ def test_one_module_serves_lengths_in_any_order(subject: Subject, close: Close, 
     attention = build(subject)
 
     for n in (9, 1, 6, 9):
-        x = torch.randn(B, n, D, generator=rng, dtype=torch.float64)
-        kinds = (False, True, False)
-        expected = [standard(attention, x, causal=causal).detach() for causal in kinds]
+        x, given = torch.randn(B, n, D, generator=rng, dtype=torch.float64), inputs(rng, n, n)
+        kinds: list[tuple[Tensor | None, bool]] = [(None, False), (None, True)]
+        kinds += [(some_mask((B, 1, 1, n), rng), False) for _ in range(2)]
+        hint = f"with N = {n}, plain, causal and with two masks in turn, after other lengths"
         with torch.no_grad():
-            outputs = [call(attention, x, causal=causal) for causal in kinds]
-        for output, wanted in zip(outputs, expected, strict=True):
-            close(output, wanted, "forward", hint=f"with N = {n}, causal or not in turn, after other lengths")
+            outputs = [attend(attention, given, *kind) for kind in kinds]
+            agree(close, attention, given, hint=hint)
+        for output, kind in zip(outputs, kinds, strict=True):
+            for came, wanted in zip(output, reference(given, *kind), strict=True):
+                close(came.double(), wanted, f"{CALL}, when later calls have been made", hint=hint)
+        for causal in (False, True):
+            close(
+                call(attention, x, causal=causal), standard(attention, x, causal=causal).detach(), "forward", hint=hint
+            )
 
 
 # 3.4 standard attention's results and weights
@@ -461,32 +474,26 @@ def test_two_keys_by_hand(subject: Subject, close: Close) -> None:
 
 
 @requirement("3.4")
-@pytest.mark.parametrize("blocks", ["one_block", "key_blocks", "query_blocks", "both"])
-def test_agrees_with_the_formula(subject: Subject, close: Close, rng: torch.Generator, blocks: str) -> None:
+def test_agrees_with_the_formula(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Output and logsumexp are the formula's, in one block and in several."""
-    n = BLOCK if blocks in ("one_block", "key_blocks") else 3 * BLOCK
-    m = BLOCK if blocks in ("one_block", "query_blocks") else 3 * BLOCK
-    hints = {
-        "one_block": "softmax(Q Kᵀ / √Dh) V",
-        "key_blocks": "a block's sum and accumulator refer to its own maximum",
-    }
+    attention = build(subject)
+    hints = {(1, 1): "softmax(Q Kᵀ / √Dh) V", (1, 3): "a block's sum and accumulator refer to its own maximum"}
 
-    agree(
-        close,
-        build(subject),
-        inputs(rng, n, m),
-        hint=f"N = {n}, M = {m}, block_size = {BLOCK}: {hints.get(blocks, '')}",
-    )
+    for rows, columns in ((1, 1), (1, 3), (3, 1), (3, 3)):
+        n, m = rows * BLOCK, columns * BLOCK
+        hint = f"N = {n}, M = {m}, block_size = {BLOCK}: {hints.get((rows, columns), '')}"
+        agree(close, attention, inputs(rng, n, m), hint=hint)
 
 
 @requirement("3.4")
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_causal(subject: Subject, close: Close, rng: torch.Generator, blocks: int) -> None:
+def test_causal(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A causal query sees itself and what came before it, also across blocks."""
-    given = inputs(rng, blocks * BLOCK, blocks * BLOCK)
-    hint = f"causal in {blocks}·{blocks} blocks: query i sees key j <= i, where i and j count from the first block"
+    attention = build(subject)
 
-    agree(close, build(subject), given, causal=True, hint=hint)
+    for blocks in (1, 3):
+        given = inputs(rng, blocks * BLOCK, blocks * BLOCK)
+        hint = f"causal in {blocks}·{blocks} blocks: query i sees key j <= i, where i and j count from the first block"
+        agree(close, attention, given, causal=True, hint=hint)
 
 
 @requirement("3.4")
@@ -502,53 +509,49 @@ def test_agrees_with_pytorch(subject: Subject, close: Close, rng: torch.Generato
 
 
 @requirement("3.4")
-@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
-def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Boolean and 0/1 masks of every dtype mean the same."""
-    mask = some_mask((B, 1, N, N), rng).to(dtype)
+    given, attention = inputs(rng), build(subject)
 
-    agree(close, build(subject), inputs(rng), mask, hint=f"a mask of {dtype}: true or 1 means may attend")
+    for dtype in MASK_DTYPES:
+        mask = some_mask((B, 1, N, N), rng).to(dtype)
+        agree(close, attention, given, mask, hint=f"a mask of {dtype}: true or 1 means may attend")
 
 
 @requirement("3.4")
-@pytest.mark.parametrize("shape", MASK_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Masks per batch row, per head, per query and per key all work."""
-    agree(close, build(subject), inputs(rng), some_mask(shape, rng), hint=f"a mask of shape {shape}")
+    given, attention = inputs(rng), build(subject)
+
+    for shape in ((1, 1, 1, N), (B, 1, 1, N), (1, H, 1, N), (1, 1, N, N), (B, 1, N, N), (B, H, N, N)):
+        agree(close, attention, given, some_mask(shape, rng), hint=f"a mask of shape {shape}")
+    for shape in ((B, 1, N, 1), (B, H, 1, 1), (1, 1, 1, 1)):
+        hint = f"a mask of shape {shape}, all true: its one column serves every block of keys"
+        agree(close, attention, given, torch.ones(shape, dtype=torch.bool), hint=hint)
 
 
 @requirement("3.4")
-@pytest.mark.parametrize("shape", [(B, 1, 1, N), (1, H, N, N)], ids=["keys", "queries"])
-def test_a_mask_with_causal(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+def test_a_mask_with_causal(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """With both, a query sees what both allow."""
-    hint = f"a mask of shape {shape} and causal = True: what both allow may be seen"
-    agree(close, build(subject), inputs(rng), some_mask(shape, rng), causal=True, hint=hint)
+    given, attention = inputs(rng), build(subject)
+
+    for shape in ((B, 1, 1, N), (1, H, N, N)):
+        hint = f"a mask of shape {shape} and causal = True: what both allow may be seen"
+        agree(close, attention, given, some_mask(shape, rng), causal=True, hint=hint)
 
 
 @requirement("3.4")
-@pytest.mark.parametrize(
-    "shape", [(B, 1, N, 1), (B, H, 1, 1), (1, 1, 1, 1)], ids=lambda shape: "x".join(map(str, shape))
-)
-def test_a_mask_of_one_column(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
-    """A mask of one column serves all blocks of keys."""
-    hint = f"a mask of shape {shape}, all true: its one column serves every block of keys"
-    agree(close, build(subject), inputs(rng), torch.ones(shape, dtype=torch.bool), hint=hint)
-
-
-@requirement("3.4")
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=str)
-def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Q, K, V and mask are afterwards what they were."""
-    given = [*inputs(rng), some_mask((B, H, N, N), rng).to(dtype)]
-    before = [x.clone() for x in given]
     attention = build(subject)
 
-    for causal in (False, True):
+    for causal, dtype in ((False, torch.float64), (True, torch.bool)):
+        given = [*inputs(rng), some_mask((B, H, N, N), rng).to(dtype)]
+        before = [x.clone() for x in given]
         attend(attention, given[:3], given[3], causal)
-
         for name, x, kept in zip(("Q", "K", "V", "mask"), given, before, strict=True):
             close(x, kept, f"{name} after {CALL}", tolerance=0, hint="an input is written to")
-    agree(close, attention, given[:3], given[3])
+        agree(close, attention, given[:3], given[3], causal)
 
 
 @requirement("3.4")
@@ -577,21 +580,20 @@ def test_state_dict(subject: Subject) -> None:
 
 
 @requirement("3.4")
-@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "causal mask"])
-def test_forward_is_standard_attention(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+def test_forward_is_standard_attention(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """With weights loaded from a standard layer, forward gives that layer's results."""
     weights = {f"{name}_proj.weight": torch.randn(D, D, generator=rng, dtype=torch.float64) / 3 for name in "qkvo"}
     weights["o_proj.bias"] = torch.randn(D, generator=rng, dtype=torch.float64)
     x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
-    mask = some_mask((B, 1, 1, N), rng) if "mask" in kind else None
     attention = build(subject)
     attention.load_state_dict(weights)
-    expected = standard(attention, x, mask, "causal" in kind).detach()
+    hint = "project, view as [B, N, H, Dh] and transpose, attend, transpose back and join, o_proj"
 
-    output = call(attention, x, mask, "causal" in kind)
-
-    close(output, expected, f"forward, {kind}",
-          hint="project, view as [B, N, H, Dh] and transpose, attend, transpose back and join, o_proj")  # fmt: skip
+    for mask in (None, some_mask((B, 1, 1, N), rng)):
+        for causal in (False, True):
+            what = f"forward, {'with a mask' if mask is not None else 'no mask'}, causal = {causal}"
+            expected = standard(attention, x, mask, causal).detach()
+            close(call(attention, x, mask, causal), expected, what, hint=hint)
 
 
 @requirement("3.4")
@@ -620,18 +622,28 @@ def test_forward_takes_every_mask(subject: Subject, close: Close, rng: torch.Gen
 
 
 @requirement("3.4")
-@pytest.mark.parametrize(
-    "shape",
-    [(N, N), (B, N), (B, N, N), (1, B, 1, 1, N), (B, 1, 1, N + 1), (B + 1, 1, 1, N), (B, H - 1, 1, N), (B, 1, 5, N)],
-    ids=lambda shape: "x".join(map(str, shape)),
-)
-def test_a_mask_of_a_bad_shape_is_refused(subject: Subject, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+def test_a_mask_of_a_bad_shape_is_refused(subject: Subject, rng: torch.Generator) -> None:
     """forward refuses a mask without 4 dimensions, or whose sizes do not fit, with both shapes."""
     x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
     attention = build(subject)
+    shapes = [(N, N), (B, N), (B, N, N), (1, B, 1, 1, N)]
+    shapes += [(B, 1, 1, N + 1), (B + 1, 1, 1, N), (B, H - 1, 1, N), (B, 1, 5, N)]
 
-    shapes = [", ".join(map(str, sizes)) for sizes in (shape, (B, H, N, N))]
-    refuses(ValueError, lambda: attention(x, torch.ones(shape)), f"forward with a mask of shape {shape}", *shapes)
+    for shape in shapes:
+        named = [", ".join(map(str, sizes)) for sizes in (shape, (B, H, N, N))]
+        mask = torch.ones(shape)
+        refuses(ValueError, lambda mask=mask: attention(x, mask), f"forward with a mask of shape {shape}", *named)
+
+
+@requirement("3.4")
+def test_a_mask_that_would_enlarge_the_scores_is_refused(subject: Subject, rng: torch.Generator) -> None:
+    """forward refuses a mask that is larger than 1 where the scores are 1."""
+    attention = build(subject)
+
+    for shape, n in (((B, 1, 1, N), N), ((1, 1, N, 1), 1)):
+        x = torch.randn(1, n, D, generator=rng, dtype=torch.float64)
+        what = f"forward(x of shape {tuple(x.shape)}) with a mask of shape {shape}"
+        refuses(ValueError, lambda x=x, shape=shape: attention(x, torch.ones(shape)), what, f"1, {H}, {n}, {n}")
 
 
 @requirement("3.4")
@@ -723,19 +735,23 @@ def _moved(attention: Any, hint: str) -> None:
 
 # Whatever computes an exponential per element. An implementation that uses none of them is judged by all its elements.
 EXPONENTIALS = ("exp", "exp_", "exp2", "exp2_", "expm1", "expm1_", "_softmax", "_safe_softmax", "_log_softmax")
+PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_", "mv", "addmv", "dot")
 
 
 class _Elements(TorchDispatchMode):
-    """How many elements each operation gave: a Trace that is lighter, for a check with many blocks."""
+    """How many elements each operation gave, and which products were of half precision: a Trace that is lighter."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.of: Counter[Any] = Counter()
+        self.of: Counter[str] = Counter()
+        self.half_products: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
         if isinstance(result, Tensor):
-            self.of[func] += result.numel()
+            self.of[name] += result.numel()
+            if name in PRODUCTS and any(isinstance(x, Tensor) and x.dtype in HALVES for x in args):
+                self.half_products.add(name)
         return result
 
 
@@ -745,10 +761,7 @@ def exponentials(close: Close, attention: Any, given: list[Tensor], causal: bool
     with torch.no_grad(), _Elements() as seen:
         output, _ = attend(attention, given, causal=causal)
     close(output, expected, f"{CALL}, causal = {causal}: output", tolerance=EXACT)
-    of = {func.overloadpacket.__name__: 0 for func in seen.of}
-    for func, elements in seen.of.items():
-        of[func.overloadpacket.__name__] += elements
-    return sum(of.get(name, 0) for name in EXPONENTIALS), sum(of.values())
+    return sum(seen.of[name] for name in EXPONENTIALS), seen.of.total()
 
 
 @requirement("3.5")
@@ -854,12 +867,13 @@ def test_gradients_by_hand(subject: Subject, close: Close) -> None:
 
 
 @requirement("3.6")
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_gradients(subject: Subject, close: Close, rng: torch.Generator, blocks: int) -> None:
+def test_gradients(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """The gradients of Q, K and V equal the formula's, in one block and in several."""
-    given = inputs(rng, blocks * BLOCK, blocks * BLOCK)
+    attention = build(subject)
 
-    gradients(close, build(subject), given, hint=f"in {blocks}·{blocks} blocks")
+    for blocks in (1, 3):
+        given = inputs(rng, blocks * BLOCK, blocks * BLOCK)
+        gradients(close, attention, given, hint=f"in {blocks}·{blocks} blocks")
 
 
 @requirement("3.6")
@@ -877,37 +891,32 @@ def test_gradients_with_masks_and_causal(subject: Subject, close: Close, rng: to
 
 
 @requirement("3.6")
-@pytest.mark.parametrize(
-    ("n", "m", "causal"), [(6, 11, False), (6, 11, True), (9, 5, False), (9, 5, True), (1, 3, False)]
-)
-def test_gradients_at_any_lengths(
-    subject: Subject, close: Close, rng: torch.Generator, n: int, m: int, causal: bool
-) -> None:
+def test_gradients_at_any_lengths(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """So they do at lengths that fill no whole blocks, wherever the output is right."""
-    given = inputs(rng, n, m)
     attention = build(subject)
-    output, expected = attend(attention, given, causal=causal)[0], reference(given, causal=causal)[0]
-    if output.shape != expected.shape or not torch.allclose(output.double(), expected):
-        return  # The output is wrong; 3.3 says so.
 
-    gradients(close, attention, given, causal=causal, hint=f"N = {n}, M = {m}, block_size = {BLOCK}, causal = {causal}")
+    for n, m, causal in ((6, 11, False), (6, 11, True), (9, 5, False), (9, 5, True), (1, 3, False)):
+        given = inputs(rng, n, m)
+        output, expected = attend(attention, given, causal=causal)[0], reference(given, causal=causal)[0]
+        if output.shape != expected.shape or not torch.allclose(output.double(), expected):
+            continue  # The output is wrong; 3.3 says so.
+        hint = f"N = {n}, M = {m}, block_size = {BLOCK}, causal = {causal}"
+        gradients(close, attention, given, causal=causal, hint=hint)
 
 
 @requirement("3.6")
-@pytest.mark.parametrize("kind", ["transposed", "expanded"])
-def test_gradients_of_a_strided_output(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+def test_gradients_of_a_strided_output(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """An expanded or transposed gradient of the output is as good as a copy, and is not written to."""
-    given = [x.requires_grad_() for x in inputs(rng)]
-    shape = (1, 1, 1, 1) if kind == "expanded" else (B, N, H, DH)
-    probe = torch.randn(shape, generator=rng, dtype=torch.float64)
-    probe = probe.expand(B, H, N, DH) if kind == "expanded" else probe.transpose(1, 2)
-    kept, expected = probe.clone(), torch.autograd.grad(reference(given)[0], given, probe)
+    given, attention = [x.requires_grad_() for x in inputs(rng)], build(subject)
+    transposed = torch.randn(B, N, H, DH, generator=rng, dtype=torch.float64).transpose(1, 2)
+    expanded = torch.randn(1, 1, 1, 1, generator=rng, dtype=torch.float64).expand(B, H, N, DH)
 
-    came = torch.autograd.grad(attend(build(subject), given)[0], given, probe)
-
-    close(probe, kept, "the gradient of the output after backward", tolerance=0, hint="backward writes to it")
-    for index, name in enumerate("QKV"):
-        close(came[index], expected[index], f"backward: gradient of {name}", hint=f"dO is an {kind} view")
+    for kind, probe in (("transposed", transposed), ("expanded", expanded)):
+        kept, expected = probe.clone(), torch.autograd.grad(reference(given)[0], given, probe)
+        came = torch.autograd.grad(attend(attention, given)[0], given, probe)
+        close(probe, kept, "the gradient of the output after backward", tolerance=0, hint="backward writes to it")
+        for index, name in enumerate("QKV"):
+            close(came[index], expected[index], f"backward: gradient of {name}", hint=f"dO is an {kind} view")
 
 
 @requirement("3.6")
@@ -1031,14 +1040,16 @@ def worst(came: Tensor, exact: Tensor) -> float:
 
 
 @requirement("3.7")
-@HALF
-def test_errors_in_half_precision(subject: Subject, rng: torch.Generator, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "masked"), [(HALVES[0], False), (HALVES[1], False), (HALVES[0], True)], ids=str)
+def test_errors_in_half_precision(subject: Subject, rng: torch.Generator, dtype: torch.dtype, masked: bool) -> None:
     """The output's error is at most twice that of torch's own attention, the logsumexp is as exact as float32."""
     given = sharp(rng, dtype)
-    exact, exact_logsumexp = reference(given)
-    theirs = worst(pytorch(given), exact)
+    n, m = given[0].size(2), given[1].size(2)
+    mask = some_mask((B, 1, n, m), rng) if masked else None
+    exact, exact_logsumexp = reference(given, mask=mask)
+    theirs = worst(functional.scaled_dot_product_attention(*given, attn_mask=mask), exact)
 
-    output, logsumexp = attend(build(subject, dtype=dtype), given)
+    output, logsumexp = attend(build(subject, dtype=dtype), given, mask)
 
     assert output.dtype == dtype, f"{CALL} in {dtype}: the output has {output.dtype}"
     assert output.shape == exact.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
@@ -1062,19 +1073,25 @@ def test_errors_in_half_precision(subject: Subject, rng: torch.Generator, dtype:
 @HALF
 def test_gradients_in_half_precision(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
     """Where they are right in float64, gradients in half precision have its dtype and are right within 5e-2."""
+    causal = dtype == torch.float16
     given = [x.to(dtype).requires_grad_() for x in inputs(rng)]
     probe = torch.randn(B, H, N, DH, generator=rng).to(dtype)
-    expected = torch.autograd.grad(reference(given)[0], given, probe.double())
+    expected = torch.autograd.grad(reference(given, causal=causal)[0], given, probe.double())
     exact = [x.detach().double().requires_grad_() for x in given]
-    output, _ = attend(build(subject), exact)
+    output, _ = attend(build(subject), exact, causal=causal)
     if not output.requires_grad:
         return  # 3.6 says so.
     grads = torch.autograd.grad(output, exact, probe.double(), allow_unused=True)
     if any(grad is None or worst(grad, wanted.double()) > 0.1 for grad, wanted in zip(grads, expected, strict=True)):
         return  # The gradients are wrong in float64 too; 3.6 says so.
 
-    came = torch.autograd.grad(attend(build(subject, dtype=dtype), given)[0], given, probe)
+    with _Elements() as seen:
+        came = torch.autograd.grad(attend(build(subject, dtype=dtype), given, causal=causal)[0], given, probe)
 
+    assert not seen.half_products, (
+        f"{CALL} and backward in {dtype}: {', '.join(sorted(seen.half_products))} multiplies in half precision\n"
+        "convert each block to float32 before its product"
+    )
     for index, name in enumerate("QKV"):
         close(came[index], expected[index], f"backward in {dtype}: gradient of {name}", tolerance=5e-2)
 
@@ -1278,14 +1295,13 @@ def test_seconds_are_those_of_the_call(subject: Subject, monkeypatch: pytest.Mon
             pass
 
     called = watch(subject, monkeypatch, delay)
-    for attempt in range(
-        8
-    ):  # A standard call, too, may take 1 ms where the machine is busy elsewhere: not eight times.
+    for _ in range(8):  # Where the machine is busy elsewhere a standard call, too, may take 1 ms: not eight times.
         called.clear()
         row = benchmark(subject, [32], *SIZES)[0]
         flash, plain = row["flash_seconds"], row["standard_seconds"]
-        one_call = max(call.seconds for call in called) if called else 0.0
-        if plain < flash <= 2 * one_call or attempt == 7 or flash < 1e-3:
+        took = sorted(call.seconds for call in called) or [0.0]
+        shortest, middle = took[0], took[len(took) // 2]
+        if flash < shortest or plain < shortest <= flash <= 2 * middle:
             break
 
     came = {call.shape for call in called}
@@ -1294,13 +1310,13 @@ def test_seconds_are_those_of_the_call(subject: Subject, monkeypatch: pytest.Mon
         f"benchmark_attention: a call of FlashAttention takes over 0.001 s, flash_seconds is {flash:.3g}\n"
         "it is the time of one call of the flash module, in seconds"
     )
-    assert flash <= 2 * one_call, (
-        f"benchmark_attention: calls of FlashAttention take up to {one_call:.3g} s, flash_seconds is {flash:.3g}\n"
+    assert flash <= 2 * middle, (
+        f"benchmark_attention: calls of FlashAttention take about {middle:.3g} s, flash_seconds is {flash:.3g}\n"
         "times are those of one call, in seconds"
     )
-    assert plain < flash, (
-        f"benchmark_attention: with calls of FlashAttention that take over 0.001 s, {flash:.3g} s by flash_seconds, "
-        f"standard_seconds is {plain:.3g}\nit is the time of one call of the standard form, in seconds"
+    assert plain < shortest, (
+        f"benchmark_attention: calls of FlashAttention are made to take {shortest:.3g} s and more, standard_seconds is "
+        f"{plain:.3g}\nit is the time of one call of the standard form, in seconds"
     )
     assert not any(call.output.requires_grad for call in called), (
         "benchmark_attention: gradients are recorded; it measures inference"

@@ -6,30 +6,32 @@ running maximum and a running sum for each query, and never holds more than one 
 the blocks anew. You write both in plain PyTorch, and measure what they save.
 
 Requirements
-3.1 (efficiency) Keep memory O(n), not O(n²): at inference no tensor of N·M or more elements is made (not from a mask
-    and not for `causal` either), no block of scores has more than 8·block_size² elements per head, and the peak at
-    twice the length (N and M) is less than 2.2 times the peak.
+3.1 (efficiency) Keep memory O(n), not O(n²): at inference no block of scores has more than 8·block_size² elements per
+    batch row and head, no other tensor grows with N·M (not from a mask of any shape or dtype, and not for `causal`
+    either; views are free), and the peak at twice the length (N and M) is less than 2.2 times the peak.
 3.2 (robustness) Maintain numerical stability: logits 40 times as large give finite and right results, and so do a row
     maximum that rises from block to block, scores that are all very low, blocks in which a row may attend to nothing,
-    rows that may attend to nothing at all, and masked keys whose values are 1e6.
+    rows that may attend to nothing at all, and masked keys whose K and V are 1e6.
 3.3 (correctness) Support variable lengths: N and M may differ, and may be no multiples of the block, smaller than a
     block, or 1.
-3.4 (correctness) Stay compatible with standard attention: exactly its state_dict, and in float64 to 1e-9 its outputs
-    and logsumexp, with masks of every form, causal or not. Inputs may have any strides and are never written to.
-3.5 (efficiency) Be faster on long sequences: causal attention at N = M = 16 blocks computes at most 0.65 of the
-    exponentials of full attention, and the number of operations grows no faster than the number of block pairs,
-    ⌈N/block_size⌉·⌈M/block_size⌉. (`make bench EX=3` shows real time.)
-3.6 (efficiency) Train in O(n) memory too: the gradients of Q, K and V equal those of standard attention. After
-    `flash_attention_forward` at most 1.5 times the bytes of (Q, K, V, output, logsumexp) stay alive, inputs not
-    counted. Over forward and backward no tensor of N·M or more elements is made, and the peak at twice the length is
-    less than 2.2 times the peak.
-3.7 (robustness) Work in bfloat16 and float16: the output's error is at most twice that of
-    `F.scaled_dot_product_attention`, and the logsumexp's at most 1e-4. Half-precision blocks of Q, K and V become
-    float32 before their product; scores, maximum, sum and accumulator are float32. float64 stays float64.
+3.4 (correctness) Stay compatible with standard attention: exactly its state_dict, and in float64 to 1e-9 (absolute
+    plus relative) its outputs and logsumexp, with masks of every form, causal or not. Inputs may have any strides and
+    are never written to.
+3.5 (efficiency) Be faster on long sequences (counted here, timed by `make bench EX=3`): causal attention at N = M = 16
+    blocks computes at most 0.65 of the exponentials of full attention, and the number of operations grows no faster
+    than the number of block pairs, ⌈N/block_size⌉·⌈M/block_size⌉.
+3.6 (efficiency) Train in O(n) memory too: the gradients of Q, K and V equal those of standard attention, to 1e-9 again.
+    Of what `flash_attention_forward` makes, at most 1.5 times the bytes of (Q, K, V, output, logsumexp) stay alive
+    afterwards. Over forward and backward no tensor grows with N·M, and the peak at twice the length is less than 2.2
+    times the peak.
+3.7 (robustness) Work in bfloat16 and float16: against float64, the output's largest error is at most twice that of
+    `F.scaled_dot_product_attention`, the logsumexp's at most 1e-4, the gradients' 5e-2. Half-precision blocks of Q, K
+    and V become float32 before their product; scores, maximum, sum and accumulator are float32. float64 stays float64.
 3.8 (correctness) Benchmark it: `benchmark_attention` compares both forms on the same input with the same weights, and
     its numbers are measured: see its docstring.
 3.9 (correctness) Write it from scratch: no prebuilt attention (`F.scaled_dot_product_attention`,
-    `nn.MultiheadAttention`, flex_attention …) is reached, however it is called, in the benchmark neither.
+    `nn.MultiheadAttention`, flex_attention …) is reached, however it is called, in the benchmark neither. softmax is
+    free.
 3.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you
     add) and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
 
@@ -46,15 +48,17 @@ Shapes
 
 Conventions
 - A mask is boolean or 0/1 in any of uint8, int32, int64, float32, float64. True or 1 means "may attend". It has 4
-  dimensions and broadcasts to [B, H, N, M] without enlarging it. Any other shape is a ValueError from `forward` that
-  names both shapes, the mask's and [B, H, N, M], as Python prints them: `2, 1, 1, 5`.
+  dimensions, each of size 1 or that of [B, H, N, M]. Any other shape is a ValueError from `forward` that names both
+  shapes, the mask's and [B, H, N, M], in figures, as in `(2, 1, 1, 5)`.
 - `causal` aligns the last query with the last key, as decoding with a cache needs it: query i sees the keys
   j <= i + M - N. It may be combined with a mask.
 - A row that may attend to nothing has output 0, logsumexp -inf and gradient 0, never NaN.
-- block_size is any number >= 1, also larger than N and M. It bounds both sides of a block up to a small factor.
+- block_size is any number >= 1, also larger than N and M. It bounds both sides of a block up to a small factor: 8 in
+  all allows 2·block_size queries by 4·block_size keys. N and M are at least 1.
 - logsumexp is that of the scaled, masked scores, in natural logarithms. It is float32 or better; the output has Q's
   dtype. No gradient through logsumexp is asked for.
-- The module may be cast or moved and its weights changed between calls: keep nothing that was computed from them.
+- The module may be cast or moved and its weights changed between calls: keep nothing that was computed from them, and
+  make tensors on the inputs' device. Autocast is not asked for.
 
 Discuss
 1. Scale to production: which of your blocks and loops map to what on a GPU (shared memory, thread blocks, several
@@ -151,8 +155,9 @@ class FlashAttention(nn.Module):
 def benchmark_attention(seq_lengths: Sequence[int], d_model: int = 512, num_heads: int = 8) -> list[dict[str, float]]:
     """Compares FlashAttention with standard attention at inference: the whole module, without mask or gradients.
 
-    For each length, one FlashAttention of the default block size is called on one random x [1, N, d_model]. "Standard"
-    is attention with all scores written down at once, by your own code, from the same x and the same projections.
+    For each length, a FlashAttention of the default block size (the same or a new one) is called on one random float32
+    x [1, N, d_model]. "Standard" is attention with all scores written down at once, by your own code, from the same x
+    and the same projections.
 
     Args:
         seq_lengths: the lengths N.
@@ -164,7 +169,8 @@ def benchmark_attention(seq_lengths: Sequence[int], d_model: int = 512, num_head
         seq_len: N.
         standard_seconds, flash_seconds: time of one call, more than 0.
         standard_peak_bytes, flash_peak_bytes: what `peak_bytes` says of one call; x and the weights are not part of
-            it. Standard takes at least one tensor of H·N² floats, and at most five; flash is held to within 20 %.
+            it. Standard takes at least one tensor of H·N² floats, and at most five; flash is held to within 20 % of
+            what a call takes.
         max_abs_error: the largest absolute difference between the two outputs; with the same weights below 1e-4.
     """
     # TODO(3.8): measure both forms for each length.

@@ -85,7 +85,7 @@ class Walk:
             if self.causal:
                 i = torch.arange(rows.start, rows.stop, device=scores.device) + m - n
                 j = torch.arange(columns.start, columns.stop, device=scores.device)
-                scores[j[None] > i[:, None]] = -math.inf if scores.device.type != "meta" else 0
+                scores[j[None] > i[:, None]] = -math.inf
             if self.mask is not None:
                 allowed = self.mask.expand(n, m)[rows, columns] != 0
                 if not allowed.any():

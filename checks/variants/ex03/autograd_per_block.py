@@ -1,0 +1,303 @@
+"""ex03, differently: backward lets autograd differentiate each block."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from weakref import WeakSet, finalize
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which blocks are computed: float32 for half precision, else the input's own."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _ranges(length: int, block_size: int) -> Iterator[slice]:
+    """Cuts 0 … length into blocks; the last may be smaller."""
+    for start in range(0, length, block_size):
+        yield slice(start, min(start + block_size, length))
+
+
+def _visible_keys(rows: slice, n: int, m: int, block_size: int, causal: bool) -> Iterator[slice]:
+    """The key blocks that hold a key that some query of `rows` may see."""
+    visible = min(m, max(0, rows.stop + m - n)) if causal else m  # The last query of the block sees keys below this.
+    for cols in _ranges(m, block_size):
+        if cols.start >= visible:
+            return
+        yield cols
+
+
+def _masked_scores(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, cols: slice, shift: int | None) -> Tensor:
+    """One block of scores, -inf where a query may not attend.
+
+    Args:
+        q: the scaled queries of the block.
+        k: the keys of the block.
+        mask: the whole mask; only its part for this block is read.
+        rows: which queries these are.
+        cols: which keys these are.
+        shift: M - N if causal, else None.
+    """
+    scores = q @ k.transpose(-2, -1)
+    if mask is not None:
+        part = mask if mask.shape[2] == 1 else mask[:, :, rows]
+        part = part if mask.shape[3] == 1 else part[:, :, :, cols]
+        scores.masked_fill_(part == 0, float("-inf"))
+    if shift is not None and cols.stop - 1 > rows.start + shift:  # The block crosses the diagonal.
+        i = torch.arange(rows.start, rows.stop, device=q.device).unsqueeze(-1)
+        j = torch.arange(cols.start, cols.stop, device=q.device)
+        scores.masked_fill_(j > i + shift, float("-inf"))
+    return scores
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """Raises a ValueError unless the mask has 4 dimensions and broadcasts to `shape` without enlarging it."""
+    if mask.dim() != 4 or any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
+        raise ValueError(f"mask of shape {tuple(mask.shape)} does not broadcast to [B, H, N, M] = {shape}")
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """Attention block by block; the backward computes each block of weights anew from the logsumexp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        Q: Tensor,
+        K: Tensor,
+        V: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        block_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the output and the logsumexp; keeps these and the inputs for the backward."""
+        n, m = Q.shape[2], K.shape[2]
+        shift = m - n if causal else None
+        dtype = _work_dtype(Q.dtype)
+        output = torch.empty_like(Q)
+        logsumexp = Q.new_empty(Q.shape[:3], dtype=dtype)
+        with torch.autocast(Q.device.type, enabled=False):  # It would put our float32 products back to half.
+            for rows in _ranges(n, block_size):
+                q = Q[:, :, rows].to(dtype) * scale
+                row_max = q.new_full((*q.shape[:3], 1), float("-inf"))
+                row_sum = torch.zeros_like(row_max)
+                acc = torch.zeros_like(q)
+                for cols in _visible_keys(rows, n, m, block_size, causal):
+                    scores = _masked_scores(q, K[:, :, cols].to(dtype), mask, rows, cols, shift)
+                    new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
+                    # While a row has seen no key its maximum is -inf; -inf - (-inf) would be NaN, so subtract 0 there.
+                    finite_max = new_max.masked_fill(new_max == float("-inf"), 0.0)
+                    weights = scores.sub_(finite_max).exp_()
+                    decay = (row_max - finite_max).exp_()
+                    row_sum.mul_(decay).add_(weights.sum(-1, keepdim=True))
+                    acc.mul_(decay).add_(weights @ V[:, :, cols].to(dtype))
+                    row_max = new_max
+                # A row that may attend to nothing has sum 0 (any other at least 1): 0 / 1, and -inf + log 0 = -inf.
+                output[:, :, rows] = acc.div_(row_sum.masked_fill(row_sum == 0, 1.0))
+                logsumexp[:, :, rows] = (row_max + row_sum.log()).squeeze(-1)
+        ctx.save_for_backward(Q, K, V, mask, output, logsumexp)
+        ctx.mark_non_differentiable(logsumexp)
+        ctx.causal, ctx.scale, ctx.block_size = causal, scale, block_size
+        return output, logsumexp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of Q, K and V, and None for the other arguments."""
+        Q, K, V, mask, output, logsumexp = ctx.saved_tensors
+        n, m = Q.shape[2], K.shape[2]
+        shift = m - n if ctx.causal else None
+        dtype = logsumexp.dtype
+        dQ, dK, dV = (torch.zeros_like(x, dtype=dtype) for x in (Q, K, V))
+        for rows in _ranges(n, ctx.block_size):
+            lse = logsumexp[:, :, rows, None].masked_fill(logsumexp[:, :, rows, None] == float("-inf"), float("inf"))
+            dO = grad_output[:, :, rows].to(dtype)
+            delta = (dO * output[:, :, rows].to(dtype)).sum(-1, keepdim=True)
+            for cols in _visible_keys(rows, n, m, ctx.block_size, ctx.causal):
+                with torch.enable_grad():
+                    q, k, v = (
+                        x.to(dtype).detach().requires_grad_() for x in (Q[:, :, rows], K[:, :, cols], V[:, :, cols])
+                    )
+                    scores = q @ k.mT * ctx.scale
+                    hidden = _masked_scores(q.detach() * 0, k.detach(), mask, rows, cols, shift) != 0
+                    weights = (scores.masked_fill(hidden, float("-inf")) - lse).exp()
+                    value = (weights @ v * dO).sum() - (weights * delta).sum()
+                dq, dk, dv = torch.autograd.grad(value, (q, k, v))
+                dQ[:, :, rows] += dq
+                dK[:, :, cols] += dk
+                dV[:, :, cols] += dv
+        return dQ, dK.to(K.dtype), dV.to(V.dtype), None, None, None, None
+
+
+class FlashAttention(nn.Module):
+    """Self-attention that never holds more than a block of its scores.
+
+    Args:
+        d_model: number of features D; a multiple of `num_heads`.
+        num_heads: number of heads H.
+        block_size: number of queries and of keys in a block of scores, up to a small factor; at least 1.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, block_size: int = 64) -> None:
+        super().__init__()
+        # Given; no need to change.
+        if d_model % num_heads != 0:
+            raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.block_size = block_size
+        self.scale = (d_model // num_heads) ** -0.5
+        self.q_proj = nn.Linear(d_model, d_model, bias=False)
+        self.k_proj = nn.Linear(d_model, d_model, bias=False)
+        self.v_proj = nn.Linear(d_model, d_model, bias=False)
+        self.o_proj = nn.Linear(d_model, d_model)
+
+    def flash_attention_forward(
+        self, Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of Q over K and V, block by block.
+
+        Args:
+            Q: [B, H, N, Dh].
+            K: [B, H, M, Dh].
+            V: [B, H, M, Dh].
+            mask: bool or 0/1, broadcasts to [B, H, N, M]; true or 1 = may attend.
+            causal: query i attends to the keys j <= i + M - N only.
+
+        Returns:
+            The output [B, H, N, Dh], and the logsumexp of the scaled, masked scores [B, H, N].
+        """
+        if mask is not None:
+            _check_mask(mask, (*Q.shape[:3], K.shape[2]))
+        output, logsumexp = _BlockwiseAttention.apply(Q, K, V, mask, causal, self.scale, self.block_size)
+        return output, logsumexp
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Self-attention of x.
+
+        Args:
+            x: [B, N, D].
+            mask: bool or 0/1, broadcasts to [B, H, N, N]; true or 1 = may attend.
+            causal: position i attends to the positions up to i only.
+
+        Returns:
+            [B, N, D].
+
+        Raises:
+            ValueError: the mask has not 4 dimensions or does not broadcast to [B, H, N, N]; the message names the
+                mask's shape and [B, H, N, N].
+        """
+        if mask is not None:
+            _check_mask(mask, (x.shape[0], self.num_heads, x.shape[1], x.shape[1]))
+        Q, K, V = self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        output, _ = self.flash_attention_forward(Q, K, V, mask, causal)
+        return self.o_proj(output.transpose(1, 2).reshape(x.shape))
+
+    def _heads(self, features: Tensor) -> Tensor:
+        """Splits [B, N, D] into heads [B, H, N, Dh]."""
+        batch, length, width = features.shape
+        return features.reshape(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
+
+
+def _standard_attention(module: FlashAttention, x: Tensor) -> Tensor:
+    """Self-attention of x with the module's weights and all scores written down at once."""
+    Q, K, V = (module._heads(proj(x)) for proj in (module.q_proj, module.k_proj, module.v_proj))
+    weights = (Q @ K.transpose(-2, -1)).mul_(module.scale).softmax(-1)
+    return module.o_proj((weights @ V).transpose(1, 2).reshape(x.shape))
+
+
+def _seconds(function: Callable[[], Any], repeats: int = 3) -> float:
+    """The median time of one call of `function`."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeats // 2]
+
+
+def benchmark_attention(seq_lengths: Sequence[int], d_model: int = 512, num_heads: int = 8) -> list[dict[str, float]]:
+    """Compares FlashAttention with standard attention at inference: the whole module, without mask or gradients.
+
+    For each length, one FlashAttention of the default block size is called on one random x [1, N, d_model]. "Standard"
+    is attention with all scores written down at once, by your own code, from the same x and the same projections.
+
+    Args:
+        seq_lengths: the lengths N.
+        d_model: number of features D.
+        num_heads: number of heads H.
+
+    Returns:
+        A row per length, in order, with Python numbers:
+        seq_len: N.
+        standard_seconds, flash_seconds: time of one call, more than 0.
+        standard_peak_bytes, flash_peak_bytes: what `peak_bytes` says of one call; x and the weights are not part of
+            it. Standard takes at least one tensor of H·N² floats, and at most five; flash is held to within 20 %.
+        max_abs_error: the largest absolute difference between the two outputs; with the same weights below 1e-4.
+    """
+    module = FlashAttention(d_model, num_heads).eval()
+    rows: list[dict[str, float]] = []
+    with torch.no_grad():
+        for length in seq_lengths:
+            x = torch.randn(1, length, d_model)
+
+            def standard(x: Tensor = x) -> Tensor:
+                """One call of the standard form."""
+                return _standard_attention(module, x)
+
+            def flash(x: Tensor = x) -> Tensor:
+                """One call of the flash form."""
+                return module(x)
+
+            error = (standard() - flash()).abs().max().item()  # Warms both up, too.
+            rows.append(
+                {
+                    "seq_len": length,
+                    "standard_seconds": _seconds(standard),
+                    "flash_seconds": _seconds(flash),
+                    "standard_peak_bytes": peak_bytes(standard),
+                    "flash_peak_bytes": peak_bytes(flash),
+                    "max_abs_error": error,
+                }
+            )
+    return rows
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes of tensor storage that `function()` holds at once, of those that it makes itself.
+
+    Given; no need to change.
+    """
+    with _Allocations() as seen:
+        function()
+    return seen.peak
+
+
+class _Allocations(TorchDispatchMode):
+    """Follows every storage that is made while it is on, for as long as the storage lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: WeakSet[UntypedStorage] = WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._known.update(_storages((args, kwargs)))
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage not in self._known:
+                self._known.add(storage)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                finalize(storage, self._forget, storage.nbytes()).atexit = False
+        return result
+
+    def _forget(self, size: int) -> None:
+        self.alive -= size
+
+
+def _storages(values: Any) -> list[UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
