@@ -841,14 +841,14 @@ def test_a_prompt_may_hold_the_padding_token(stage: Stage) -> None:
 @requirement("4.2")
 def test_request_ids_may_repeat(stage: Stage) -> None:
     """Requests with one and the same id get their own results."""
-    requests = stage.requests(10, 12, 11)
-    for request in requests:
-        request.id = "same"
     stage.start(max_batch_size=3)
 
-    callers = stage.ask_at_once(*requests)
-
-    stage.right(*callers, hint="request_ids repeat here: nothing may be kept by them")
+    for _ in range(2):
+        requests = stage.requests(10, 12, 11)
+        for request in requests:
+            request.id = "same"
+        callers = stage.ask_at_once(*requests)
+        stage.right(*callers, hint="request_ids repeat here: nothing may be kept by them")
 
 
 @requirement("4.2")
@@ -909,14 +909,22 @@ def test_callers_wake_when_their_own_batch_is_done(stage: Stage) -> None:
 
 @requirement("4.3")
 def test_callers_on_several_event_loops(stage: Stage) -> None:
-    """Callers whose event loops run in three threads share a batch, and each wakes with its own result."""
+    """Callers whose event loops run in three threads share a batch, and each wakes, also where nothing else happens."""
     requests = stage.requests(10, 10, 10, new=(2,))
-    loops = [stage.loop(), stage.home, stage.loop()]
+    loops = [stage.loop(idle=True), stage.home, stage.loop(idle=True)]
     stage.start(max_batch_size=3)
+    gate = stage.occupy()
 
     callers = [stage.ask(request, on=loop)[0] for request, loop in zip(requests, loops, strict=True)]
 
+    stage.settle()
+    gate.open()
+
     stage.served(*callers, hint="each caller's future belongs to its own event loop; no loop is the batcher's only one")
+    came = stage.batches(requests)
+    assert len(came) == 1, (
+        f"3 requests of one bucket waited, from 3 event loops, max_batch_size 3: ran as {came}, not in one batch"
+    )
 
 
 @requirement("4.3")
@@ -970,18 +978,18 @@ def test_a_full_batch_passes_an_older_one_that_may_not_go(stage: Stage) -> None:
 @requirement("4.4")
 def test_a_full_batch_goes_once_the_device_is_free(stage: Stage) -> None:
     """A batch that fills while another runs goes right after it."""
-    requests = stage.requests(9, 10, 17, 18)
+    requests = stage.requests(9, 10, 17, 18, 19)
     stage.start(max_wait_time=NEVER)
     gate = stage.hold(*requests[:2])
 
     first = stage.ask(*requests[:2])
     stage.reached(gate)
-    second = stage.ask(*requests[2:])
+    second = stage.ask(*requests[2:])[1]  # In the batch, whether the oldest or the newest are taken.
     stage.settle()
     gate.open()
 
     stage.served(
-        *first, *second, hint="the batch was full before the device was free: it goes at once, max_wait_time is 60"
+        *first, second, hint="the batch was full before the device was free: it goes at once, max_wait_time is 60"
     )
 
 
@@ -1204,6 +1212,26 @@ def test_the_time_counts_from_the_oldest(stage: Stage) -> None:
     )
 
 
+@requirement("4.5")
+def test_the_time_counts_while_the_device_is_busy(stage: Stage) -> None:
+    """What is overdue when the device is free goes at once, and so does the rest of its bucket."""
+    for seconds in GROWING:
+        stage.start(max_wait_time=seconds)
+        requests = stage.requests(9, 10, 11)
+
+        callers = stage.ask_at_once(*requests, seconds=seconds)
+        opened = time.monotonic()
+        stage.served(*callers, hint=f"max_wait_time is {seconds}")
+
+        came = stage.calls([requests[-1]])[0].came
+        if came < opened + 0.9 * seconds:
+            return
+    raise AssertionError(
+        f"max_wait_time {seconds}, max_batch_size 2: the last of three requests, which had waited longer than "
+        f"max_wait_time behind a batch, went {came - opened:.2f} s after the device was free"
+    )
+
+
 # 4.6 fairness
 
 
@@ -1213,7 +1241,8 @@ def test_of_overdue_and_full_ones_the_oldest_goes_first(stage: Stage) -> None:
     stage.start(max_wait_time=0.0005)
 
     for lengths, order in {
-        (9, 10, 40, 11, 12): [[0, 1], [2], [3, 4]],
+        (40, 9, 10, 11, 12): [[0], [1, 2], [3, 4]],
+        (10, 11, 40, 9, 12): [[0, 1], [2], [3, 4]],
         (26, 42, 9, 10, 27): [[0, 4], [1], [2, 3]],
         (9, 26, 42, 43, 27, 10): [[0, 5], [1, 4], [2, 3]],
     }.items():
@@ -1227,7 +1256,7 @@ def test_of_full_ones_the_oldest_goes_first(stage: Stage) -> None:
     stage.start()
 
     for lengths, order in {
-        (9, 10, 26, 27): [[0, 1], [2, 3]],
+        (12, 11, 10, 9): [[0, 1], [2, 3]],
         (26, 27, 9, 10): [[0, 1], [2, 3]],
         (42, 43, 26, 27, 9, 10): [[0, 1], [2, 3], [4, 5]],
         (9, 26, 27, 10): [[0, 3], [1, 2]],
@@ -1301,12 +1330,13 @@ def test_an_error_of_the_model_reaches_every_caller(stage: Stage) -> None:
     for error in (RuntimeError("out of memory in layer 3"), KeyError("layer 3"), ArithmeticError()):
         stage.start(max_batch_size=3)
         requests = stage.requests(9, 10, 11)
-        stage.model.errors += [(request, error) for request in requests]
+        stage.model.errors.append((requests[1], error))
         for caller in stage.ask_at_once(*requests):
             came = stage.outcome(caller, "generate raised in its batch: every caller of the batch gets the error")
             assert type(came) is type(error) and str(came) == str(error), (
                 f"generate raised {error!r}: {caller.request} got {came!r}, the same type and text were wanted"
             )
+        assert len(stage.calls(requests)) == 1, f"generate raised {error!r}, and was called again for the same requests"
 
 
 @requirement("4.7")
@@ -1396,10 +1426,29 @@ def test_a_full_queue_refuses(stage: Stage) -> None:
 def test_places_are_free_again(stage: Stage) -> None:
     """What has left the queue makes room for others, again and again."""
     stage.start(max_batch_size=1, max_queue_size=1)
+    (failing,) = stage.requests(9)
+    stage.model.errors.append((failing, OSError("device lost")))
+
+    for caller in stage.ask(failing):
+        stage.outcome(caller)
 
     for length in (9, 10, 11):
         callers = stage.ask(*stage.requests(length))
-        stage.served(*callers, hint="max_queue_size is 1; earlier requests were served, none waits")
+        stage.served(*callers, hint="max_queue_size is 1; earlier requests were served or have failed, none waits")
+
+
+@requirement("4.8")
+def test_a_queue_may_be_smaller_than_a_batch(stage: Stage) -> None:
+    """max_queue_size counts callers of all event loops, and also holds where it is less than max_batch_size."""
+    requests, (extra,) = stage.requests(9, 10), stage.requests(11)
+    stage.start(max_batch_size=5, max_wait_time=NEVER, max_queue_size=2)
+
+    stage.ask(requests[0], on=stage.loop())
+    stage.ask(requests[1])
+    stage.settle()
+    (late,) = stage.ask(extra)
+
+    stage.refused(late, stage.full_queue, "2 requests wait, from two event loops, max_queue_size is 2")
 
 
 @requirement("4.8")
@@ -1444,7 +1493,8 @@ def test_shutdown_returns_when_all_is_served(stage: Stage) -> None:
     """While a batch runs shutdown waits; when it returns all is served, within the limits, and nothing runs."""
     requests = stage.requests(9, 10, 17, 25, 18, 19)
     stage.start()
-    gate = stage.hold(*requests[:2])
+    gate, last = stage.hold(*requests[:2]), stage.hold(requests[5])
+    stage.model.errors.append((requests[3], OSError("device lost")))
 
     callers = stage.ask(*requests[:2])
     stage.reached(gate)
@@ -1454,21 +1504,26 @@ def test_shutdown_returns_when_all_is_served(stage: Stage) -> None:
     stage.settle(0.003)
     early = job.finished.is_set()
     gate.open()
+    stage.reached(last)
+    stage.settle(0.003)
+    late = job.finished.is_set()
+    last.open()
     stage.returned(job, "shutdown()")
 
     if job.error is None:
         assert not early, "shutdown() returned while a batch still ran and other requests still waited"
+        assert not late, "shutdown() returned while the last batch still ran"
     returned = [call for call in stage.model.calls if call.returned]
     assert len(returned) == len(stage.model.calls) and all(stage.calls([request]) for request in requests), (
         f"shutdown() returned before {names(requests[2:])}, which waited, were served"
     )
-    stage.served(*callers)
     for call in stage.calls(requests):
         lengths = [request.tokens.size(1) for request in requests if call.serves(request)]
         assert len(lengths) <= 2 and len({(length + 7) // 8 for length in lengths}) == 1, (
             f"max_batch_size 2, buckets of 8: shutdown() ran prompts of {lengths} tokens in one batch\n"
             "what it serves keeps to max_batch_size and to its bucket, too"
         )
+    stage.served(*callers[:3], *callers[4:], hint="generate raised for r3 only, while shutdown() waited")
 
 
 @requirement("4.9")

@@ -149,9 +149,6 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
-        "mask_on_the_wrong_side", "4.2", [(MASK, MASK.replace("(n, 0)", "(0, n)"))], says="attention_mask is", only=True
-    ),
-    Mistake(
         "mask_reads_one_pad",
         "4.2",
         [
@@ -293,6 +290,23 @@ MISTAKES = [
         ],
         says="differ",
     ),
+    Mistake(
+        "results_kept_by_request_id",
+        "4.2",
+        [
+            (
+                APPEND,
+                "            if request_id in self._done:\n                return self._done[request_id]\n" + APPEND,
+            ),
+            (HAND_OUT, HAND_OUT + "                self._done[request.request_id] = result\n"),
+            (
+                "        self._closed = False\n",
+                "        self._closed = False\n        self._done: dict[str, Tensor] = {}\n",
+            ),
+        ],
+        says="request_ids repeat",
+        only=True,
+    ),
     # 4.3
     Mistake(
         "set_result_from_the_thread",
@@ -370,15 +384,44 @@ MISTAKES = [
         says="hand results out after each batch",
     ),
     Mistake(
-        "polls_with_a_blocking_sleep",
+        "one_loop_wakes_all",
         "4.3",
         [
+            *OF_THE_LOOP,
+            (RUN, "        self._loop = batch[0].future.get_loop()\n" + RUN),
             (
-                AWAIT,
-                "        while not request.future.done():\n            time.sleep(0.001)\n        return request.future.result()\n",
-            )
+                FAIL,
+                FAIL.replace(
+                    "request.future.set_exception(error)",
+                    "self._loop.call_soon_threadsafe(lambda f=request.future, e=error: f.done() or f.set_exception(e))",
+                ),
+            ),
+            (
+                HAND_OUT,
+                HAND_OUT.replace(
+                    "request.future.set_result(result)",
+                    "self._loop.call_soon_threadsafe(lambda f=request.future, r=result: f.done() or f.set_result(r))",
+                ),
+            ),
         ],
-        says="event loop of the callers is blocked",
+        says="each caller's future belongs to its own event loop",
+    ),
+    Mistake(
+        "a_queue_for_each_loop",
+        "4.3",
+        [
+            (REQUEST, REQUEST + "        request.request_id = str(id(asyncio.get_running_loop()))\n"),
+            (
+                KEY,
+                "buckets.setdefault((self.get_length_bucket(request.input_tokens.size(1)), request.request_id), [])",
+            ),
+            (
+                "        buckets: dict[int, list[BatchRequest]] = {}\n",
+                "        buckets: dict[Any, list[BatchRequest]] = {}\n",
+            ),
+        ],
+        says="from 3 event loops",
+        only=True,
     ),
     # 4.4
     Mistake(
@@ -469,6 +512,26 @@ MISTAKES = [
             )
         ],
         says="before the device was free",
+    ),
+    Mistake(
+        "full_if_just_as_many_wait",
+        "4.4",
+        [(FULL, "                    full = len(requests) == self.max_batch_size\n")],
+        says="before the device was free",
+        only=True,
+    ),
+    Mistake(
+        "cancelled_fill_a_batch",
+        "4.4",
+        [
+            (FILTER, "        pass\n"),
+            (
+                ROOM,
+                "            if sum(not request.future.cancelled() for request in self._waiting) >= self.max_queue_size:\n",
+            ),
+        ],
+        says="a cancelled request waits no more",
+        only=True,
     ),
     # 4.5
     Mistake(
@@ -577,6 +640,25 @@ MISTAKES = [
         ],
         says="no full batch",
     ),
+    Mistake(
+        "half_the_time",
+        "4.5",
+        [("        self.max_wait_time = max_wait_time\n", "        self.max_wait_time = max_wait_time / 2\n")],
+        says="after it came, with no full batch",
+        only=True,
+    ),
+    Mistake(
+        "time_counts_from_the_last_batch",
+        "4.5",
+        [
+            (
+                TAKEN,
+                TAKEN
+                + "                        for request in self._waiting:\n                            request.timestamp = now\n",
+            ),
+        ],
+        says="went 0.",
+    ),
     # 4.6
     Mistake(
         "shortest_first",
@@ -601,13 +683,6 @@ MISTAKES = [
                 "        return sorted(buckets.values(), key=lambda requests: len(requests) < self.max_batch_size)\n",
             )
         ],
-        says="waited longest",
-        only=True,
-    ),
-    Mistake(
-        "largest_first",
-        "4.6",
-        [(BY_AGE, "        return sorted(buckets.values(), key=len, reverse=True)\n")],
         says="waited longest",
         only=True,
     ),
@@ -654,6 +729,19 @@ MISTAKES = [
         says="waited longest",
         only=True,
     ),
+    Mistake(
+        "shortest_of_a_bucket_first",
+        "4.6",
+        [
+            (
+                TAKE,
+                "                    batch = requests[:1] + sorted(requests[1:], key=lambda r: r.input_tokens.size(1))\n"
+                "                    batch = batch[: self.max_batch_size]\n",
+            )
+        ],
+        says="waited longest",
+        only=True,
+    ),
     # 4.7
     Mistake("worker_dies_on_an_error", "4.7", [(FAIL, FAIL + "            raise\n")], says="worker has to live on"),
     Mistake(
@@ -678,6 +766,19 @@ MISTAKES = [
         "error_wrapped",
         "4.7",
         [(FAIL, FAIL.replace("set_exception(error)", "set_exception(RuntimeError(f'generate failed: {error}'))"))],
+        says="same type and text",
+        only=True,
+    ),
+    Mistake(
+        "tries_each_alone",
+        "4.7",
+        [
+            (
+                FAIL,
+                "            for request in batch if len(batch) > 1 else []:\n                self._run([request])\n"
+                + FAIL.replace("in batch:", "in batch if len(batch) == 1 else []:"),
+            )
+        ],
         says="same type and text",
         only=True,
     ),
@@ -717,7 +818,6 @@ MISTAKES = [
             )
         ],
         says="OSError",
-        only=True,
     ),
     Mistake(
         "empty_prompt_accepted",
@@ -888,6 +988,24 @@ MISTAKES = [
         says="was run",
         only=True,
     ),
+    Mistake(
+        "queue_no_smaller_than_a_batch",
+        "4.8",
+        [(ROOM, ROOM.replace("self.max_queue_size", "max(self.max_queue_size, self.max_batch_size)"))],
+        says="max_queue_size is 2",
+        only=True,
+    ),
+    Mistake(
+        "failed_keep_their_place",
+        "4.8",
+        [
+            (ROOM, ROOM.replace("len(self._waiting)", "len(self._waiting) + self._lost")),
+            (FAIL, "            self._lost += len(batch)\n" + FAIL),
+            ("        self._closed = False\n", "        self._closed = False\n        self._lost = 0\n"),
+        ],
+        says="none waits",
+        only=True,
+    ),
     # 4.9
     Mistake(
         "leaves_callers_hanging",
@@ -1003,6 +1121,27 @@ MISTAKES = [
             ),
         ],
         says="shutdown() did not return",
+        only=True,
+    ),
+    Mistake(
+        "an_error_ends_the_rest",
+        "4.9",
+        [(FAIL, FAIL + "            if self._closed:\n                raise\n")],
+        says="device lost",
+        only=True,
+    ),
+    Mistake(
+        "buckets_mix_at_the_end",
+        "4.9",
+        [(KEY, KEY.replace("self.get_length_bucket(", "self._closed or self.get_length_bucket("))],
+        says="to its bucket, too",
+        only=True,
+    ),
+    Mistake(
+        "returns_while_the_last_batch_runs",
+        "4.9",
+        [("        self._worker.join()\n", "        while self._waiting:\n            time.sleep(0.001)\n")],
+        says="while the last batch still ran",
         only=True,
     ),
     # 4.10
