@@ -83,11 +83,13 @@ def run(workspace: Path) -> int:
 
 
 def remove(workspace: Path) -> None:
-    """Removes the containers of this copy."""
-    label = f"label=devcontainer.local_folder={workspace}"
-    listed = subprocess.run(["docker", "ps", "--all", "--quiet", "--filter", label], capture_output=True, text=True)
-    if identities := listed.stdout.split():
-        subprocess.run(["docker", "rm", "--force", "--volumes", *identities], stdout=subprocess.DEVNULL)
+    """Removes the containers of this copy, and the images that the CLI made for them alone."""
+    wanted = ["--all", "--filter", f"label=devcontainer.local_folder={workspace}", "--format", "{{.ID}} {{.Image}}"]
+    listed = subprocess.run(["docker", "ps", *wanted], capture_output=True, text=True).stdout
+    for identity, image in (line.split() for line in listed.splitlines()):
+        subprocess.run(["docker", "rm", "--force", "--volumes", identity], stdout=subprocess.DEVNULL)
+        if image.startswith("vsc-"):
+            subprocess.run(["docker", "rmi", image], stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_the_trial_goes_through_the_lifecycle_and_removes_what_it_made(
 ) -> None:
     """With stand-ins for the CLI, which sets up, and for Docker, which has one container."""
     log = tmp_path / "log"
-    program(programs, "docker", f'echo "docker $1 $2" >> {log}; [ "$1" != ps ] || echo 1234')
+    program(programs, "docker", f'echo "docker $1 $2" >> {log}; [ "$1" != ps ] || echo 1234 vsc-workspace-5678-uid')
     program(programs, "npx", CLI.replace("LOG", repr(str(log))), sys.executable)
 
     assert container.main() == 0, capfd.readouterr().out
@@ -218,6 +218,7 @@ def test_the_trial_goes_through_the_lifecycle_and_removes_what_it_made(
         f"{cli} exec --workspace-folder W make check SUBMISSION=answers",
         "docker ps --all",
         "docker rm --force",
+        "docker rmi vsc-workspace-5678-uid",
     ]
 
 
