@@ -12,6 +12,7 @@ DEVICE ?=
 EX ?=
 FORCE ?=
 GITHUB ?=
+NAME ?=
 OUT ?= gradesheet.json
 SUBMISSION ?= exercises
 
@@ -75,6 +76,14 @@ test: .venv/test lint ## the project's own tests: answers, mistakes, variants, s
 
 .venv/test: requirements-test.txt .venv/ready
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt && touch $@
+
+.PHONY: new
+new: .venv/ready ## begin an exercise: make new EX=12 NAME="Grouped query attention"
+	@$(RUN) -m harness.new '$(EX)' '$(NAME)'
+
+.PHONY: check-exercise
+check-exercise: .venv/ready ## what an exercise lacks: make check-exercise EX=12
+	@$(RUN) -m harness.check_exercise '$(EX)'
 
 .PHONY: bank
 bank: .venv/ready ## every mistake and variant through every check: make bank [EX=1]

@@ -29,6 +29,9 @@ def test_every_command_in_the_readme_is_a_target() -> None:
 def test_the_table_names_every_exercise() -> None:
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", README.read_text(), re.MULTILINE)
 
-    assert [(int(number), title.strip()) for number, title in rows] == [
-        (int(exercise.id[2:]), exercise.title) for exercise in exercises().values()
-    ]
+    there = [(int(number), title.strip()) for number, title in rows]
+    wanted = [(int(exercise.id[2:]), exercise.title) for exercise in exercises().values()]
+    missing = [f"README.md: the table has no row `| {number} | {title} | …`" for number, title in wanted]
+    missing = [line for line, row in zip(missing, wanted, strict=True) if row not in there]
+    assert not missing, "\n".join(missing)
+    assert there == wanted, f"README.md: the table's rows are {there}"

@@ -97,11 +97,14 @@ def test_requirements_todos_and_points_agree(exercise: Exercise) -> None:
     ids = [requirement.id for requirement in exercise.requirements]
     number = int(exercise.id[2:])
 
+    todos = todo_lines(exercise.starter)
+    found = [f"requirement {n} has no `# TODO({n})` in the starter" for n in ids if n not in todos]
+    found += [f"`# TODO({n})` of the starter names no requirement" for n in todos if n not in ids]
+
     assert ids == [f"{number}.{i}" for i in range(1, len(ids) + 1)], f"{exercise.id}: requirements are {ids}"
-    assert set(todo_lines(exercise.starter)) == set(ids), f"{exercise.id}: TODOs and requirements differ"
-    assert exercise.requirements[-1].criterion == "readability" or any(
-        requirement.criterion == "readability" for requirement in exercise.requirements
-    )
+    assert not found, "\n".join(found)
+    readable = any(requirement.criterion == "readability" for requirement in exercise.requirements)
+    assert readable, f"{exercise.id}: no requirement is of the criterion readability"
 
 
 @EACH
@@ -114,7 +117,10 @@ def test_checks_decide_the_requirements(exercise: Exercise) -> None:
             assert len(marks) == 1, f"{exercise.check_file.name}: {node.name} decides no requirement"
             assert ast.get_docstring(node), f"{exercise.check_file.name}: {node.name} has no docstring"
             decided.add(ast.literal_eval(marks[0].args[0]))
-    assert decided == {requirement.id for requirement in exercise.requirements}
+    ids = {requirement.id for requirement in exercise.requirements}
+    found = [f"requirement {n} has no check" for n in sorted(ids - decided)]
+    found += [f"{exercise.check_file.name} decides {n}, which is no requirement" for n in sorted(decided - ids)]
+    assert not found, "\n".join(found)
 
 
 @EACH
@@ -130,8 +136,9 @@ def test_four_questions_end_the_docstring_and_are_replied_to(exercise: Exercise)
     docstring = ast.get_docstring(ast.parse(exercise.starter)) or ""
     _, _, questions = docstring.partition("\nDiscuss\n")
 
-    assert re.findall(r"^(\d)\. ", questions, re.MULTILINE) == ["1", "2", "3", "4"]
-    assert re.findall(r"^(\d)\. ", replies(exercise), re.MULTILINE) == ["1", "2", "3", "4"]
+    for where, text in (("docstring, Discuss", questions), ("section of answers/discussion.md", replies(exercise))):
+        numbers = re.findall(r"^(\d)\. ", text, re.MULTILINE)
+        assert numbers == ["1", "2", "3", "4"], f"{exercise.id}: the {where} numbers {numbers}, not 1 to 4"
 
 
 @EACH
@@ -158,9 +165,14 @@ def test_no_stray_files() -> None:
     """Every file of the mirrored trees belongs to an exercise."""
     names = {exercise.file_name for exercise in exercises().values()}
 
-    assert {path.name for path in (TOP / "answers").glob("*.py")} == names
-    assert {path.name[5:] for path in (TOP / "checks").glob("test_*.py")} == names
-    assert {path.stem for path in (TOP / "checks" / "mistakes").glob("*.py")} == set(exercises())
+    trees = {
+        "answers": {path.name for path in (TOP / "answers").glob("*.py")},
+        "checks": {path.name[5:] for path in (TOP / "checks").glob("test_*.py")},
+    }
+    for folder, there in trees.items():
+        assert there == names, f"{folder}/: {sorted(there ^ names)} is not in both it and the starters"
+    banks_there = {path.stem for path in (TOP / "checks" / "mistakes").glob("*.py")}
+    assert banks_there == set(exercises()), f"checks/mistakes/: {sorted(banks_there ^ set(exercises()))}"
 
 
 def _contract(text: str) -> dict[str, str]:

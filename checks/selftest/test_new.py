@@ -1,0 +1,142 @@
+"""`make new` begins an exercise, and `make check-exercise` says what it lacks until it holds."""
+
+import re
+
+import pytest
+from harness.copies import Workspace
+from selftest import test_adding as toy
+
+
+@pytest.fixture
+def small(workspace: Workspace) -> Workspace:
+    """A copy of the workspace without exercises, for the sake of time."""
+    for path in [*workspace.top.rglob("ex0?*.py"), *workspace.top.rglob("test_ex0*.py")]:
+        path.unlink()
+    readme = workspace.top / "README.md"
+    readme.write_text(re.sub(r"^\| \d+ \|.*\n", "", readme.read_text(), flags=re.MULTILINE))
+    return workspace
+
+
+def fill(workspace: Workspace) -> None:
+    """Fills the files that `make new EX=42 NAME=Doubling` writes with the toy exercise."""
+    texts = {
+        f"exercises/{toy.FILE}": toy.STARTER,
+        f"checks/starters/{toy.FILE}": toy.STARTER,
+        f"checks/test_{toy.FILE}": toy.CHECKS,
+        "checks/mistakes/ex42.py": toy.MISTAKES,
+        f"answers/{toy.FILE}": toy.ANSWER,
+        "checks/variants/ex42/written_differently.py": toy.ANSWER.replace("return 2 * x", "return x + x"),
+    }
+    for name, text in texts.items():
+        assert (workspace.top / name).exists(), f"make new writes no {name}"
+        (workspace.top / name).write_text(text)
+    discussion = workspace.top / "answers" / "discussion.md"
+    discussion.write_text(discussion.read_text().replace("FILL: ", ""))
+    readme = workspace.top / "README.md"
+    readme.write_text(
+        readme.read_text().replace("|---|---|---|---|\n", "|---|---|---|---|\n| 42 | Doubling | x | y |\n")
+    )
+
+
+def test_a_new_exercise_says_what_to_fill(workspace: Workspace) -> None:
+    done = workspace.make("new", "EX=12", "NAME=Grouped query attention")
+    said = workspace.make("check-exercise", "EX=12")
+    again = workspace.make("new", "EX=12", "NAME=Grouped query attention")
+
+    name = "ex12_grouped_query_attention.py"
+    assert done.returncode == 0 and f"new: checks/starters/{name}\nnew: exercises/{name}\n" in done.stdout, done.stdout
+    assert "next: make check-exercise EX=12 says what to fill" in done.stdout
+    assert (workspace.top / "exercises" / name).read_text().startswith('"""ex12: Grouped query attention\n')
+    assert said.returncode == 2, said.stdout
+    for line in (
+        rf"checks/starters/{name}:\d+: to fill: FILL: the problem, in two or three sentences\.",
+        rf"checks/starters/{name}:\d+: to fill: # TODO\(12\.1, 12\.3\): FILL what to do, in the imperative\.",
+        rf"answers/{name}:\d+: to fill: return x  # FILL: the answer; everything outside bodies .*",
+        rf"checks/test_{name}:\d+: to fill: .*FILL: computed by hand",
+        r"checks/mistakes/ex12\.py:\d+: to fill: says=\"FILL: what the first message names\",",
+        r"checks/variants/ex12/written_differently\.py:\d+: to fill: return x  # FILL: the answer, written .*",
+        r"answers/discussion\.md: to fill: 1\. FILL: the reply to the first question of the docstring",
+        r"ex12: the form and the bank are judged once this is done",
+    ):
+        assert re.search(rf"^{line}$", said.stdout, re.MULTILINE), f"{line}\n{said.stdout}"
+    assert len(set(said.stdout.splitlines())) == len(said.stdout.splitlines()), said.stdout
+    assert again.returncode == 2 and f"EX=12: {name} is there; the next free number is 7" in again.stdout, again.stdout
+
+
+def test_nothing_is_overwritten(workspace: Workspace) -> None:
+    kept = workspace.top / "checks" / "mistakes" / "ex12.py"
+    kept.write_text("mine")
+
+    done = workspace.make("new", "EX=12", "NAME=sliding_window")
+
+    assert done.returncode == 2
+    assert "checks/mistakes/ex12.py: there already; make new overwrites nothing" in done.stdout, done.stdout
+    assert kept.read_text() == "mine" and not list(workspace.top.rglob("ex12_*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("new",), 'EX=: make new wants a number from 1 to 99, as in: make new EX=12 NAME="Grouped query attention"'),
+        (("new", "EX=100", "NAME=x"), "EX=100: make new wants a number from 1 to 99"),
+        (("new", "EX=12"), "NAME=: make new wants a title of letters and digits"),
+        (("new", "EX=12", "NAME=../x"), "NAME=../x: make new wants a title of letters and digits"),
+        (("check-exercise",), "make check-exercise wants one exercise, as in: make check-exercise EX=1"),
+        (("check-exercise", "EX=77"), "EX=77: no such exercise; there are ex01"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(workspace: Workspace, arguments: tuple[str, ...], says: str) -> None:
+    done = workspace.make(*arguments)
+
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("make: ***")]
+    assert done.returncode == 2 and len(lines) == 1 and says in lines[0], done.stdout
+
+
+def test_a_filled_exercise_holds(small: Workspace) -> None:
+    small.make("new", "EX=42", "NAME=doubling")
+    fill(small)
+
+    done = small.make("check-exercise", "EX=42")
+
+    assert done.returncode == 0 and done.stdout.endswith("ex42: holds; make lint judges its style\n"), done.stdout
+
+
+def test_each_gap_is_named(small: Workspace) -> None:
+    small.make("new", "EX=42", "NAME=doubling")
+    fill(small)
+    top = small.top
+    for name in (f"checks/starters/{toy.FILE}", f"exercises/{toy.FILE}"):
+        (top / name).write_text(toy.STARTER.replace("TODO(42.2)", "Then"))
+    checks = top / "checks" / f"test_{toy.FILE}"
+    checks.write_text(
+        re.sub(r'@requirement\("42\.3"\)\n(.*\n)+?\n\n', "", toy.CHECKS + "\n\n").replace("close(subj", "(subj")
+    )
+    mistakes = top / "checks" / "mistakes" / "ex42.py"
+    mistakes.write_text(re.sub(r'    Mistake\("tests_nothing".*\n.*\n', "", toy.MISTAKES))
+    readme = top / "README.md"
+    readme.write_text(readme.read_text().replace("| 42 |", "| 41 |"))
+
+    done = small.make("check-exercise", "EX=42")
+
+    assert done.returncode == 2
+    for line in (
+        "requirement 42.2 has no `# TODO(42.2)` in the starter",
+        "requirement 42.3 has no check",
+        "README.md: the table has no row `| 42 | Doubling | …`",
+        "problem: requirement 42.2 has no mistake that it alone catches",
+        "problem: mistake adds_two passes 42.1",
+        "problem: mistake squares passes 42.1",
+    ):
+        assert f"{line}\n" in done.stdout, f"{line}\n{done.stdout}"
+
+
+def test_what_is_not_there_is_named_first(small: Workspace) -> None:
+    small.make("new", "EX=42", "NAME=doubling")
+    fill(small)
+    (small.top / "checks" / "mistakes" / "ex42.py").unlink()
+    (small.top / "checks" / "variants" / "ex42" / "written_differently.py").unlink()
+
+    said = small.make("check-exercise", "EX=42").stdout
+
+    assert "checks/mistakes/ex42.py: no such file\n" in said, said
+    assert "checks/variants/ex42/: holds no variant, a right answer written differently\n" in said, said
