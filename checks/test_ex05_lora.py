@@ -391,7 +391,7 @@ def test_gradients_with_dropout(subject: Subject, rng: torch.Generator) -> None:
             for other, kept in before.items():
                 tensors[other].copy_(kept)
             tensor.add_(along)
-            moved = float(probed() - start)
+        moved = float((probed() - start).detach())
 
         wanted = float((steps[name] * along).sum())
         assert abs(moved - wanted) < 1e-6 * (1 + abs(moved)), (
