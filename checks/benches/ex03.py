@@ -38,7 +38,8 @@ def cases(modules: Mapping[str, ModuleType]) -> Iterable[Case]:
                     for name, way in ways.items()
                     if name != "standard" or length <= STANDARD_UP_TO
                 }
-                yield Case(panel, length, runs, memory=True)
+                # The longest training steps take seconds: their memory is not worth another one.
+                yield Case(panel, length, runs, memory=not training or length < LENGTHS[-1])
 
 
 def conclude(measured: Sequence[Series]) -> Iterable[str]:
