@@ -229,7 +229,7 @@ def test_every_nth_layer_is_wrapped(subject: Subject, rng: torch.Generator) -> N
             f"{what}: checkpointed_modules is {selective.checkpointed_modules}, not {names}"
         )
         with calls(*layers) as entered:
-            model(torch.randn(2, D, generator=rng, dtype=torch.float64)).sum().backward()
+            model(torch.randn(2, D, generator=rng, dtype=torch.float64).requires_grad_()).sum().backward()
         twice = [number for number, up in enumerate(layers) if entered[up] > 1]
         assert twice == numbers, f"{what}: layers {twice} are computed twice in a step; {numbers} were wanted"
         assert all(entered[up] for up in layers), f"{what}: a layer is not entered at all"
@@ -1044,6 +1044,8 @@ def test_an_encoder_layer_with_a_mask(subject: Subject, close: Close, rng: torch
         "src_key_padding_mask": torch.arange(L).expand(B, L) >= 3,
     }
     for name, mask in masks.items():
+        plain.zero_grad()
+        module.zero_grad()
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         expected = plain(leaves[0], **{name: mask})
         expected.square().sum().backward()
@@ -1081,6 +1083,36 @@ def test_wrapped_inside_wrapped(subject: Subject, close: Close, rng: torch.Gener
         for (name, parameter), wanted in zip(layers.named_parameters(), plain.parameters(), strict=True):
             same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {name}")
         assert len(entered) == 2 and min(entered.values()) > 1, f"training step: {NOTHING_TWICE}"
+
+
+class Halves(nn.Module):
+    """Two outputs, the second computed from the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.first(x))
+        return hidden.sin(), torch.tanh(self.second(hidden)).cos()
+
+
+@requirement("6.4")
+def test_a_backward_from_each_output(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """backward twice from one output with retain_graph, then from the other, adds up to the plain gradients."""
+    x = randoms(rng, 1)[0]
+
+    for order in ((1, 1, 0), (0, 0, 1)):
+        pair = Pair(subject, lambda: tree(layers=nn.ModuleList([Halves()])))
+
+        def step(model: Any, chosen: tuple[int, ...] = order) -> None:
+            outputs = model.layers[0](x)
+            for number in chosen:
+                outputs[number].square().sum().backward(retain_graph=True)
+
+        pair.step(step)
+
+        pair.agree(close, f"backward from outputs {order}, one after the other", "each backward needs a part only")
 
 
 class Constant(nn.Module):
@@ -1515,36 +1547,6 @@ def test_a_second_backward_with_retain_graph(subject: Subject, close: Close, rng
 
     pair.agree(close, "second backward with retain_graph", "what forward kept must serve a second backward")
     assert torch.equal(pair.streams[1], pair.streams[0]), "second backward with retain_graph: the random stream moved"
-
-
-class Halves(nn.Module):
-    """Two outputs, the second computed from the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = Block(), Block()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = torch.tanh(self.first(x))
-        return hidden.sin(), torch.tanh(self.second(hidden)).cos()
-
-
-@requirement("6.7")
-def test_a_backward_from_each_output(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """backward twice from one output with retain_graph, then from the other, adds up to the plain gradients."""
-    x = torch.randn(B, D, generator=rng, dtype=torch.float64)
-
-    for order in ((1, 1, 0), (0, 0, 1)):
-        pair = Pair(subject, lambda: tree(layers=nn.ModuleList([Halves()])))
-
-        def step(model: Any, chosen: tuple[int, ...] = order) -> None:
-            outputs = model.layers[0](x)
-            for number in chosen:
-                outputs[number].square().sum().backward(retain_graph=True)
-
-        pair.step(step)
-
-        pair.agree(close, f"backward from outputs {order}, one after the other", "each backward needs a part only")
 
 
 @requirement("6.7")
