@@ -5,6 +5,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -484,7 +485,7 @@ def test_strict_loading_stays_strict(subject: Subject) -> None:
     lacking = {key: value for key, value in state.items() if key != "layers.1.up.weight"}
     for change, other in (("missing", lacking), ("unexpected", {**state, "layers.1.up.extra": torch.zeros(1)})):
         what = f"load_state_dict into a wrapped model, with a key {change}"
-        refuses(RuntimeError, lambda given=other: model.load_state_dict(given), what, "up.")
+        refuses(RuntimeError, partial(model.load_state_dict, other), what, "up.")
 
 
 @requirement("6.1")

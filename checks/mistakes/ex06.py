@@ -1330,7 +1330,6 @@ def _rename(""",
             (INNER, "            if isinstance(function, nn.Module):\n                function.zero_grad()\n" + INNER)
         ),
         says="gradient",
-        only=True,
     ),
     Mistake(
         "frozen_parameters_thawed",
