@@ -65,6 +65,11 @@ setup: .venv/ready ## install everything into .venv
 	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is not there; install Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) checks/harness/install.py '$(TORCH_INDEX)'
 
+.PHONY: doctor
+doctor: ## what works here, what does not, and what to do about it
+	@command -v $(PYTHON) >/dev/null || { echo "!! Python: $(PYTHON) is not there; install Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) checks/harness/doctor.py '$(VENV)'
+
 .PHONY: hooks
 hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
 	@$(VENV)/pre-commit install
