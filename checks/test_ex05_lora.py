@@ -5,7 +5,7 @@ import copy
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def descend(parameters: list[nn.Parameter], loss: Tensor) -> None:
+def descend(parameters: Sequence[Tensor], loss: Tensor) -> None:
     """One step of plain gradient descent with rate 1: what a parameter loses is its gradient."""
     for parameter in parameters:
         parameter.grad = None
@@ -337,7 +337,7 @@ def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Ge
             )
         for name, known_one in (("weight", adapter.weight), ("bias", adapter.bias)):
             with torch.no_grad():
-                for tensor in (known_one, getattr(adapter.layer.original_layer, name)):
+                for tensor in (is_tensor(known_one, ""), getattr(adapter.layer.original_layer, name)):
                     tensor.mul_(-0.7)
             close(adapter.layer(x), adapter.expected(x), f"forward(x) after original_layer.{name} has changed")
 
@@ -1259,9 +1259,9 @@ def optimizers(kind: type[nn.Module]) -> Iterator[dict[Optimizer, Seen]]:
         trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
         for model in [m for m in models if trained & {id(parameter) for parameter in m.parameters()}][-1:]:
             note.all_parameters = sum(parameter.numel() for parameter in model.parameters())
-            adapters = [module for module in model.modules() if hasattr(module, "lora_A")]
-            matrices = {m.data_ptr(): m.numel() for module in adapters for m in (module.lora_A, module.lora_B)}
-            note.adapted, note.adapter_parameters = bool(adapters), sum(matrices.values())
+            adapters: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+            sizes = {m.data_ptr(): m.numel() for module in adapters for m in (module.lora_A, module.lora_B)}
+            note.adapted, note.adapter_parameters = bool(adapters), sum(sizes.values())
 
     handles = [register_module_forward_pre_hook(before_forward), register_optimizer_step_post_hook(after_step)]
     try:
@@ -1334,7 +1334,7 @@ def test_every_run_makes_and_times_its_steps(subject: Subject) -> None:
         runs = compared(subject, steps)
         elapsed = time.perf_counter() - begin
 
-        per_step = {}
+        per_step: dict[str, Any] = {}
         for name, (reported, seen) in runs.items():
             assert seen.steps >= steps, f"compare_fine_tuning({steps}): the {name} run makes {seen.steps} steps"
             came = reported.get("seconds_per_step")
@@ -1430,8 +1430,8 @@ def test_dropout_acts_on_the_adapters_input_alone(subject: Subject, close: Close
     reached = what_reached_a(adapter, x, adapter.layer.train()(x))
 
     for start in (0, 1):
-        flat = (tensor.flatten(start, start + 1) for tensor in (x, reached))
-        dropped_alone(close, *flat, 0.4, "forward(x [5, 12, 12]) in training, dropout 0.4")
+        flat, flat_reached = (tensor.flatten(start, start + 1) for tensor in (x, reached))
+        dropped_alone(close, flat, flat_reached, 0.4, "forward(x [5, 12, 12]) in training, dropout 0.4")
 
 
 @requirement("5.7")

@@ -140,7 +140,7 @@ def agreement(module: ModuleType) -> str:
     pairs: list[tuple[Any, Any]] = []
     for path, layer in ours.named_modules():
         if isinstance(layer, module.LoRALinear):
-            other = theirs.get_submodule(path)
+            other: Any = theirs.get_submodule(path)
             pairs.append((layer, other))
             with torch.no_grad():
                 for one, two in ((layer.lora_A, other.lora_A), (layer.lora_B, other.lora_B)):
