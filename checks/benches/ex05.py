@@ -1,5 +1,6 @@
 """Fine-tuning a language model with adapters, beside training all of it and beside the peft package, by width."""
 
+import importlib
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -116,10 +117,10 @@ def adapted(module: ModuleType, model: nn.Module) -> nn.Module:
 
 def by_peft(model: nn.Module) -> nn.Module:
     """A model with peft's adapters."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, lora_dropout=0.0)
-    return inject_adapter_in_model(config, model)
+    peft: Any = importlib.import_module("peft")  # it brings transformers, and takes seconds
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, lora_dropout=0.0)
+    result: nn.Module = peft.inject_adapter_in_model(config, model)
+    return result
 
 
 def peft_version() -> str:
