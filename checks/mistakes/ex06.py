@@ -1260,7 +1260,6 @@ def _rename(""",
         "6.7",
         [(AGAIN, AGAIN + "            self.args, self.kwargs = (), {}\n")],
         says="missing 1 required positional argument",
-        only=True,
     ),
     Mistake(
         "leftovers_of_a_backward_trusted",
