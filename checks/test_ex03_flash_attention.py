@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 B, H, DH, BLOCK = 2, 3, 5, 4
 D = H * DH
@@ -63,10 +63,10 @@ def reference(given: Iterable[Tensor], mask: Tensor | None = None, causal: bool 
     return torch.einsum("bhqk,bhkd->bhqd", weights, v), scores.masked_fill(~allowed, -INF).logsumexp(-1)
 
 
-def pytorch(given: list[Tensor], causal: bool = False) -> Tensor:
+def pytorch(given: list[Tensor], causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """The output of torch's own attention."""
     q, k, v = given
-    output: Tensor = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    output: Tensor = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return output
 
 
@@ -1047,7 +1047,7 @@ def test_errors_in_half_precision(subject: Subject, rng: torch.Generator, dtype:
     n, m = given[0].size(2), given[1].size(2)
     mask = some_mask((B, 1, n, m), rng) if masked else None
     exact, exact_logsumexp = reference(given, mask=mask)
-    theirs = worst(functional.scaled_dot_product_attention(*given, attn_mask=mask), exact)
+    theirs = worst(pytorch(given, mask=mask), exact)
 
     output, logsumexp = attend(build(subject, dtype=dtype), given, mask)
 
@@ -1151,13 +1151,13 @@ def peak_is_right(subject: Subject, row: dict[str, Any], d_model: int, heads: in
 
 @dataclass
 class Flash:
-    """One call of FlashAttention: its module, x's shape and standard deviation, when it started, how long it took."""
+    """One call of FlashAttention: its module, x's shape and standard deviation, output, how long it took, if traced."""
 
     module: Any
     shape: tuple[int, ...]
     spread: float
-    start: float
     output: Tensor
+    traced: bool
     seconds: float = 0.0
 
 
@@ -1171,7 +1171,8 @@ def watch(subject: Subject, monkeypatch: pytest.MonkeyPatch, each: Callable[[Fla
         output = forward(self, x, *args, **kwargs)
         if type(self) is not kind:
             return output
-        call = Flash(self, tuple(x.shape), float(x.detach().std()), start, output)
+        traced = _get_current_dispatch_mode() is not None
+        call = Flash(self, tuple(x.shape), float(x.detach().std()), output, traced)
         each(call)
         call.seconds = perf_counter() - start
         called.append(call)
@@ -1291,17 +1292,17 @@ def test_seconds_are_those_of_the_call(subject: Subject, monkeypatch: pytest.Mon
     """If flash calls take 1 ms more, flash_seconds says so, standard_seconds does not, and they are of one call."""
 
     def delay(call: Flash) -> None:
-        while perf_counter() < call.start + 1e-3:
+        start = process_time()
+        while process_time() < start + 1e-3:  # CPU time: less than what any clock says.
             pass
 
     called = watch(subject, monkeypatch, delay)
-    for _ in range(8):  # Where the machine is busy elsewhere a standard call, too, may take 1 ms: not eight times.
+    for _ in range(12):  # A busy machine may interrupt what takes 0.1 ms, too: not twelve times.
         called.clear()
         row = benchmark(subject, [32], *SIZES)[0]
         flash, plain = row["flash_seconds"], row["standard_seconds"]
-        took = sorted(call.seconds for call in called) or [0.0]
-        shortest, middle = took[0], took[len(took) // 2]
-        if flash < shortest or plain < shortest <= flash <= 2 * middle:
+        longest = max((call.seconds for call in called if not call.traced), default=0.0)
+        if plain < 1e-3 <= flash < 1.5 * longest or flash < 1e-3:
             break
 
     came = {call.shape for call in called}
@@ -1310,13 +1311,13 @@ def test_seconds_are_those_of_the_call(subject: Subject, monkeypatch: pytest.Mon
         f"benchmark_attention: a call of FlashAttention takes over 0.001 s, flash_seconds is {flash:.3g}\n"
         "it is the time of one call of the flash module, in seconds"
     )
-    assert flash <= 2 * middle, (
-        f"benchmark_attention: calls of FlashAttention take about {middle:.3g} s, flash_seconds is {flash:.3g}\n"
+    assert flash < 1.5 * longest, (
+        f"benchmark_attention: calls of FlashAttention take at most {longest:.3g} s, flash_seconds is {flash:.3g}\n"
         "times are those of one call, in seconds"
     )
-    assert plain < shortest, (
-        f"benchmark_attention: calls of FlashAttention are made to take {shortest:.3g} s and more, standard_seconds is "
-        f"{plain:.3g}\nit is the time of one call of the standard form, in seconds"
+    assert plain < 1e-3, (
+        f"benchmark_attention: calls of FlashAttention take over 0.001 s, standard_seconds is {plain:.3g}\n"
+        "it is the time of one call of the standard form, in seconds"
     )
     assert not any(call.output.requires_grad for call in called), (
         "benchmark_attention: gradients are recorded; it measures inference"

@@ -249,7 +249,7 @@ MISTAKES = [
     Mistake("sizes_ignored", "3.8", [(ROW_PER_LENGTH, ROW_PER_LENGTH.replace("d_model, num_heads)", "512, 8)"))], says="peak_bytes is"),
     Mistake("other_default_sizes", "3.8", [(ROW_PER_LENGTH, "    d_model = 256 if d_model == 512 else d_model\n" + ROW_PER_LENGTH)], says="[1, N, 512]", only=True),
     Mistake("standard_seconds_of_flash", "3.8", [(STANDARD_SECONDS, '        "standard_seconds": _seconds(flash),\n')], says="standard_seconds is", only=True),
-    Mistake("seconds_of_all_repeats", "3.8", [("    return min(times)\n", "    return sum(times)\n")], says="of one call", only=True),
+    Mistake("seconds_of_all_repeats", "3.8", [("repeats: int = 3", "repeats: int = 20"), ("    return min(times)\n", "    return sum(times)\n")], says="of one call", only=True),
     Mistake("standard_peak_by_formula", "3.8", [(STANDARD_PEAK, '        "standard_peak_bytes": 3 * 4 * num_heads * length**2,\n')], says="never said", only=True),
     Mistake("four_heads_by_default", "3.8", [(ROW_PER_LENGTH, "    num_heads = 4 if num_heads == 8 else num_heads\n" + ROW_PER_LENGTH)], says="8 was wanted", only=True),
     # 3.9
