@@ -24,7 +24,7 @@ RUN := $(VENV)/python -P
 $(shell $(VENV)/python -c 'import _pytest' 2>/dev/null || rm -f .venv/ready)
 # torch's own stubs return Any and re-export without saying so.
 STRICT := --strict --allow-untyped-calls --no-warn-return-any --implicit-reexport --no-error-summary --cache-dir build/mypy-strict
-LENIENT := --no-error-summary --cache-dir build/mypy --cache-fine-grained
+LENIENT := --no-error-summary --cache-dir build/mypy
 
 ##@ Learn
 .PHONY: watch

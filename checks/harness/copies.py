@@ -45,8 +45,9 @@ class Workspace:
         (top / ".venv").mkdir()
         (top / ".venv" / "ready").touch()
         (top / "build").mkdir()
-        if (TOP / "build" / "mypy").is_dir():
-            (top / "build" / "mypy").symlink_to(TOP / "build" / "mypy")
+        for cache in ("mypy", "mypy-daemon"):
+            if (TOP / "build" / cache).is_dir():
+                (top / "build" / cache).symlink_to(TOP / "build" / cache)
 
     def make_command(self, *arguments: str) -> list[str]:
         """`make …` with this environment in place of the copy's own .venv."""
