@@ -423,7 +423,7 @@ class Stage:
         quiet, latest, used = 0, time.monotonic() + 2, time.process_time()
         # Twice in a row, since a thread that waits for Python's lock seems to sleep.
         while quiet < 2 and time.monotonic() < latest and time.process_time() - used < 0.1:
-            time.sleep(0.0002 if TELLS else 0.002)
+            time.sleep(0.00005 if TELLS else 0.002)
             quiet = 0 if others_run() else quiet + 1
         if seconds:
             time.sleep(seconds)
@@ -1035,7 +1035,7 @@ def test_never_two_calls_at_a_time(stage: Stage) -> None:
     callers = stage.ask(*requests[:2])
     stage.reached(gate)
     callers += stage.ask(*requests[2:])
-    stage.settle(0.003)
+    stage.settle(0.002)
     gate.open()
 
     stage.served(*callers)
@@ -1283,12 +1283,12 @@ def in_order(stage: Stage, requests: list[Request], callers: list[Caller], order
 @requirement("4.6")
 def test_all_of_a_mix_are_served(stage: Stage) -> None:
     """Short and long prompts that come at once are all served."""
-    stage.start(max_batch_size=5, max_wait_time=0.004)
+    stage.start(max_batch_size=5, max_wait_time=0.001)
 
     callers = stage.ask(*mix(stage))
 
     stage.served(
-        *callers, hint="16 prompts of 25 to 32 tokens and 8 of 90 to 96, max_batch_size 5, max_wait_time 0.004"
+        *callers, hint="16 prompts of 25 to 32 tokens and 8 of 90 to 96, max_batch_size 5, max_wait_time 0.001"
     )
 
 
@@ -1501,11 +1501,11 @@ def test_shutdown_returns_when_all_is_served(stage: Stage) -> None:
     callers += stage.ask(*requests[2:])
     stage.settle()
     job = stage.do(stage.batcher.shutdown)
-    stage.settle(0.003)
+    stage.settle(0.002)
     early = job.finished.is_set()
     gate.open()
     stage.reached(last)
-    stage.settle(0.003)
+    stage.settle(0.002)
     late = job.finished.is_set()
     last.open()
     stage.returned(job, "shutdown()")
