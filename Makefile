@@ -77,7 +77,7 @@ hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
 ##@ Develop
 .PHONY: test
 test: .venv/test lint ## the project's own tests: answers, mistakes, variants, starters, harness
-	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest
+	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest -n 2 --dist loadfile
 
 .venv/test: requirements-test.txt .venv/ready
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt && touch $@
