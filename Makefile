@@ -77,7 +77,7 @@ hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
 ##@ Develop
 .PHONY: test
 test: .venv/test lint ## the project's own tests: answers, mistakes, variants, starters, harness
-	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest -n 2 --dist loadfile
+	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest -n 3 --dist loadfile --no-loadscope-reorder
 
 .venv/test: requirements-test.txt .venv/ready
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt && touch $@
@@ -114,7 +114,7 @@ lint: .venv/ready ## ruff and mypy on everything but exercises/
 	@$(VENV)/ruff check --quiet --extend-exclude exercises .
 	@$(VENV)/ruff format --check --quiet --extend-exclude exercises .
 	@$(VENV)/mypy $(STRICT) checks/conftest.py checks/test_*.py checks/benches checks/harness checks/mistakes checks/selftest
-	@$(VENV)/mypy $(LENIENT) answers && $(VENV)/mypy $(LENIENT) checks/starters
+	@for folder in answers checks/starters checks/variants/*/; do $(VENV)/mypy $(LENIENT) $$folder || exit 1; done
 
 .PHONY: format
 format: .venv/ready ## ruff's formatting and fixes, on everything but exercises/

@@ -4,34 +4,36 @@ runs, on most mistakes, the checks of the requirement that they name only.
 
 import sys
 
-import pytest
-
-from harness import board, commands, devices, kill_matrix, supervise, warm
+from harness.options import parse, refuse
 from harness.specification import UsageError, selected
 
 
-def bank(session: pytest.Session, command: str, ex: str, only: str = "") -> int:
-    """Prints the kill matrix of an exercise, or of each; 1 if anything does not hold."""
-    judge, problems = supervise.Judge(session, halves=False), 0
-    for exercise in selected(ex):
-        matrix = kill_matrix.build(judge, exercise, only, command == "bank")
-        kill_matrix.show(matrix, board.console())
-        problems += len(matrix.problems)
-    return 1 if problems else 0
-
-
 def main(arguments: list[str]) -> int:
-    """Collects the checks and runs a command on them."""
-    if arguments[:1] in (["bank"], ["bank-quick"]):
-        return warm.collected(lambda session: bank(session, *arguments))
-    if (device := commands.parse(arguments).device) != "cpu":
-        return devices.check(arguments, device)
-    return warm.collected(lambda session: commands.run(arguments, supervise.Judge(session)))
+    """Collects the checks and runs a command on them; what cannot be done is said before torch is loaded for it."""
+    command, device = arguments[0], "cpu"
+    if command in ("bank", "bank-quick"):
+        selected(arguments[1])
+    else:
+        options = parse(arguments)
+        refuse(options)
+        device = options.device
+
+    from harness import commands, devices, kill_matrix, supervise, warm
+
+    try:
+        if command in ("bank", "bank-quick"):
+            return warm.collected(lambda session: kill_matrix.run(session, *arguments))
+        if device != "cpu":
+            return devices.check(arguments, device)
+        return warm.collected(lambda session: commands.run(arguments, supervise.Judge(session)))
+    except warm.CollectionFailed as error:
+        print(error)
+        return 2
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (warm.CollectionFailed, UsageError) as error:
+    except UsageError as error:
         print(error)
         sys.exit(2)

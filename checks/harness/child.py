@@ -109,6 +109,8 @@ def run(items: list[pytest.Item], folder: Path, writing: int, token: str, room: 
     if plugin.lane_of(items[0]) == "own test":
         plugin.start_trials(config)
     for item, following in zip(items, [*items[1:], None], strict=True):
+        if item.session.shouldfail:
+            break
         output.redirect()
         report(item.name)
         try:

@@ -3,7 +3,6 @@ in a fork.
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -13,40 +12,11 @@ from rich.progress import track
 
 from harness import banks, board, github, gradesheet
 from harness.ledger import Entry, Ledger, checks_version, stamp
-from harness.specification import TOP, Exercise, UsageError, exercises, selected
+from harness.options import out_path, parse, refuse, submission_folder
+from harness.specification import TOP, Exercise, UsageError, selected
 from harness.submission import LoadError, isolated, read
 from harness.supervise import LANES, Judge
 from harness.verdicts import ExerciseVerdict, Result
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options of a command: its name first."""
-    parser = argparse.ArgumentParser(prog="harness", allow_abbrev=False)
-    parser.add_argument("command", choices=["check", "grade", "save"])
-    parser.add_argument("watched", nargs="*", help="the folders that pytest-watch appends to its runner; not needed")
-    parser.add_argument("--ex", default="")
-    parser.add_argument("--submission", default="exercises")
-    parser.add_argument("--device", default="cpu", help="check: where the agreement checks run too, uncounted")
-    parser.add_argument("--out", default="gradesheet.json", help="where grade writes the gradesheet")
-    parser.add_argument("--forget-banks", action="store_true", help="grade: remove answers and banks once read")
-    parser.add_argument("--once", action="store_true", help="save: nothing waits for the next one")
-    parser.add_argument("--github", action="store_true", help="grade also writes what GitHub Actions shows")
-    return parser.parse_intermixed_args(arguments)
-
-
-def submission_folder(name: str) -> Path:
-    """The folder that SUBMISSION names, absolute.
-
-    Raises:
-        UsageError: it is missing, no folder, or holds no exercise.
-    """
-    folder = (TOP / name).resolve()
-    if not folder.is_dir():
-        raise UsageError(f"SUBMISSION={name}: no such folder; it is relative to {TOP.name}/, as in SUBMISSION=answers")
-    if not any((folder / exercise.file_name).exists() for exercise in exercises().values()):
-        names = ", ".join(exercise.file_name for exercise in exercises().values())
-        raise UsageError(f"SUBMISSION={name}: holds no exercise; files are named like {names}")
-    return folder
 
 
 def judge_file(exercise: Exercise, folder: Path, judge: Judge, before: Entry | None) -> Entry:
@@ -91,17 +61,12 @@ def check(options: argparse.Namespace, judge: Judge) -> int:
 
 def grade(options: argparse.Namespace, judge: Judge) -> int:
     """Judges everything asked for and writes the gradesheet; 0 whatever the points are."""
-    chosen, folder = selected(options.ex), submission_folder(options.submission)
-    path = (TOP / options.out).resolve()
-    if path.is_dir() or path.suffix == ".md":
-        raise UsageError(f"OUT={options.out}: a file name such as gradesheet.json is wanted")
+    chosen, folder, path = selected(options.ex), submission_folder(options.submission), out_path(options.out)
     out = board.console()
     token = github.mute() if options.github else ""
     judge.read_banks()
     version = checks_version()
     if options.forget_banks:
-        if not os.environ.get("CI"):
-            raise UsageError("FORGET_BANKS=1 removes answers and banks; only where CI is set, in a throw-away checkout")
         banks.forget()
     verdicts = []
     for exercise in track(chosen, "grading", console=out, transient=True, disable=not out.is_terminal):
@@ -167,6 +132,7 @@ def run(arguments: list[str], judge: Judge) -> int:
     """Runs a command; what cannot be done is said in one line."""
     options = parse(arguments)
     try:
+        refuse(options)
         return COMMANDS[options.command](options, judge)
     except UsageError as error:
         board.console().print(str(error), style="red", markup=False, soft_wrap=True)

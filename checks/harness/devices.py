@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from harness import board, commands, plugin, verdicts, warm
 from harness.compare import ELSEWHERE
+from harness.options import parse, submission_folder
 from harness.processes import CAN_FORK
 from harness.specification import Exercise, UsageError, selected
 from harness.supervise import Judge
@@ -25,7 +26,7 @@ def check(arguments: list[str], device: str) -> int:
     Raises:
         UsageError: the device is none that is known, or not here, or the command is another one.
     """
-    options = commands.parse(arguments)
+    options = parse(arguments)
     if device not in ELSEWHERE:
         raise UsageError(f"DEVICE={device}: cpu or cuda is wanted")
     if options.command != "check":
@@ -69,7 +70,7 @@ def _parted(session: pytest.Session) -> tuple[Judge, Judge]:
 
 def _show(out: Console, chosen: list[Exercise], submission: str, judge: Judge, device: str) -> None:
     """A line per exercise, and the first failure of each."""
-    folder = commands.submission_folder(submission)
+    folder = submission_folder(submission)
     out.print(f"\nagreement on {device}, shown but not counted:", soft_wrap=True)
     for exercise in chosen:
         results = judge.results(exercise, folder, ("code",))

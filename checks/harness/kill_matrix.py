@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from harness import banks, plugin, verdicts
+from harness import banks, board, plugin, verdicts
 from harness.banks import Mistake
-from harness.specification import Exercise, public_names
+from harness.specification import Exercise, public_names, selected
 from harness.supervise import LANES, Judge
 from harness.verdicts import READABILITY, ExerciseVerdict, Result
 
@@ -24,12 +25,23 @@ class Matrix:
     problems: list[str] = field(default_factory=list)
 
 
+def run(session: pytest.Session, command: str, ex: str, only: str = "") -> int:
+    """Prints the kill matrix of an exercise, or of each; 1 if anything does not hold."""
+    judge, problems = Judge(session, halves=False), 0
+    for exercise in selected(ex):
+        matrix = build(judge, exercise, only, command == "bank")
+        show(matrix, board.console())
+        problems += len(matrix.problems)
+    return 1 if problems else 0
+
+
 def build(judge: Judge, exercise: Exercise, only: str = "", full: bool = True) -> Matrix:
     """Runs the starter, the answer, every variant and every mistake (or those whose name contains `only`).
 
     Args:
-        full: run all checks on every mistake; else only on the first mistake of each requirement that it alone catches,
-            and on the others the checks of the requirement that they name.
+        full: run all checks on everything; else, of the mistakes, only on the first of each requirement that it alone
+            catches, and on the others the checks of the requirements that they name, until one fails; and variants
+            without the linters, which `make lint` runs on all of them at once.
     """
     matrix = Matrix(exercise)
     mistakes = banks.mistakes(exercise)
@@ -42,7 +54,7 @@ def build(judge: Judge, exercise: Exercise, only: str = "", full: bool = True) -
     }
     for name, text in right.items():
         if only in name:
-            _right(judge, matrix, name, text)
+            _right(judge, matrix, name, text, full or name == "answer")
     proofs = {mistake.requirements[0]: mistake for mistake in reversed(mistakes.values()) if mistake.only}
     for mistake in mistakes.values():
         if only in mistake.name:
@@ -86,8 +98,9 @@ def _starter(judge: Judge, matrix: Matrix) -> None:
             matrix.problems.append(f"on the starter, {result.name} ends in an error: {result.message}")
 
 
-def _right(judge: Judge, matrix: Matrix, name: str, text: str) -> None:
-    lanes = LANES if _has_own_test(matrix.exercise, text) else ("code", "lint")
+def _right(judge: Judge, matrix: Matrix, name: str, text: str, lint: bool) -> None:
+    absent = {"own test": not _has_own_test(matrix.exercise, text), "lint": not lint}
+    lanes = tuple(lane for lane in LANES if not absent.get(lane))
     verdict, results = _judged(judge, matrix.exercise, text, lanes)
     for result in results:
         if result.outcome != "passed":
@@ -104,9 +117,17 @@ def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool) -> None:
         matrix.problems.append(str(error))
         return
     items = judge.items(exercise)
-    lanes = {"code", *(plugin.lane_of(item) for item in items if plugin.requirement_of(item) in mistake.requirements)}
-    needed = () if full else mistake.requirements
-    _, results = _judged(judge, exercise, text, tuple(lanes), needed)
+    items[0].config.option.maxfail = 0 if full else 1
+
+    def lanes(requirements: tuple[str, ...]) -> set[str]:
+        return {plugin.lane_of(item) for item in items if plugin.requirement_of(item) in requirements}
+
+    results: list[Result] = []
+    if full:
+        _, results = _judged(judge, exercise, text, ("code", *lanes(mistake.requirements)))
+    else:
+        for number in mistake.requirements:
+            results += _judged(judge, exercise, text, tuple(lanes((number,))), (number,))[1]
     failed = [result for result in results if result.outcome != "passed"]
     row: dict[str, str] = {}
     for result in failed:

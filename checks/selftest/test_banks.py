@@ -31,7 +31,8 @@ def test_the_bank_holds(
 
     with capsys.disabled():
         print("\n" + done.stdout)
-    assert done.returncode == 0, f"{exercise}: see the problems above\n{done.stderr[-2000:]}"
+    problems = [line for line in done.stdout.splitlines() if line.startswith("problem: ")]
+    assert done.returncode == 0, "\n".join([*problems, done.stderr[-2000:]])
 
 
 def test_an_edit_that_does_not_fit_is_named() -> None:

@@ -62,7 +62,7 @@ def test_broken_submissions_lose_their_own_points_only(workspace: Workspace) -> 
     names = [exercise.file_name for exercise in exercises().values()]
     folder = workspace.top / "student"
     folder.mkdir()
-    (folder / names[0]).write_text("while True:\n    pass\n")
+    (folder / names[0]).write_text("import threading\nthreading.Event().wait()\n")
     (folder / names[1]).symlink_to(workspace.top / "answers" / names[1])
     (folder / names[2]).mkdir()
     os.mkfifo(folder / names[3])

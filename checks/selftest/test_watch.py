@@ -14,7 +14,7 @@ FILE = "ex01_multi_head_attention.py"
 
 @pytest.fixture
 def watch(workspace: Workspace) -> Iterator[Terminal]:
-    terminal = Terminal(workspace.make_command("watch"), workspace.top)
+    terminal = Terminal(workspace.make_command("watch", "EX=1"), workspace.top)
     yield terminal
     with suppress(ProcessLookupError):
         os.kill(terminal.pid, signal.SIGKILL)
@@ -80,7 +80,7 @@ def test_the_loop(workspace: Workspace, watch: Terminal) -> None:
     assert "loading torch and the checks …" in changed and "in progress" in changed, changed
 
     # A second watch beside the first: both see the save.
-    second = Terminal(workspace.make_command("watch"), workspace.top)
+    second = Terminal(workspace.make_command("watch", "EX=1"), workspace.top)
     second.until(READY)
     path.write_text(answer)
     assert "50/50" in second.until(READY)
