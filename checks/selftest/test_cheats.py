@@ -7,8 +7,8 @@ import pytest
 from selftest import cheats
 
 POINTS_OF_THE_ANSWER = 45  # Without "reads well", which is not asked here.
-# Values, masks, cost, agreement, from scratch: what cheats are judged by here, for the sake of time.
-SOME = ("1.1", "1.3", "1.6", "1.8")
+# Values, masks, from scratch: what cheats are judged by here, for the sake of time.
+SOME = ("1.1", "1.3", "1.8")
 
 
 @pytest.fixture(scope="module")

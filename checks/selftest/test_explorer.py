@@ -118,6 +118,7 @@ def test_every_check_is_listed_although_every_exercise_is_broken(explorer: Explo
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
     assert listed == written
+    assert "selftest" not in found.output
 
 
 def test_a_run_reports_each_check_from_its_own_process(explorer: Explorer) -> None:

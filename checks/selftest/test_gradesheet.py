@@ -41,22 +41,6 @@ def test_the_answers_earn_everything(workspace: Workspace) -> None:
     assert (workspace.top / "gradesheet.md").read_text().startswith("# Gradesheet: ")
 
 
-def test_starters_a_missing_file_and_a_broken_one_earn_nothing_and_say_why(workspace: Workspace) -> None:
-    folder = workspace.top / "student"
-    folder.mkdir()
-    (folder / FILE).write_text("def broken(:\n")
-    found = graded(workspace, "SUBMISSION=student")
-    starters = graded(workspace, "EX=1")
-
-    assert found["score"] == 0 and len(found["exercises"]) == len(exercises())
-    states = {one["id"]: (one["state"], one["reason"]) for one in found["exercises"]}
-    assert states["ex01"] == ("does not import", "SyntaxError: invalid syntax")
-    assert states["ex02"] == ("not started", "no file")
-    assert [one["id"] for one in starters["exercises"]] == ["ex01"]
-    assert (starters["score"], starters["max_score"]) == (0, 50)
-    assert starters["exercises"][0]["state"] == "not started"
-
-
 def test_broken_submissions_lose_their_own_points_only(workspace: Workspace) -> None:
     """Each in bounded time, with a reason in one line, and nothing of it runs on."""
     names = [exercise.file_name for exercise in exercises().values()]
@@ -82,6 +66,22 @@ def test_broken_submissions_lose_their_own_points_only(workspace: Workspace) -> 
     first = found["exercises"][0]["requirements"][0]["checks"][0]
     assert first["outcome"] == "timeout" and first["message"].startswith("did not end within 10 s")
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and b"98765" in command_line(pid)]
+
+
+def test_a_missing_file_and_a_broken_one_earn_nothing_and_say_why(workspace: Workspace) -> None:
+    folder = workspace.top / "student"
+    folder.mkdir()
+    (folder / FILE).write_text("def broken(:\n")
+
+    found = graded(workspace, "SUBMISSION=student")
+
+    assert found["score"] == 0 and len(found["exercises"]) == len(exercises())
+    states = {one["id"]: (one["state"], one["reason"]) for one in found["exercises"]}
+    assert states["ex01"] == ("does not import", "SyntaxError: invalid syntax")
+    assert states["ex02"] == ("not started", "no file")
+    one = graded(workspace, "EX=1")
+    assert [exercise["id"] for exercise in one["exercises"]] == ["ex01"]
+    assert (one["score"], one["max_score"], one["exercises"][0]["state"]) == (0, 50, "not started")
 
 
 def command_line(pid: str) -> bytes:
