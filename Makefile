@@ -61,7 +61,7 @@ grade: .venv/ready ## write the gradesheet: make grade [EX=1] [SUBMISSION=folder
 .PHONY: setup
 setup: .venv/ready ## install everything into .venv
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is not there; install Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) checks/harness/install.py '$(TORCH_INDEX)'
 
@@ -79,7 +79,7 @@ hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
 test: .venv/test lint ## the project's own tests: answers, mistakes, variants, starters, harness
 	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest -n 3 --dist loadfile --no-loadscope-reorder
 
-.venv/test: requirements-test.txt .venv/ready
+.venv/test: requirements-test.txt .venv/bench
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt && touch $@
 
 .PHONY: new

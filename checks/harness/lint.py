@@ -64,7 +64,7 @@ def mypy(path: Path) -> None:
     read(path)
     found = _mypy_daemon(path) if DAEMON_FILE.exists() and os.environ.get("EXERCISES_MYPY_DAEMON") else None
     if found is None:
-        found = _run([sys.executable, "-m", "mypy", *_mypy_options(PLAIN_CACHE), str(path)])
+        found = _run([sys.executable, "-m", "mypy", *options(PLAIN_CACHE), str(path)])
     code, output = found
     if code not in (0, 1):
         raise RuntimeError(f"mypy itself failed: {output.strip()[-500:]}")
@@ -80,7 +80,7 @@ def start_mypy_daemon() -> None:
     command = [sys.executable, "-m", "mypy.dmypy", "--status-file", str(DAEMON_FILE), "run", "--timeout", "36000", "--"]
     answers = sorted(str(file) for file in (TOP / "checks" / "starters").glob("ex*.py"))
     subprocess.Popen(
-        [*command, *_mypy_options(DAEMON_CACHE), *FINE, "--use-fine-grained-cache", *answers[:1]],
+        [*command, *options(DAEMON_CACHE), *FINE, "--use-fine-grained-cache", *answers[:1]],
         cwd=TOP,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -91,8 +91,8 @@ def start_mypy_daemon() -> None:
 def fill_caches() -> bool:
     """Has mypy read torch's types once for each cache, side by side; False if it fails."""
     starter = str(sorted((TOP / "checks" / "starters").glob("ex*.py"))[0])
-    commands = [[*_mypy_options(PLAIN_CACHE), starter], [*_mypy_options(DAEMON_CACHE), *FINE, starter]]
-    running = [subprocess.Popen([sys.executable, "-m", "mypy", *options], cwd=TOP) for options in commands]
+    commands = [[*options(PLAIN_CACHE), starter], [*options(DAEMON_CACHE), *FINE, starter]]
+    running = [subprocess.Popen([sys.executable, "-m", "mypy", *command], cwd=TOP) for command in commands]
     return all(process.wait() == 0 for process in running)
 
 
@@ -102,7 +102,8 @@ def stop_mypy_daemon() -> None:
         run_dmypy(["--status-file", str(DAEMON_FILE), "kill"])
 
 
-def _mypy_options(cache: Path) -> list[str]:
+def options(cache: Path) -> list[str]:
+    """mypy's command line for exercises."""
     return [
         "--config-file",
         str(SETTINGS),

@@ -2,8 +2,10 @@
 
 import re
 import subprocess
+import sys
 
 import pytest
+from harness import lint
 from harness.specification import TOP, exercises
 
 
@@ -34,3 +36,14 @@ def test_the_precommit_hooks_leave_exercises_alone() -> None:
     text = (TOP / ".pre-commit-config.yaml").read_text()
 
     assert text.count("exclude: ^exercises/") == 2 and "--exit-zero" in text and "repo: local" in text
+
+
+def test_mypy_reads_nothing_that_may_be_installed_later() -> None:
+    """What torch imports where it is there: were it read, each installation would make mypy's caches start over."""
+    answer = next(iter(exercises().values())).answer_file
+    command = [sys.executable, "-m", "mypy", *lint.options(lint.PLAIN_CACHE), "--verbose", str(answer)]
+
+    done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=120)
+
+    read = set(re.findall(r"for \S+: file \S+/site-packages/(\w+)", done.stderr))
+    assert read == {"torch", "mypy", "filelock"}, read
