@@ -61,7 +61,7 @@ grade: .venv/ready ## write the gradesheet: make grade [EX=1] [SUBMISSION=folder
 .PHONY: setup
 setup: .venv/ready ## install everything into .venv
 
-.venv/ready: requirements.txt pyproject.toml
+.venv/ready: requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is not there; install Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) checks/harness/install.py '$(TORCH_INDEX)'
 
@@ -80,7 +80,7 @@ test: .venv/test lint ## the project's own tests: answers, mistakes, variants, s
 	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest -n 3 --dist loadfile --no-loadscope-reorder
 
 .venv/test: requirements-test.txt .venv/bench
-	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt && touch $@
+	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt && $(RUN) -m harness.lint && touch $@
 
 .PHONY: new
 new: .venv/ready ## begin an exercise: make new EX=12 NAME="Grouped query attention"
@@ -107,7 +107,7 @@ picture: .venv/ready ## render README's picture of the watch
 	@$(RUN) -m harness.screenshot
 
 .venv/bench: requirements-bench.txt .venv/ready
-	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt && touch $@
+	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt && $(RUN) -m harness.lint && touch $@
 
 .PHONY: lint
 lint: .venv/ready ## ruff and mypy on everything but exercises/

@@ -1,5 +1,7 @@
 """What "reads well" asks: ruff and mypy find nothing in a learner's file, under the project's settings whatever the
 file says.
+
+Usage: python -P -m harness.lint [daemon], which fills mypy's caches where that is due, and then starts its daemon
 """
 
 import ast
@@ -9,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from mypy.api import run_dmypy
@@ -21,6 +24,7 @@ SETTINGS = TOP / "pyproject.toml"
 # The daemon's cache holds dependencies between definitions too; several mypys that wrote one such cache at once would
 # each start it over.
 PLAIN_CACHE, DAEMON_CACHE, FINE = TOP / "build" / "mypy", TOP / "build" / "mypy-daemon", ("--cache-fine-grained",)
+FILLED_WITH = DAEMON_CACHE / "filled-with.txt"
 DAEMON_FILE = TOP / "build" / "dmypy.json"
 MYPY_SECONDS = 120
 DAEMON_SECONDS = 5.0
@@ -77,10 +81,8 @@ def mypy(path: Path) -> None:
 
 def start_mypy_daemon() -> None:
     """Starts mypy's daemon for the exercises and lets it read torch's types; returns at once."""
-    command = [sys.executable, "-m", "mypy.dmypy", "--status-file", str(DAEMON_FILE), "run", "--timeout", "36000", "--"]
-    answers = sorted(str(file) for file in (TOP / "checks" / "starters").glob("ex*.py"))
     subprocess.Popen(
-        [*command, *options(DAEMON_CACHE), *FINE, "--use-fine-grained-cache", *answers[:1]],
+        _daemon_command() if caches_are_true() else [sys.executable, "-P", "-m", "harness.lint", "daemon"],
         cwd=TOP,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -88,12 +90,35 @@ def start_mypy_daemon() -> None:
     )
 
 
+def caches_are_true() -> bool:
+    """Whether the caches were filled with today's settings and packages. torch imports some packages where they are
+    there, and the daemon, which never writes a cache, would take minutes at each start to see that they have come.
+    """
+    return FILLED_WITH.exists() and FILLED_WITH.read_text(encoding="utf-8") == _surroundings()
+
+
 def fill_caches() -> bool:
     """Has mypy read torch's types once for each cache, side by side; False if it fails."""
-    starter = str(sorted((TOP / "checks" / "starters").glob("ex*.py"))[0])
-    commands = [[*options(PLAIN_CACHE), starter], [*options(DAEMON_CACHE), *FINE, starter]]
+    commands = [[*options(PLAIN_CACHE), _starter()], [*options(DAEMON_CACHE), *FINE, _starter()]]
     running = [subprocess.Popen([sys.executable, "-m", "mypy", *command], cwd=TOP) for command in commands]
-    return all(process.wait() == 0 for process in running)
+    filled = [process.wait() == 0 for process in running]
+    if all(filled):
+        FILLED_WITH.write_text(_surroundings(), encoding="utf-8")
+    return all(filled)
+
+
+def _surroundings() -> str:
+    packages = sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
+    return "\n".join([*packages, SETTINGS.read_text(encoding="utf-8")])
+
+
+def _starter() -> str:
+    return str(sorted((TOP / "checks" / "starters").glob("ex*.py"))[0])
+
+
+def _daemon_command() -> list[str]:
+    command = [sys.executable, "-m", "mypy.dmypy", "--status-file", str(DAEMON_FILE), "run", "--timeout", "36000", "--"]
+    return [*command, *options(DAEMON_CACHE), *FINE, "--use-fine-grained-cache", _starter()]
 
 
 def stop_mypy_daemon() -> None:
@@ -175,3 +200,16 @@ def _fail_on(findings: list[str], path: Path, tool: str) -> None:
     rest = [f"and {len(findings) - 5} more"] if len(findings) > 5 else []
     count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
     raise LintError("\n".join([f"{tool}: {count} in {path.name}", *shown, *rest]), int(findings[0].split(":")[0]))
+
+
+def main(arguments: list[str]) -> int:
+    """Fills the caches unless they are true; with `daemon`, becomes the starter of the daemon."""
+    if not caches_are_true() and not fill_caches():
+        return 1
+    if arguments == ["daemon"]:
+        os.execv(sys.executable, _daemon_command())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
