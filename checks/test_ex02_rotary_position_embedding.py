@@ -306,6 +306,10 @@ class Turns(TorchDispatchMode):
         self.seen: Counter[str] = Counter()
         self._counts_python = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's guard against compilation, which nothing here uses, doubles the cost of an operation.
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.removeprefix("_foreach").strip("_")

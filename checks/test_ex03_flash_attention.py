@@ -747,6 +747,10 @@ class _Elements(TorchDispatchMode):
         self.of: Counter[str] = Counter()
         self.half_products: set[str] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's guard against compilation, which nothing here uses, doubles the cost of an operation.
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
         if isinstance(result, Tensor):

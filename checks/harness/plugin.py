@@ -15,6 +15,7 @@ import torch
 from harness import lint as linters
 from harness.compare import CPU, ELSEWHERE, Close, Where
 from harness.explain import NotRun, explain
+from harness.guards import prebuilt_attention
 from harness.integrity import Integrity
 from harness.specification import TOP, exercise_of
 from harness.submission import Subject, neutral_state
@@ -45,10 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # makereport below writes a failure's message; pytest's own, for which it parses the whole file, costs 50 ms each.
     config.option.tbstyle = "native"
-    # torch loads these 800 modules at the first comparison or dispatch mode: once here rather than in every fork.
+    # Once here rather than in every fork: the 800 modules that torch loads at the first comparison or dispatch mode,
+    # and the list of its attentions.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("torch._dynamo")
+        prebuilt_attention()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

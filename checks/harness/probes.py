@@ -62,6 +62,10 @@ class Trace(TorchDispatchMode):
         for source in sources:
             self._sourced[source.untyped_storage()] = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's guard against compilation, which nothing here uses, doubles the cost of an operation.
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [*_tensors(args), *_tensors(kwargs)]
