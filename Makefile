@@ -76,7 +76,7 @@ hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
 
 ##@ Develop
 .PHONY: test
-test: .venv/test lint ## the project's own tests: answers, mistakes, variants, starters, harness
+test: lint ## the project's own tests: answers, mistakes, variants, starters, harness
 	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest -n 3 --dist loadfile --no-loadscope-reorder
 
 .venv/test: requirements-test.txt .venv/bench
@@ -110,7 +110,7 @@ picture: .venv/ready ## render README's picture of the watch
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt && $(RUN) -m harness.lint && touch $@
 
 .PHONY: lint
-lint: .venv/ready ## ruff and mypy on everything but exercises/
+lint: .venv/test ## ruff and mypy on everything but exercises/
 	@$(VENV)/ruff check --quiet --extend-exclude exercises .
 	@$(VENV)/ruff format --check --quiet --extend-exclude exercises .
 	@$(VENV)/mypy $(STRICT) checks/conftest.py checks/test_*.py checks/benches checks/harness checks/mistakes checks/selftest
