@@ -10,21 +10,20 @@ from harness.specification import UsageError, selected
 
 def main(arguments: list[str]) -> int:
     """Collects the checks and runs a command on them; what cannot be done is said before torch is loaded for it."""
-    command, device = arguments[0], "cpu"
-    if command in ("bank", "bank-quick"):
+    bank = arguments[0] in ("bank", "bank-quick")
+    if bank:
         selected(arguments[1])
     else:
         options = parse(arguments)
         refuse(options)
-        device = options.device
 
     from harness import commands, devices, kill_matrix, supervise, warm
 
     try:
-        if command in ("bank", "bank-quick"):
+        if bank:
             return warm.collected(lambda session: kill_matrix.run(session, *arguments))
-        if device != "cpu":
-            return devices.check(arguments, device)
+        if options.device != "cpu":
+            return devices.check(arguments, options.device)
         return warm.collected(lambda session: commands.run(arguments, supervise.Judge(session)))
     except warm.CollectionFailed as error:
         print(error)

@@ -56,7 +56,9 @@ def refuse(options: argparse.Namespace) -> None:
         UsageError: an option names what is not there, or must not be used here.
     """
     selected(options.ex)
-    submission_folder(options.submission)
-    out_path(options.out)
+    if options.command != "save":
+        submission_folder(options.submission)
+    if options.command == "grade":
+        out_path(options.out)
     if options.forget_banks and not os.environ.get("CI"):
         raise UsageError("FORGET_BANKS=1 removes answers and banks; only where CI is set, in a throw-away checkout")

@@ -110,6 +110,15 @@ def test_cold_gives_the_same_verdict(workspace: Workspace, monkeypatch: pytest.M
     assert done.returncode == 0 and "45/50" in done.stdout, done.stdout
 
 
+def test_the_board_needs_no_file(workspace: Workspace) -> None:
+    for path in (workspace.top / "exercises").iterdir():
+        path.unlink()
+
+    done = workspace.make("board", "EX=1")
+
+    assert done.returncode == 0 and re.search(r"ex01\s+Multi-head attention\s+not started", done.stdout), done.stdout
+
+
 def test_help_names_every_target(workspace: Workspace) -> None:
     said = workspace.make().stdout
     targets = re.findall(r"^\.PHONY: (\S+)$", Path(workspace.top, "Makefile").read_text(), re.MULTILINE)
