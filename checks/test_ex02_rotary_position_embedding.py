@@ -11,9 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
-from harness.door import Close, OwnTest, Subject, Trials, Where, is_tensor, refuses, requirement, seed
+from harness.door import Close, DispatchMode, OwnTest, Subject, Trials, Where, is_tensor, refuses, requirement, seed
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 B, H, L, DH = 2, 3, 5, 10
 D = 12  # of the attention layer: 3 heads with 4 features
@@ -295,7 +294,7 @@ def test_base_is_the_third_argument(subject: Subject, close: Close) -> None:
 # 2.3 variable lengths
 
 
-class Turns(TorchDispatchMode):
+class Turns(DispatchMode):
     """Counts what makes cosines and sines while it is on: torch's operations by elements, Python's by calls.
 
     Unlike Trace it tells a complex exponential from a real one, which a softmax or the frequencies may need.
@@ -305,10 +304,6 @@ class Turns(TorchDispatchMode):
         super().__init__()
         self.seen: Counter[str] = Counter()
         self._counts_python = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # torch's guard against compilation, which nothing here uses, doubles the cost of an operation.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

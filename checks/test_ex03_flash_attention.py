@@ -12,6 +12,7 @@ import pytest
 import torch
 from harness.door import (
     Close,
+    DispatchMode,
     Subject,
     Trace,
     Where,
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 B, H, DH, BLOCK = 2, 3, 5, 4
 D = H * DH
@@ -739,17 +740,13 @@ EXPONENTIALS = ("exp", "exp_", "exp2", "exp2_", "expm1", "expm1_", "_softmax", "
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_", "mv", "addmv", "dot")
 
 
-class _Elements(TorchDispatchMode):
+class _Elements(DispatchMode):
     """How many elements each operation gave, and which products were of half precision: a Trace that is lighter."""
 
     def __init__(self) -> None:
         super().__init__()
         self.of: Counter[str] = Counter()
         self.half_products: set[str] = set()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # torch's guard against compilation, which nothing here uses, doubles the cost of an operation.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__

@@ -10,7 +10,7 @@ from harness.banks import Mistake
 from harness.compare import Close, Where, is_tensor, refuses
 from harness.guards import Prebuilt, forbid, prebuilt_attention
 from harness.own_test import OwnTest
-from harness.probes import Trace, calls
+from harness.probes import DispatchMode, Trace, calls
 from harness.submission import Subject, seed
 from harness.trials import Trials
 from harness.verdicts import Hang
@@ -19,6 +19,7 @@ requirement = pytest.mark.requirement
 
 __all__ = [
     "Close",
+    "DispatchMode",
     "Hang",
     "Mistake",
     "OwnTest",

@@ -31,7 +31,17 @@ _FACTORIES_LIKE = (
 )
 
 
-class Trace(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
+    """torch's mode that sees every operation, without its guard against compilation: nothing compiles here, and the
+    guard doubles the cost of an operation.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Trace(DispatchMode):
     """Follows every storage that is made while it is on (`with Trace() as seen:`), for as long as the storage lives.
 
     Storages that were there before (inputs, parameters) do not count, nor do views. What is alive after the `with`
@@ -61,10 +71,6 @@ class Trace(TorchDispatchMode):
         self._sourced: WeakKeyDictionary[UntypedStorage, bool] = WeakKeyDictionary()
         for source in sources:
             self._sourced[source.untyped_storage()] = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # torch's guard against compilation, which nothing here uses, doubles the cost of an operation.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
