@@ -1211,8 +1211,18 @@ def pairs(x: Tensor) -> Any:
 
 def reused(x: Tensor) -> list[Tensor]:
     """What is held takes the place of what was freed."""
-    temporaries(x)
-    return held(x)
+    addresses: set[int] = set()
+    kept: list[Tensor] = []
+    # Which address comes next is the allocator's choice: what did not come to one that was used before is dropped.
+    for _ in range(1000):
+        y = x * 2
+        if y.data_ptr() in addresses:
+            kept.append(y)
+        addresses.add(y.data_ptr())
+        del y
+        if len(kept) == 5:
+            break
+    return kept
 
 
 def existing(x: Tensor) -> Tensor:
