@@ -11,7 +11,19 @@ from unittest import mock
 
 import pytest
 import torch
-from harness.door import Close, DispatchMode, OwnTest, Subject, Trials, Where, is_tensor, refuses, requirement, seed
+from harness.door import (
+    Close,
+    DispatchMode,
+    OwnTest,
+    Subject,
+    Trials,
+    Where,
+    halfway,
+    is_tensor,
+    refuses,
+    requirement,
+    seed,
+)
 from torch import Tensor
 
 B, H, L, DH = 2, 3, 5, 10
@@ -698,6 +710,7 @@ def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, 
         attends(close, build(subject).to(of_x), some_x(rng).to(of_x), mask, hint=hint)
 
 
+@halfway
 @requirement("2.4")
 @pytest.mark.parametrize(
     "shape",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness.door import Close, OwnTest, Subject, Trace, Trials, Where, is_tensor, refuses, requirement, seed
+from harness.door import Close, OwnTest, Subject, Trace, Trials, Where, halfway, is_tensor, refuses, requirement, seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -929,6 +929,7 @@ def test_forward_makes_nothing_as_large_as_the_weight(
 # 5.5 merging
 
 
+@halfway
 @requirement("5.5")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_the_merged_weight(subject: Subject, close: Close, rng: torch.Generator, bias: bool) -> None:

@@ -21,6 +21,7 @@ from harness.door import (
     Trials,
     calls,
     forbid,
+    halfway,
     is_tensor,
     refuses,
     requirement,
@@ -975,6 +976,7 @@ def test_one_tensor_several_times(subject: Subject, close: Close, rng: torch.Gen
     )
 
 
+@halfway
 @requirement("6.4")
 def test_one_tensor_is_one_tensor_the_second_time_too(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Self-attention, attention(x, x, x), takes a shorter way if its key is its query: both times, or not at all."""

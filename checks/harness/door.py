@@ -16,6 +16,7 @@ from harness.trials import Trials
 from harness.verdicts import Hang
 
 requirement = pytest.mark.requirement
+halfway = pytest.mark.halfway
 
 __all__ = [
     "Close",
@@ -30,6 +31,7 @@ __all__ = [
     "Where",
     "calls",
     "forbid",
+    "halfway",
     "is_tensor",
     "prebuilt_attention",
     "refuses",

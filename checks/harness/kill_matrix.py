@@ -10,6 +10,7 @@ from rich.console import Console
 
 from harness import banks, board, plugin, verdicts
 from harness.banks import Mistake
+from harness.hugepages import use_huge_pages
 from harness.specification import Exercise, public_names, selected
 from harness.supervise import LANES, Judge
 from harness.verdicts import READABILITY, ExerciseVerdict, Result
@@ -28,6 +29,7 @@ class Matrix:
 def run(session: pytest.Session, command: str, ex: str, only: str = "") -> int:
     """Prints the kill matrix of an exercise, or of each; 1 if anything does not hold."""
     judge, problems = Judge(session, halves=False), 0
+    use_huge_pages()
     for exercise in selected(ex):
         matrix = build(judge, exercise, only, command == "bank")
         show(matrix, board.console())

@@ -86,9 +86,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def subject(submission_file: Path) -> Subject:
+def subject(request: pytest.FixtureRequest) -> Subject:
     """The learner's module, loaded at the first use of one of its names."""
-    return Subject(submission_file)
+    return Subject(submission_path(request.node))
 
 
 @pytest.fixture

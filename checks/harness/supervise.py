@@ -63,7 +63,8 @@ class Judge:
 
     Args:
         hangup: a descriptor that becomes readable when nobody wants the verdict any more.
-        halves: run the checks of the code in two processes where there are two processors.
+        halves: run the checks of the code in two processes where there are two processors: the second begins with the
+            check marked `halfway`, or with the one in the middle.
     """
 
     def __init__(self, session: pytest.Session, hangup: int | None = None, *, halves: bool = True) -> None:
@@ -156,7 +157,8 @@ class Judge:
         """A lane's checks, for one process each."""
         if not (self._halves and CAN_FORK and len(items) > 1 and plugin.lane_of(items[0]) == "code"):
             return [items] if items else []
-        middle = len(items) // 2
+        marked = (place for place, item in enumerate(items) if item.get_closest_marker("halfway"))
+        middle = next(marked, 0) or len(items) // 2
         return [items[:middle], items[middle:]]
 
 

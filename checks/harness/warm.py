@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from harness import commands, lint, supervise
+from harness.hugepages import use_huge_pages
 from harness.ledger import checks_version, fingerprint
 from harness.processes import alive
 from harness.specification import CHECKS, TOP, selected
@@ -45,6 +46,8 @@ class _Waiting:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if not self.broken:
+            for item in session.items:
+                _ = item.location  # Remembered, so that no fork has to look it up for its report.
             # What is there now is there to stay: forks neither walk nor copy it when they collect garbage.
             gc.freeze()
             try:
@@ -83,6 +86,7 @@ def serve(session: pytest.Session, owners: set[int]) -> int:
     supervise.Judge(session).read_banks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lint.start_mypy_daemon()
+    use_huge_pages()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         SOCKET.unlink(missing_ok=True)
         listener.bind(str(SOCKET))
