@@ -622,20 +622,28 @@ def attends(
 
 
 @requirement("2.4")
-@pytest.mark.parametrize("mask_dtype", MASK_DTYPES, ids=named)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
 def test_attention_leaves_its_inputs_alone(
-    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, mask_dtype: torch.dtype
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype
 ) -> None:
     """x and mask are after the call what they were before."""
-    x, mask = some_x(rng).to(dtype), some_mask((B, 1, L, L), rng).to(mask_dtype)
-    before = x.clone(), mask.clone()
+    attention, x, pairs = build(subject).to(dtype), some_x(rng).to(dtype), some_mask((B, 1, L, L), rng)
 
-    with torch.set_grad_enabled(dtype == torch.float64):
-        build(subject).to(dtype)(x, mask)
+    for mask_dtype in MASK_DTYPES:
+        mask = pairs.to(mask_dtype)
+        before = x.clone(), mask.clone()
 
-    close(x, before[0], "x after attention(x, mask)", tolerance=0, hint="x is written to")
-    close(mask, before[1], "mask after attention(x, mask)", tolerance=0, hint="mask is written to")
+        with torch.set_grad_enabled(dtype == torch.float64):
+            attention(x, mask)
+
+        close(x, before[0], "x after attention(x, mask)", tolerance=0, hint="x is written to")
+        close(
+            mask,
+            before[1],
+            f"mask of {named(mask_dtype)} after attention(x, mask)",
+            tolerance=0,
+            hint="mask is written to",
+        )
 
 
 @requirement("2.4")
@@ -1108,20 +1116,17 @@ def differentiates(
 
 
 @requirement("2.7")
-@pytest.mark.parametrize("masked", [None, *MASK_DTYPES], ids=lambda masked: named(masked) if masked else "no mask")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=named)
-def test_attention_keeps_xs_dtype(
-    subject: Subject, rng: torch.Generator, dtype: torch.dtype, masked: torch.dtype | None
-) -> None:
+def test_attention_keeps_xs_dtype(subject: Subject, rng: torch.Generator, dtype: torch.dtype) -> None:
     """A layer cast to a dtype takes it and gives it, with every mask: the mask's dtype is no matter."""
-    attention, x = build(subject).to(dtype), some_x(rng).to(dtype)
-    mask = () if masked is None else (some_mask((B, 1, L, L), rng).to(masked),)
+    attention, x, pairs = build(subject).to(dtype), some_x(rng).to(dtype), some_mask((B, 1, L, L), rng)
 
-    output = is_tensor(attention(x, *mask), "attention(x)")
+    for masked in (None, *MASK_DTYPES):
+        output = is_tensor(attention(x, *([pairs.to(masked)] if masked else [])), "attention(x)")
 
-    what = f"attention(x{', mask' if mask else ''}) in {named(dtype)}"
-    assert output.dtype == dtype, f"{what}: {named(output.dtype)} came, {named(dtype)} was wanted"
-    assert output.isfinite().all(), f"{what}: not finite"
+        what = f"attention(x{f', mask of {named(masked)}' if masked else ''}) in {named(dtype)}"
+        assert output.dtype == dtype, f"{what}: {named(output.dtype)} came, {named(dtype)} was wanted"
+        assert output.isfinite().all(), f"{what}: not finite"
 
 
 # 2.8 bad input

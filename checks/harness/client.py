@@ -1,5 +1,5 @@
-"""The thin end of every judging command: hands it to the warm process and waits. A plain script, so that it starts in
-no time.
+"""The thin end of every judging command: hands it to the warm process and waits. A plain script that imports little,
+so that it starts in no time.
 
 Usage: python -P checks/harness/client.py (check|save) [options]
 
@@ -11,12 +11,11 @@ runs cold.
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-TOP = Path(__file__).resolve().parents[2]
+TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+CHECKS = os.path.join(TOP, "checks")
 SOCKET = "build/warm.sock"
 LOG = "build/warm.log"
 START_SECONDS = 120
@@ -36,7 +35,7 @@ def main(arguments: list[str]) -> int:
             if arguments[0] != "save" or not start(watch):
                 break
     command = [sys.executable, "-P", "-m", "harness", *arguments]
-    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": str(TOP / "checks")})
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": CHECKS})
 
 
 def ask(arguments: list[str], watch: str) -> int | None:
@@ -65,11 +64,13 @@ def ask(arguments: list[str], watch: str) -> int | None:
 
 def start(watch: str) -> bool:
     """Starts the warm process and waits until it answers; False, with its last words, if it does not come up."""
+    import subprocess
+
     print("loading torch and the checks …", flush=True)
     with open(LOG, "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "harness.warm", "--owner", watch or str(os.getppid())],
-            env={**os.environ, "PYTHONPATH": str(TOP / "checks")},
+            env={**os.environ, "PYTHONPATH": CHECKS},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -84,7 +85,8 @@ def start(watch: str) -> bool:
                 return True
         time.sleep(0.05)
     process.kill()
-    print(Path(LOG).read_text(errors="replace").strip()[-2000:])
+    with open(LOG, encoding="utf-8", errors="replace") as log:
+        print(log.read().strip()[-2000:])
     return False
 
 

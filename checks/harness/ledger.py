@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,16 @@ class Ledger:
     def store(self, exercise: Exercise, entry: Entry) -> None:
         """Keeps an entry, on disk at once and as a whole."""
         self.entries[exercise.id] = entry
-        stored = {"version": self._version, "exercises": {name: asdict(kept) for name, kept in self.entries.items()}}
+        exercises = {name: _fields(kept) for name, kept in self.entries.items()}
+        stored = {"version": self._version, "exercises": exercises}
         self._file.parent.mkdir(exist_ok=True)
         scratch = self._file.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps(stored), encoding="utf-8")
         scratch.replace(self._file)
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    return {**vars(entry), "results": [vars(result) for result in entry.results]}
 
 
 def _entry(fields: dict[str, Any]) -> Entry:

@@ -27,7 +27,9 @@ def main(ex: str = "") -> int:
     if not CAN_FORK:
         print("this system cannot fork safely: each save is judged cold, which takes some seconds", flush=True)
     # pytest-watch splits the runner at single spaces, so no path in it may hold any: relative ones do not.
-    runner = [os.path.relpath(sys.executable), "-P", "checks/harness/client.py", "save", *(["--ex", ex] if ex else [])]
+    # The client needs no package: without `site` it starts earlier.
+    python = [os.path.relpath(sys.executable), "-P", "-S"]
+    runner = [*python, "checks/harness/client.py", "save", *(["--ex", ex] if ex else [])]
     options = [
         "--nobeep",
         "--quiet",
