@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from harness import plugin
-from harness.integrity import Integrity
+from harness.integrity import before_submissions
 from harness.landlock import write_only_below
 from harness.output import Output
 from harness.processes import CAN_FORK, die_with_parent
@@ -130,7 +130,7 @@ def run(items: list[pytest.Item], folder: Path, writing: int, token: str, room: 
 def _guard(config: pytest.Config, lane: str, room: Path) -> None:
     """What only grading does, since it costs time: the submission's code changes nothing that judges it."""
     if lane == "code":
-        config.stash[plugin.INTEGRITY] = Integrity()
+        config.stash[plugin.INTEGRITY] = before_submissions()
     if lane != "lint":
         config.stash[plugin.FOLDER] = room
         os.environ["TMPDIR"] = str(room)

@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,6 +86,12 @@ class _Names(dict[str, Any]):
         super().__init__((name, value) for name, value in there.items() if callable(value) or _is_descriptor(value))
         self.all = frozenset(there)
         self.size = len(there)
+
+
+@cache
+def before_submissions() -> Integrity:
+    """What is there before any submission is loaded: looked up once, in the process whose forks load them."""
+    return Integrity()
 
 
 def _owners() -> list[Any]:

@@ -1,8 +1,6 @@
 """The pytest hooks and fixtures that tie the harness to check files; thin."""
 
-import importlib
 import os
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -46,12 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # makereport below writes a failure's message; pytest's own, for which it parses the whole file, costs 50 ms each.
     config.option.tbstyle = "native"
-    # Once here rather than in every fork: the 800 modules that torch loads at the first comparison or dispatch mode,
-    # and the list of its attentions.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("torch._dynamo")
-        prebuilt_attention()
+    # Listed before any submission is loaded, which could replace what is in the list.
+    prebuilt_attention()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

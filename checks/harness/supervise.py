@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from harness import child, plugin
+from harness.integrity import before_submissions
 from harness.own_test import OwnTest, digest
 from harness.processes import CAN_FORK, Lines, Stopwatch, adopt_orphans, end, end_children
 from harness.specification import Exercise, exercise_of, exercises
@@ -97,6 +98,7 @@ class Judge:
         """While inside, code is graded: it may write to one folder only, and it is seen what it replaces of torch's
         and Python's. Gives an empty folder for a copy of the submission.
         """
+        before_submissions()
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             self._room, alone = Path(scratch, "room"), Path(scratch, "submission")
             self._room.mkdir()

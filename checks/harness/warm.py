@@ -7,6 +7,7 @@ nothing and runs no learner's code, so that its forks are safe and alike.
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +26,7 @@ import pytest
 from harness import commands, lint, supervise
 from harness.hugepages import use_huge_pages
 from harness.ledger import checks_version, fingerprint
-from harness.processes import alive
+from harness.processes import CAN_FORK, alive
 from harness.specification import CHECKS, TOP, selected
 
 SOCKET = Path("build") / "warm.sock"
@@ -46,10 +48,8 @@ class _Waiting:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if not self.broken:
-            for item in session.items:
-                _ = item.location  # Remembered, so that no fork has to look it up for its report.
-            # What is there now is there to stay: forks neither walk nor copy it when they collect garbage.
-            gc.freeze()
+            if CAN_FORK:
+                _prepare(session)
             try:
                 self.code = self._use(session)
             except SystemExit:  # rich's, when whoever read the output has gone: `make check | head`.
@@ -59,6 +59,19 @@ class _Waiting:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.broken.append(str(report.longrepr))
+
+
+def _prepare(session: pytest.Session) -> None:
+    """Does once what every fork would do: loads the 800 modules that torch loads late, and looks up what reports say of
+    each check.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._dynamo")
+    for item in session.items:
+        _ = item.location
+    # What is there now is there to stay: forks neither walk nor copy it when they collect garbage.
+    gc.freeze()
 
 
 def collected(use: Callable[[pytest.Session], int], ex: str = "", device: str = "cpu") -> int:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,36 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "a workspace")
 
 
+class Driver:
+    """A process that has collected the checks of one exercise and judges what it is sent."""
+
+    def __init__(self, exercise: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", Path(__file__).parent / "driver.py", exercise],
+            env={**os.environ, "PYTHONPATH": str(TOP / "checks")},
+            cwd=TOP,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def judge(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The verdict on each of the request's texts."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def close(self) -> int:
+        """Ends the process; its exit code."""
+        self._process.communicate(timeout=60)
+        return self._process.returncode
+
+
 @pytest.fixture(scope="session")
-def judged() -> Callable[..., dict[str, Any]]:
+def judged() -> Iterator[Callable[..., dict[str, Any]]]:
     """Judges texts as submissions of an exercise, each alone, in one session, by the checks of some lanes."""
+    drivers: dict[str, Driver] = {}
 
     def judge(
         exercise: str,
@@ -40,29 +67,18 @@ def judged() -> Callable[..., dict[str, Any]]:
         requirements: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         encoded = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
-        hexes = {name: text.hex() for name, text in encoded.items()}
-        request = json.dumps(
+        if exercise not in drivers:
+            drivers[exercise] = Driver(exercise)
+        return drivers[exercise].judge(
             {
-                "exercise": exercise,
-                "texts": hexes,
+                "texts": {name: text.hex() for name, text in encoded.items()},
                 "lanes": lanes or ["code"],
                 "graded": graded,
                 "lane_seconds": lane_seconds,
                 "requirements": requirements,
             }
         )
-        driver = Path(__file__).parent / "driver.py"
-        done = subprocess.run(
-            [sys.executable, "-P", "-W", "ignore", driver],
-            input=request,
-            env={**os.environ, "PYTHONPATH": str(TOP / "checks")},
-            cwd=TOP,
-            text=True,
-            capture_output=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return answer
 
-    return judge
+    yield judge
+    codes = [driver.close() for driver in drivers.values()]
+    assert not any(codes), codes

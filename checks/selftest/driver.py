@@ -1,4 +1,8 @@
-"""Judges many texts in one collected session; a request comes on standard input, one line of JSON goes out."""
+"""Judges many texts in one collected session of an exercise: each line of JSON that comes in is a request, each that
+goes out its answer.
+
+Usage: python -P driver.py EXERCISE
+"""
 
 import json
 import sys
@@ -12,7 +16,10 @@ from typing import Any
 
 import pytest
 from harness import supervise, verdicts, warm
-from harness.specification import exercises
+from harness.hugepages import use_huge_pages
+from harness.specification import Exercise, exercises
+
+LANE_SECONDS = supervise.LANE_SECONDS
 
 
 @contextmanager
@@ -21,12 +28,8 @@ def folder_of_its_own() -> Iterator[Path]:
         yield Path(folder)
 
 
-def use(session: pytest.Session) -> int:
-    request = json.load(sys.stdin)
-    exercise = exercises()[request["exercise"]]
-    supervise.LANE_SECONDS = request["lane_seconds"] or supervise.LANE_SECONDS
-    judge = supervise.Judge(session)
-    judge.read_banks()
+def judge_all(judge: supervise.Judge, exercise: Exercise, request: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    supervise.LANE_SECONDS = request["lane_seconds"] or LANE_SECONDS
     given: dict[str, dict[str, Any]] = {}
     for name, text in request["texts"].items():
         with judge.graded() if request["graded"] else folder_of_its_own() as folder:
@@ -37,9 +40,17 @@ def use(session: pytest.Session) -> int:
             given[name] = {"state": verdict.state, "reason": verdict.reason, "seconds": time.monotonic() - start}
             given[name]["score"] = verdict.score
             given[name]["results"] = [asdict(result) for result in results]
-    print(json.dumps(given))
+    return given
+
+
+def use(session: pytest.Session) -> int:
+    judge, exercise = supervise.Judge(session), exercises()[sys.argv[1]]
+    judge.read_banks()
+    use_huge_pages()
+    for line in sys.stdin:
+        print(json.dumps(judge_all(judge, exercise, json.loads(line))), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(warm.collected(use))
+    sys.exit(warm.collected(use, sys.argv[1]))

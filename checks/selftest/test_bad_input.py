@@ -65,14 +65,18 @@ GOOD: dict[str, str] = {
     "changes directory": ANSWER + "\nimport os\nos.chdir('/')\n",
     "closes stdout": ANSWER + "\nimport os, sys\nsys.stdout.close()\nos.close(1)\n",
 }
+# Sizes and masks: what bad files are judged by here, for the sake of time.
+SOME = ("1.1", "1.3")
 PRINTS = in_forward("print('shape', tuple(query.shape)); print('\\x1b[31mred'); query = query * 2")
-HANGS = in_forward("while mask is not None: pass")
+# It sleeps, so that the tests beside it have a processor for the ten seconds.
+HANGS = in_forward("while mask is not None: __import__('time').sleep(0.01)")
 
 
 @pytest.fixture(scope="module")
 def verdicts(judged: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     bad = {name: text for name, (text, _, _) in BAD.items()}
-    return judged("ex01", {**bad, "prints": PRINTS, "hangs": HANGS}) | judged("ex01", GOOD, "code", "own test")
+    verdicts = judged("ex01", {**bad, "prints": PRINTS, "hangs": HANGS}, requirements=SOME)
+    return verdicts | judged("ex01", GOOD, "code", "own test")
 
 
 @pytest.mark.parametrize("name", BAD)
