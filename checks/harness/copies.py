@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from harness.specification import TOP
+from harness.specification import TOP, exercises
 
 COPIED = (
     ".github",
@@ -48,6 +48,14 @@ class Workspace:
         for cache in ("mypy", "mypy-daemon"):
             if (TOP / "build" / cache).is_dir():
                 (top / "build" / cache).symlink_to(TOP / "build" / cache)
+
+    def keep(self, *ids: str) -> None:
+        """Removes the files of all exercises but these."""
+        for exercise in exercises().values():
+            if exercise.id not in ids:
+                named = self.top.glob(f"*/*{exercise.file_name}")
+                for path in (*named, *self.top.glob(f"checks/*/{exercise.id}*")):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def make_command(self, *arguments: str) -> list[str]:
         """`make …` with this environment in place of the copy's own .venv."""

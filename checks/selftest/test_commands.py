@@ -19,23 +19,19 @@ def test_check_of_the_answers_is_done(workspace: Workspace) -> None:
     assert "✓ 1.10 Reads well" in done.stdout and "all done" in done.stdout
 
 
-def test_check_of_a_starter_is_not_started(workspace: Workspace) -> None:
-    done = workspace.make("check", "EX=1")
-
-    assert done.returncode == 2
-    assert re.search(r"ex01\s+Multi-head attention\s+not started\s+0/50", done.stdout), done.stdout
-    assert "Traceback" not in done.stdout
-
-
-def test_check_names_file_line_and_slip(workspace: Workspace) -> None:
+def test_check_names_file_line_and_slip_and_what_is_not_started(workspace: Workspace) -> None:
+    workspace.keep("ex01", "ex05")
     path = workspace.top / "exercises" / FILE
     path.write_text(workspace.answer(FILE).replace("q.size(-1) ** -0.25", "q.size(-1) ** -0.5"))
 
-    done = workspace.make("check", "EX=ex01")
+    done = workspace.make("check")
 
     assert done.returncode == 2
+    assert re.search(r"ex01\s+Multi-head attention\s+in progress", done.stdout), done.stdout
+    assert re.search(r"ex05\s+LoRA.*\s+not started\s+0/50", done.stdout), done.stdout
     assert re.search(rf"^exercises/{FILE}:\d+: error: 1\.1 forward: weights: ", done.stdout, re.MULTILINE), done.stdout
     assert f"next: edit exercises/{FILE} and save; make reset EX=1 starts it over" in done.stdout
+    assert "Traceback" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -59,14 +55,6 @@ def test_what_cannot_be_done_is_said_in_one_line(workspace: Workspace, arguments
     assert done.returncode == 2
     lines = [line for line in done.stdout.splitlines() if not line.startswith("make: ***")]
     assert len(lines) == 1 and says in lines[0], done.stdout
-
-
-def test_a_reader_may_leave_early(workspace: Workspace) -> None:
-    command = " ".join(f"'{word}'" for word in workspace.make_command("-s", "check", "EX=1", "SUBMISSION=answers"))
-
-    done = subprocess.run(f"{command} | head -1", shell=True, cwd=workspace.top, capture_output=True, text=True)
-
-    assert done.stdout.startswith("ex01") and "Traceback" not in done.stderr and "INTERNAL" not in done.stderr, done
 
 
 def test_reset_keeps_every_attempt(workspace: Workspace) -> None:
@@ -110,13 +98,16 @@ def test_cold_gives_the_same_verdict(workspace: Workspace, monkeypatch: pytest.M
     assert done.returncode == 0 and "45/50" in done.stdout, done.stdout
 
 
-def test_the_board_needs_no_file(workspace: Workspace) -> None:
+def test_the_board_needs_no_file_and_its_reader_may_leave_early(workspace: Workspace) -> None:
     for path in (workspace.top / "exercises").iterdir():
         path.unlink()
+    command = " ".join(f"'{word}'" for word in workspace.make_command("-s", "board", "EX=1"))
 
     done = workspace.make("board", "EX=1")
+    cut = subprocess.run(f"{command} | head -1", shell=True, cwd=workspace.top, capture_output=True, text=True)
 
     assert done.returncode == 0 and re.search(r"ex01\s+Multi-head attention\s+not started", done.stdout), done.stdout
+    assert cut.stdout.startswith("ex01") and "Traceback" not in cut.stderr and "INTERNAL" not in cut.stderr, cut
 
 
 def test_help_names_every_target(workspace: Workspace) -> None:

@@ -28,8 +28,7 @@ WRONG_ELSEWHERE = """\
 @pytest.fixture
 def exercise(workspace: Workspace) -> Path:
     """The toy exercise in a copy of the workspace, alone; its check compares on the place that it is given."""
-    for path in [*workspace.top.rglob("ex0*.py"), *workspace.top.rglob("test_ex0*.py")]:
-        path.unlink()
+    workspace.keep()
     files = {f"checks/starters/{toy.FILE}": toy.STARTER, f"checks/test_{toy.FILE}": CHECKS}
     for name, text in files.items():
         (workspace.top / name).write_text(text)

@@ -134,10 +134,7 @@ def git(folder: Path, *arguments: str) -> str:
 def template(top: Path) -> None:
     """A repository like the template, with the exercises KEPT."""
     workspace = Workspace(top)
-    for exercise in exercises().values():
-        if exercise not in KEPT:
-            for path in (*top.glob(f"*/*{exercise.file_name}"), *top.glob(f"checks/*/{exercise.id}*")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    workspace.keep(*(exercise.id for exercise in KEPT))
     git(workspace.top, "init", "--quiet", "--initial-branch=main")
     git(workspace.top, "add", "--all")
     git(workspace.top, "commit", "--quiet", "--message=The template")
