@@ -41,8 +41,8 @@ def build(judge: Judge, exercise: Exercise, only: str = "", full: bool = True) -
     """Runs the starter, the answer, every variant and every mistake (or those whose name contains `only`).
 
     Args:
-        full: run all checks on everything; else, of the mistakes, only on the first of each requirement that it alone
-            catches, and on the others the checks of the requirements that they name, until one fails; and variants
+        full: run all checks on everything; else, on a mistake, the checks of the requirements that it names, until one
+            fails, and all others only on the first mistake of each requirement that it alone catches; and variants
             without the linters, which `make lint` runs on all of them at once.
     """
     matrix = Matrix(exercise)
@@ -60,7 +60,7 @@ def build(judge: Judge, exercise: Exercise, only: str = "", full: bool = True) -
     proofs = {mistake.requirements[0]: mistake for mistake in reversed(mistakes.values()) if mistake.only}
     for mistake in mistakes.values():
         if only in mistake.name:
-            _wrong(judge, matrix, mistake, full or proofs.get(mistake.requirements[0]) == mistake)
+            _wrong(judge, matrix, mistake, full, proofs.get(mistake.requirements[0]) == mistake)
     return matrix
 
 
@@ -111,7 +111,7 @@ def _right(judge: Judge, matrix: Matrix, name: str, text: str, lint: bool) -> No
         matrix.problems.append(f"{name} earns {verdict.score} of {verdict.max_score} points")
 
 
-def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool) -> None:
+def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool, proof: bool) -> None:
     exercise = matrix.exercise
     try:
         text = mistake.applied_to(banks.answer(exercise))
@@ -130,6 +130,10 @@ def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool) -> None:
     else:
         for number in mistake.requirements:
             results += _judged(judge, exercise, text, tuple(lanes((number,))), (number,))[1]
+        if proof:
+            ids = [requirement.id for requirement in exercise.requirements]
+            rest = tuple(number for number in ids if number not in mistake.requirements)
+            results += _judged(judge, exercise, text, ("code",), rest)[1]
     failed = [result for result in results if result.outcome != "passed"]
     row: dict[str, str] = {}
     for result in failed:
