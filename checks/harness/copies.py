@@ -37,7 +37,7 @@ class Workspace:
         for name in COPIED:
             source = TOP / name
             if source.is_dir():
-                shutil.copytree(source, top / name, ignore=shutil.ignore_patterns(".mypy_cache"))
+                shutil.copytree(source, top / name, ignore=shutil.ignore_patterns(".mypy_cache", "*.pyc.*"))
             elif source.exists():
                 shutil.copy2(source, top / name)
         for starter in (TOP / "checks" / "starters").glob("ex*.py"):

@@ -79,7 +79,7 @@ def test_differences_are_changed_added_and_missing_files(workspace: Workspace, t
     (top / "requirements-more.txt").touch()
     (top / "README.md").write_text("mine")
     (top / "exercises" / FIRST).write_text("mine")
-    (top / "checks" / "harness" / "__pycache__").mkdir()
+    (top / "checks" / "harness" / "__pycache__").mkdir(exist_ok=True)
     (top / "checks" / "harness" / "__pycache__" / "x.pyc").touch()
 
     assert differences(top, template) == [
