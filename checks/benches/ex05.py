@@ -55,7 +55,8 @@ def conclude(measured: Sequence[Series]) -> Iterator[str]:
         return
     for name, module in _contestants.items():
         try:
-            yield f"{name} beside peft {peft_version()} with the same weights, largest differences: {agreement(module)}"
+            differences = ", ".join(f"{what} {size:.1e}" for what, size in agreement(module).items())
+            yield f"{name} beside peft {peft_version()} with the same weights, largest differences: {differences}"
         except Exception as error:
             yield f"{name} is not compared with peft: {describe(error)}"
 
@@ -131,7 +132,7 @@ def peft_version() -> str:
         return ""
 
 
-def agreement(module: ModuleType) -> str:
+def agreement(module: ModuleType) -> dict[str, float]:
     """How far outputs, gradients and merged weights are from peft's, with W, A and B the same, in float64."""
     torch.manual_seed(1)
     ours = module.SimpleTransformer(d_model=32, **SIZES)
@@ -162,7 +163,7 @@ def agreement(module: ModuleType) -> str:
         other.merge()
     weights = [(layer.original_layer.weight, other.base_layer.weight) for layer, other in pairs]
     numbers = {"outputs": [tuple(outputs)], "gradients": gradients, "merged weights": weights}
-    return ", ".join(f"{what} {largest(tensors):.1e}" for what, tensors in numbers.items())
+    return {what: largest(tensors) for what, tensors in numbers.items()}
 
 
 def largest(pairs: Iterable[tuple[Any, Any]]) -> float:
