@@ -1,56 +1,13 @@
 """Probes count exactly; guards block every prebuilt attention that this torch has."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHECKS = Path(__file__).parents[1]
-
-
-def run(code: str) -> str:
-    """Runs code that computes in a process of its own: this one must stay fit for forking."""
-    head = "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\nfrom harness.door import *\n"
-    command = [sys.executable, "-P", "-W", "ignore", "-c", head + code]
-    done = subprocess.run(command, env={"PYTHONPATH": str(CHECKS)}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_trace_follows_storages() -> None:
-    code = """
-x = torch.randn(10, 10, requires_grad=True)
-with Trace(at_least=50) as seen:
-    a = x @ x                      # 400 bytes
-    b = a.view(-1)[:50]            # a view: nothing
-    c = (a + 1).sum()              # 400 more, gone at once
-    d = torch.zeros(5)             # too small to count
-assert (seen.peak_bytes, seen.alive_bytes, seen.largest) == (800, 400, 100), vars(seen)
-assert seen.operations["mm"] == 1 and seen.elements["mm"] == 100
-del a
-assert seen.alive_bytes == 400     # the view keeps the storage
-del b, c
-assert seen.alive_after_collection() == 0
-"""
-    run(code)
-
-
-def test_a_trace_tells_what_is_made_from_a_mask_alone() -> None:
-    code = """
-mask, scores = torch.ones(1, 1, 1, 9, dtype=torch.bool), torch.randn(2, 3, 4, 9)
-def largest(f):
-    with Trace(sources=[mask]) as seen:
-        f()
-    return seen.largest_from_sources
-assert largest(lambda: scores.masked_fill(~mask, -1)) == 9
-assert largest(lambda: mask.expand(2, 3, 4, 9)) == 0
-assert largest(lambda: mask.expand(2, 3, 4, 9).contiguous()) == 216
-assert largest(lambda: torch.zeros_like(scores).masked_fill(mask, 1)) == 216
-assert largest(lambda: torch.empty_like(scores).copy_(mask)) == 216
-assert largest(lambda: torch.where(mask, scores, 0.0)) == 0
-"""
-    run(code)
-
-
 WAYS = {
     "function": "F.scaled_dot_product_attention(q, q, q)",
     "gradient": "F.scaled_dot_product_attention(g, g, g)",
@@ -75,10 +32,35 @@ WAYS = {
     "flex": "flex(q, q, q)",
     "caught": "caught(q)",
 }
-
-
-def test_every_way_to_prebuilt_attention_is_blocked_and_named() -> None:
-    code = f"""
+CODE = {
+    "a trace follows storages": """
+x = torch.randn(10, 10, requires_grad=True)
+with Trace(at_least=50) as seen:
+    a = x @ x                      # 400 bytes
+    b = a.view(-1)[:50]            # a view: nothing
+    c = (a + 1).sum()              # 400 more, gone at once
+    d = torch.zeros(5)             # too small to count
+assert (seen.peak_bytes, seen.alive_bytes, seen.largest) == (800, 400, 100), vars(seen)
+assert seen.operations["mm"] == 1 and seen.elements["mm"] == 100
+del a
+assert seen.alive_bytes == 400     # the view keeps the storage
+del b, c
+assert seen.alive_after_collection() == 0
+""",
+    "a trace tells what is made from a mask alone": """
+mask, scores = torch.ones(1, 1, 1, 9, dtype=torch.bool), torch.randn(2, 3, 4, 9)
+def largest(f):
+    with Trace(sources=[mask]) as seen:
+        f()
+    return seen.largest_from_sources
+assert largest(lambda: scores.masked_fill(~mask, -1)) == 9
+assert largest(lambda: mask.expand(2, 3, 4, 9)) == 0
+assert largest(lambda: mask.expand(2, 3, 4, 9).contiguous()) == 216
+assert largest(lambda: torch.zeros_like(scores).masked_fill(mask, 1)) == 216
+assert largest(lambda: torch.empty_like(scores).copy_(mask)) == 216
+assert largest(lambda: torch.where(mask, scores, 0.0)) == 0
+""",
+    "every way to prebuilt attention is blocked and named": f"""
 from torch.nn.attention.flex_attention import flex_attention as flex
 early, early_mha = F.scaled_dot_product_attention, F.multi_head_attention_forward
 mha = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -102,13 +84,28 @@ with forbid(prebuilt_attention(), "forward"):
     torch._safe_softmax(q, -1), (q @ q.mT).softmax(-1)
 assert F.scaled_dot_product_attention(g, g, g).shape == q.shape
 assert mha(x, x, x)[0].shape == x.shape and layer(x).shape == x.shape
+""",
+    "calls are counted and hooks removed": """
+a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+with calls(a, b) as counted:
+    a(a(torch.ones(2)))
+assert (counted[a], counted[b]) == (2, 0)
+assert not a._forward_pre_hooks
+""",
+}
+RUNNER = """
+import json, sys, traceback
+import torch
+from torch import nn
+from torch.nn import functional as F
+from harness.door import *
+for name, code in json.load(sys.stdin).items():
+    try:
+        exec(code, dict(globals()))
+    except BaseException:
+        print(json.dumps([name, traceback.format_exc()]))
 """
-    run(code)
-
-
-def test_forks_find_all_that_torch_loads_late() -> None:
-    """What a check makes torch load for the first time is loaded before the forks, or every save pays for it."""
-    code = """
+LATE = """
 import sys, pytest
 from harness import supervise, warm
 from harness.specification import exercises, TOP
@@ -123,15 +120,28 @@ def use(session):
     return 0
 assert warm.collected(use) == 0
 """
-    run(code)
 
 
-def test_calls_are_counted_and_hooks_removed() -> None:
-    code = """
-a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-with calls(a, b) as counted:
-    a(a(torch.ones(2)))
-assert (counted[a], counted[b]) == (2, 0)
-assert not a._forward_pre_hooks
-"""
-    run(code)
+def run(code: str, given: str = "") -> str:
+    """Runs code that computes in a process of its own: this one must stay fit for forking."""
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code]
+    environment = {"PYTHONPATH": str(CHECKS)}
+    done = subprocess.run(command, env=environment, input=given, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def failed() -> dict[str, str]:
+    """What raised of CODE, with its traceback; one process runs all of it."""
+    return dict(json.loads(line) for line in run(RUNNER, json.dumps(CODE)).splitlines())
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_probes_and_guards(failed: dict[str, str], name: str) -> None:
+    assert name not in failed, failed[name]
+
+
+def test_forks_find_all_that_torch_loads_late() -> None:
+    """What a check makes torch load for the first time is loaded before the forks, or every save pays for it."""
+    run(LATE)
