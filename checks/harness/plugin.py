@@ -1,6 +1,8 @@
 """The pytest hooks and fixtures that tie the harness to check files; thin."""
 
+import importlib
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -59,7 +61,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Starts the helper of own tests before the first check."""
     if any("trials" in _fixtures(item) for item in session.items):
+        load_late_modules()
         start_trials(session.config)
+
+
+def load_late_modules() -> None:
+    """Loads the 800 modules that torch loads at the first use of this and that, once before forks rather than in each.
+    It takes more than a second.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._dynamo")
 
 
 def start_trials(config: pytest.Config) -> None:

@@ -7,7 +7,6 @@ nothing and runs no learner's code, so that its forks are safe and alike.
 
 import argparse
 import gc
-import importlib
 import json
 import os
 import select
@@ -15,7 +14,6 @@ import signal
 import socket
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from harness import commands, lint, supervise
+from harness import commands, lint, plugin, supervise
 from harness.hugepages import use_huge_pages
 from harness.ledger import checks_version, fingerprint
 from harness.processes import CAN_FORK, alive
@@ -62,12 +60,8 @@ class _Waiting:
 
 
 def _prepare(session: pytest.Session) -> None:
-    """Does once what every fork would do: loads the 800 modules that torch loads late, and looks up what reports say of
-    each check.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("torch._dynamo")
+    """Does once what every fork would do: loads modules, and looks up what reports say of each check."""
+    plugin.load_late_modules()
     for item in session.items:
         _ = item.location
     # What is there now is there to stay: forks neither walk nor copy it when they collect garbage.
