@@ -52,6 +52,7 @@ def warm(workspace: Workspace, exercise: Exercise, count: int) -> tuple[list[flo
     time.sleep(5)  # mypy's daemon reads its cache once.
     saves(terminal, path, workspace.answer(exercise.file_name), 2, READY)
     taken = saves(terminal, path, workspace.answer(exercise.file_name), count, READY)
+    time.sleep(1)  # What served the last save is still ending.
     memory = resident_megabytes(workspace)
     terminal.interrupt()
     terminal.ended()
