@@ -87,11 +87,8 @@ def resize(workspace: Workspace, total: int) -> None:
     `total`.
     """
     folders = [workspace.top / name for name in ("exercises", "answers", "checks/starters", "checks")]
-    there = [exercise.file_name for exercise in exercises().values()]
-    for name in there[total:]:
-        for folder in folders:
-            for path in folder.glob(f"*{name}"):
-                path.unlink()
+    there = list(exercises())
+    workspace.keep(*there[:total])
     for number in range(50, 50 + total - len(there)):
         for folder in folders:
             for path in folder.glob("*ex01_*.py"):

@@ -71,7 +71,6 @@ class Trace(DispatchMode):
         self._sourced: WeakKeyDictionary[UntypedStorage, bool] = WeakKeyDictionary()
         for source in sources:
             self._sourced[source.untyped_storage()] = True
-        self._has_sources = len(self._sourced) > 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -83,7 +82,7 @@ class Trace(DispatchMode):
         name = func.overloadpacket.__name__
         self.operations[name] += 1
         self.elements[name] += sum(tensor.numel() for tensor in outputs)
-        if self._has_sources:
+        if self._sourced:
             self._derive(name, inputs, outputs)
         for tensor in outputs:
             storage = tensor.untyped_storage()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -43,8 +44,13 @@ class Driver:
     def judge(self, request: dict[str, Any]) -> dict[str, Any]:
         """The verdict on each of the request's texts."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        limit = Timer(400, self._process.kill)
+        limit.start()
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        limit.cancel()
+        assert line, f"the driver ended with {self._process.wait()}"
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> int:
