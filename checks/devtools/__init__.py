@@ -1,0 +1,1 @@
+"""What only maintainers and the project's own tests run."""
