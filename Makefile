@@ -29,11 +29,11 @@ LENIENT := --no-error-summary --cache-dir build/mypy
 ##@ Learn
 .PHONY: watch
 watch: .venv/ready ## judge each exercise when you save it: make watch [EX=1]
-	@$(RUN) -m harness.watch '$(EX)'
+	@$(RUN) -m harness watch --ex '$(EX)'
 
 .PHONY: check
 check: .venv/ready ## judge once: make check [EX=1] [SUBMISSION=folder] [DEVICE=cuda]
-	@$(RUN) checks/harness/client.py check --ex '$(EX)' --submission '$(SUBMISSION)' $(if $(DEVICE),--device='$(DEVICE)')
+	@$(RUN) checks/harness/runner/client.py check --ex '$(EX)' --submission '$(SUBMISSION)' $(if $(DEVICE),--device='$(DEVICE)')
 
 .PHONY: board
 board: .venv/ready ## the board, after judging what is not yet judged: make board [EX=1]
@@ -41,15 +41,15 @@ board: .venv/ready ## the board, after judging what is not yet judged: make boar
 
 .PHONY: reset
 reset: .venv/ready ## start one over, your work is kept: make reset EX=1
-	@$(RUN) -m harness.reset '$(EX)'
+	@$(RUN) -m harness reset --ex '$(EX)'
 
 .PHONY: answer
 answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
-	@$(RUN) -m harness.answer '$(EX)' '$(FORCE)'
+	@$(RUN) -m harness answer --ex '$(EX)' --force '$(FORCE)'
 
 .PHONY: bench
 bench: .venv/bench ## measure your code beside the answer and others: make bench EX=3
-	@$(RUN) -m harness.bench '$(EX)'
+	@$(RUN) -m harness bench --ex '$(EX)'
 
 ##@ Teach
 .PHONY: grade
@@ -63,12 +63,12 @@ setup: .venv/ready ## install everything into .venv
 
 .venv/ready: requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is not there; install Python 3.11 or newer"; exit 1; }
-	@$(PYTHON) checks/harness/install.py '$(TORCH_INDEX)'
+	@$(PYTHON) checks/harness/setup/install.py '$(TORCH_INDEX)'
 
 .PHONY: doctor
 doctor: ## what works here, what does not, and what to do about it
 	@command -v $(PYTHON) >/dev/null || { echo "!! Python: $(PYTHON) is not there; install Python 3.11 or newer"; exit 1; }
-	@$(PYTHON) checks/harness/doctor.py '$(VENV)'
+	@$(PYTHON) checks/harness/setup/doctor.py '$(VENV)'
 
 .PHONY: hooks
 hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
@@ -82,35 +82,35 @@ test: lint ## the project's own tests: answers, mistakes, variants, starters, ha
 # Both files at once, with what the bench needs: mypy's caches are then filled once for all of it.
 .venv/test: requirements-test.txt requirements-bench.txt .venv/ready
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt -r requirements-test.txt
-	@$(RUN) -m harness.lint && touch .venv/bench $@
+	@$(RUN) -m harness.testing.lint && touch .venv/bench $@
 
 .PHONY: new
 new: .venv/ready ## begin an exercise: make new EX=12 NAME="Grouped query attention"
-	@$(RUN) -m harness.new '$(EX)' '$(NAME)'
+	@$(RUN) -m harness new --ex '$(EX)' --name '$(NAME)'
 
 .PHONY: check-exercise
 check-exercise: .venv/ready ## what an exercise lacks: make check-exercise EX=12
-	@$(RUN) -m harness.check_exercise '$(EX)'
+	@$(RUN) -m harness check-exercise --ex '$(EX)'
 
 .PHONY: bank
 bank: .venv/ready ## every mistake and variant through every check: make bank [EX=1]
-	@$(RUN) -m harness bank '$(EX)'
+	@$(RUN) -m harness bank --ex '$(EX)'
 
 .PHONY: test-container
 test-container: .venv/ready ## the dev container, for real; needs Docker and Node
-	@$(RUN) -m harness.container
+	@$(RUN) -m devtools.container
 
 .PHONY: bench-loop
 bench-loop: .venv/bench ## measure save -> board: build/bench/loop.png
-	@$(RUN) -m harness.bench_loop
+	@$(RUN) -m devtools.bench_loop
 
 .PHONY: picture
 picture: .venv/ready ## render README's picture of the watch
-	@$(RUN) -m harness.screenshot
+	@$(RUN) -m devtools.screenshot
 
 .venv/bench: requirements-bench.txt .venv/ready
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
-	@$(RUN) -m harness.lint && touch $@
+	@$(RUN) -m harness.testing.lint && touch $@
 
 .PHONY: lint
 lint: .venv/test ## ruff and mypy on everything but exercises/

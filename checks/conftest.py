@@ -1,3 +1,3 @@
 """Hooks pytest up with the harness; everything else lives there."""
 
-pytest_plugins = ["harness.plugin", "harness.alarm"]
+pytest_plugins = ["harness.runner.plugin", "harness.runner.timeout"]

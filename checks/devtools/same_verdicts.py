@@ -24,11 +24,13 @@ from typing import Any
 import pytest
 from rich.progress import track
 
-from harness import banks, lint, warm
-from harness.commands import judge_file
-from harness.ledger import Entry
-from harness.specification import Exercise, selected
-from harness.supervise import Judge
+from harness.commands.judge import judge_file
+from harness.model.cache import Entry
+from harness.model import bank
+from harness.model.exercise import Exercise, selected
+from harness.runner import session
+from harness.runner.supervisor import Judge
+from harness.testing import lint
 
 Verdict = dict[str, Any]
 _MASKED = (
@@ -41,10 +43,10 @@ _MASKED = (
 
 def texts(exercise: Exercise) -> dict[str, str]:
     """Every text of an exercise's bank by name; the answer's comes first."""
-    answer = banks.answer(exercise)
+    answer = bank.answer(exercise)
     found = {"answer": answer, "starter": exercise.starter}
-    found |= {f"variant {name}": banks.right_code(exercise, name) for name in banks.variants(exercise)}
-    found |= {f"mistake {name}": mistake.applied_to(answer) for name, mistake in banks.mistakes(exercise).items()}
+    found |= {f"variant {name}": bank.right_code(exercise, name) for name in exercise.variant_files}
+    found |= {f"mistake {name}": mistake.applied_to(answer) for name, mistake in bank.mistakes(exercise).items()}
     return found
 
 
@@ -140,14 +142,14 @@ def main(arguments: list[str]) -> int:
     os.environ["EXERCISES_MYPY_DAEMON"] = "1"
     lint.start_mypy_daemon()
 
-    def use(session: pytest.Session) -> int:
-        judge = Judge(session)
+    def use(collected: pytest.Session) -> int:
+        judge = Judge(collected.items)
         if options.command == "store":
             return store(judge, chosen, options.file)
         return compare(judge, chosen, options.file, options.sample, options.seed)
 
     try:
-        return warm.collected(use)
+        return session.collected(use)
     finally:
         lint.stop_mypy_daemon()
 

@@ -1,7 +1,6 @@
 """Ways to gain points for ex01 without doing the work, as texts of a submission. Each earns nothing."""
 
-from harness import banks
-from harness.specification import exercises
+from harness.model.exercise import exercises
 
 ANSWER = banks.answer(exercises()["ex01"])
 HEAD, REST = ANSWER.split("class MultiHeadAttention", 1)

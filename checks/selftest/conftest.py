@@ -10,8 +10,9 @@ from threading import Timer
 from typing import Any
 
 import pytest
-from harness.copies import Workspace
-from harness.specification import TOP
+
+from devtools.workspace import Workspace
+from harness.model.paths import TOP
 
 # Files whose tests wait much, or take long, are begun first: what runs beside them fills the gaps.
 FIRST = ("test_banks.py", "test_watch.py", "test_same_verdict.py", "test_adding.py", "test_gradesheet.py")

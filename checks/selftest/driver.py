@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import supervise, verdicts, warm
-from harness.hugepages import use_huge_pages
-from harness.specification import Exercise, exercises
+
+from harness.model.exercise import Exercise, exercises
+from harness.sandbox.hugepages import use_huge_pages
 
 LANE_SECONDS = supervise.LANE_SECONDS
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from harness.copies import READY, Terminal, Workspace, processes, quiet
+
+from devtools.workspace import READY, Terminal, Workspace, processes, quiet
 
 FILE = "ex42_doubling.py"
 STARTER = '''"""ex42: Doubling
@@ -57,7 +58,7 @@ CHECKS = '''"""Checks of ex42: doubling."""
 
 import pytest
 import torch
-from harness.door import Close, OwnTest, Subject, Trials, requirement
+from harness.testing import Close, OwnTest, Subject, Trials, requirement
 
 OWN_TEST = OwnTest(__file__, "test_double", swaps=("double",))
 
@@ -98,7 +99,7 @@ def test_mypy_finds_nothing(mypy) -> None:
 '''
 MISTAKES = '''"""Wrong answers of ex42."""
 
-from harness.door import Mistake
+from harness.testing import Mistake
 
 MISTAKES = [
     Mistake("adds_two", "42.1", [("return 2 * x", "return 2 + x")], says="double(x)", only=True),
@@ -110,7 +111,7 @@ MISTAKES = [
 BENCH = '''"""Bench of ex42."""
 
 import torch
-from harness.bench import Case
+from harness.testing.bench import Case
 
 X, REFERENCE = "elements", "x + x"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import banks
-from harness.specification import exercises
-from harness.submission import LoadError, read
+
+from harness.model.exercise import exercises
+from harness.model.submission import LoadError, read
 
 EX01 = exercises()["ex01"]
 ANSWER = banks.answer(EX01)

@@ -6,8 +6,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness.banks import BankError, Mistake
-from harness.specification import TOP, exercises
+
+from harness.model.bank import BankError, Mistake
+from harness.model.exercise import exercises
+from harness.model.paths import TOP
 
 
 @pytest.fixture(scope="module")

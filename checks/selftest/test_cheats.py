@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from selftest import cheats
 
 POINTS_OF_THE_ANSWER = 45  # Without "reads well", which is not asked here.

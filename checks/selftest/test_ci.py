@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.specification import TOP
 from ruamel.yaml import YAML
+
+from harness.model.paths import TOP
 
 TOOLS = Path(sys.executable).parent
 GITHUB = TOP / ".github"

@@ -7,8 +7,8 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from harness.classroom50 import NEEDED, result
-from harness.specification import TOP
+from harness.model.paths import TOP
+from harness.report.classroom50 import NEEDED, result
 
 GRADED = {
     "score": 5,

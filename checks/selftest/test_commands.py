@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.copies import Workspace
+
+from devtools.workspace import Workspace
 
 FILE = "ex01_multi_head_attention.py"
 

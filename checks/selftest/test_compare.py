@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness.compare import Close, refuses
+
+from harness.testing.compare import Close, refuses
 
 ONES = torch.ones(2, 3)
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import json5
 import pytest
-from harness import container
-from harness.copies import Workspace
-from harness.specification import TOP, exercises
+
+from devtools import container
+from devtools.workspace import Workspace
+from harness.model.exercise import exercises
+from harness.model.paths import TOP
 
 TOOLS = Path(sys.executable).parent
 SCHEMA = Path(__file__).parent / "schemas" / "devContainer.base.schema.json"

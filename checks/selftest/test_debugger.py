@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.copies import Workspace
+
+from devtools.workspace import Workspace
 from selftest import test_adding as toy
 
 LINE = toy.ANSWER.splitlines().index("    return 2 * x") + 1

@@ -4,7 +4,8 @@ import resource
 from pathlib import Path
 
 import pytest
-from harness.copies import Workspace
+
+from devtools.workspace import Workspace
 from selftest import test_adding as toy
 
 CHECKS = toy.CHECKS.replace('@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)\n', "").replace(

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.copies import Workspace
-from harness.doctor import bad, interpreter, ok
-from harness.examine import Gpu, about_cuda, file_system
-from harness.specification import TOP
+
+from devtools.workspace import Workspace
+from harness.model.paths import TOP
+from harness.setup.doctor import bad, interpreter, ok
+from harness.setup.examine import Gpu, about_cuda, file_system
 
 
 def doctor(workspace: Workspace, venv: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import supervise
-from harness.copies import Workspace
-from harness.specification import TOP, exercises
+
+from devtools.workspace import Workspace
+from harness.model.exercise import exercises
+from harness.model.paths import TOP
 from selftest import test_adding as toy
 
 FILE = "ex01_multi_head_attention.py"

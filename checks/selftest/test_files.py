@@ -5,8 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import lint
-from harness.specification import TOP, exercises
+
+from harness.model.exercise import exercises
+from harness.model.paths import TOP
+from harness.testing import lint
 
 
 def test_the_makefile_is_short() -> None:

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from harness import github, gradesheet
-from harness.specification import Exercise, Requirement
-from harness.verdicts import ExerciseVerdict, Result, judge
+
+from harness.model.exercise import Exercise, Requirement
+from harness.model.results import ExerciseVerdict, Result, judge
+from harness.report import github, gradesheet
 
 STARTER = "def one():\n    # TODO(7.1): …\n    ...\n\n\ndef two():\n    # TODO(7.2): …\n    ...\n"
 

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.copies import Workspace
-from harness.specification import CRITERIA, exercises
+from devtools.workspace import Workspace
+from harness.model.exercise import CRITERIA, exercises
 
 FILE = "ex01_multi_head_attention.py"
 CHILDREN = """

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from harness.copies import Workspace
+
+from devtools.workspace import Workspace
 from selftest import test_adding as toy
 
 

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.copies import Workspace
-from harness.overlay import WORKFLOW, Difference, copy, differences, report
-from harness.specification import TOP, exercises
+
+from devtools.workspace import Workspace
+from harness.commands.collect import WORKFLOW, Difference, copy, differences, report
+from harness.model.exercise import exercises
+from harness.model.paths import TOP
 
 FIRST, SECOND, THIRD, *_ = (exercise.file_name for exercise in exercises().values())
 

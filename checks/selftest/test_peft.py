@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 
-from harness.specification import TOP
+from harness.model.paths import TOP
 
 # In a process of its own: this one must stay fit for forking.
 COMPARE = """
 import json
 from benches import ex05
-from harness import submission
-from harness.specification import exercises
+from harness.model import submission
+from harness.model.exercise import exercises
 
 print(json.dumps(ex05.agreement(submission.load(exercises()["ex05"].answer_file))))
 """

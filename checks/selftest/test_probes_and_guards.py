@@ -98,7 +98,7 @@ import json, sys, traceback
 import torch
 from torch import nn
 from torch.nn import functional as F
-from harness.door import *
+from harness.testing import *
 for name, code in json.load(sys.stdin).items():
     try:
         exec(code, dict(globals()))
@@ -107,8 +107,10 @@ for name, code in json.load(sys.stdin).items():
 """
 LATE = """
 import sys, pytest
-from harness import supervise, warm
-from harness.specification import exercises, TOP
+from harness.runner import supervisor
+from harness.runner import server
+from harness.model.exercise import exercises
+from harness.model.paths import TOP
 def use(session):
     session.config.option.submission = str(TOP / "answers")
     before = set(sys.modules)

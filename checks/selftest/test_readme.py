@@ -2,9 +2,10 @@
 
 import re
 
-from harness.copies import Workspace
-from harness.screenshot import PICTURE, svg, watched
-from harness.specification import TOP, exercises
+from devtools.screenshot import PICTURE, svg, watched
+from devtools.workspace import Workspace
+from harness.model.exercise import exercises
+from harness.model.paths import TOP
 
 README = TOP / "README.md"
 _COLOUR = re.compile(r"\x1b\[\d*m")

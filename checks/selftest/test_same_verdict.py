@@ -3,9 +3,8 @@
 import json
 from typing import Any
 
-from harness import banks
-from harness.copies import READY, Terminal, Workspace, quiet
-from harness.specification import Exercise, exercises
+from devtools.workspace import READY, Terminal, Workspace, quiet
+from harness.model.exercise import Exercise, exercises
 
 KINDS = ("answer", "variant", "mistake", "starter")
 

@@ -5,10 +5,9 @@ import re
 import sys
 
 import pytest
-from harness import banks
-from harness.answer import replies
-from harness.specification import (
-    TOP,
+
+from harness.commands.answer import replies
+from harness.model.exercise import (
     Exercise,
     SpecificationError,
     UsageError,
@@ -18,6 +17,7 @@ from harness.specification import (
     selected,
     todo_lines,
 )
+from harness.model.paths import TOP
 
 EACH = pytest.mark.parametrize("exercise", exercises().values(), ids=lambda exercise: exercise.id)
 STARTER = '''"""ex07: A title

@@ -1,8 +1,9 @@
 """Points and states, by table."""
 
 import pytest
-from harness.specification import Exercise, Requirement
-from harness.verdicts import Result, judge
+
+from harness.model.exercise import Exercise, Requirement
+from harness.model.results import Result, judge
 
 EXERCISE = Exercise(
     "ex07",

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from harness.copies import READY, Terminal, Workspace, processes, quiet
+
+from devtools.workspace import READY, Terminal, Workspace, processes, quiet
 
 FILE = "ex01_multi_head_attention.py"
 

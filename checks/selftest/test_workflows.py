@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.copies import Workspace
-from harness.specification import POINTS, TOP, exercises
+
+from devtools.workspace import Workspace
+from harness.model.exercise import POINTS, exercises
+from harness.model.paths import TOP
 
 TOOLS = Path(sys.executable).parent
 WORKFLOWS = sorted((TOP / ".github" / "workflows").glob("*.y*ml"))

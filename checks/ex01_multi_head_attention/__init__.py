@@ -1,0 +1,1 @@
+"""What judges ex01, Multi-head attention."""

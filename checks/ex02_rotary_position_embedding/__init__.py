@@ -1,0 +1,1 @@
+"""What judges ex02, Rotary position embedding."""

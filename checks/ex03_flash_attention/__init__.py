@@ -1,0 +1,1 @@
+"""What judges ex03, Memory-efficient (flash) attention."""

@@ -1,0 +1,1 @@
+"""What judges ex04, Dynamic batching."""

@@ -1,0 +1,1 @@
+"""What judges ex05, LoRA."""

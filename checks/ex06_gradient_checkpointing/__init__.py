@@ -1,0 +1,1 @@
+"""What judges ex06, Gradient checkpointing."""

@@ -1,0 +1,1 @@
+"""What make's targets do, a module each."""

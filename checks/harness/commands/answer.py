@@ -1,0 +1,70 @@
+"""Shows what lies between a learner's file and the answer, then the replies to the Discuss questions."""
+
+import ast
+import difflib
+
+from rich.console import Console
+
+from harness.commands.request import one_exercise
+from harness.model import bank
+from harness.model.cache import VerdictCache, checks_version
+from harness.model.exercise import Exercise
+from harness.model.submission import LoadError, read
+from harness.report import terminal
+
+_STYLES = {"+": "green", "-": "red", "@": "cyan"}
+
+
+def run(ex: str, force: bool) -> int:
+    """Prints the diff and the replies; asks for FORCE=1 before an exercise is done."""
+    exercise, out = one_exercise("answer", ex), terminal.console()
+    if not force and not is_done(exercise):
+        _refuse(exercise, out)
+        return 1
+    try:
+        theirs = read(exercise.file)
+    except LoadError:
+        theirs = ""
+    for line in difference(theirs, bank.answer(exercise), exercise.file_name):
+        out.print(line, style=_STYLES.get(line[0], ""), markup=False, soft_wrap=True)
+    replies = exercise.replies_file.read_text(encoding="utf-8") if exercise.replies_file.exists() else ""
+    out.print(f"\n{replies.strip()}", markup=False, soft_wrap=True)
+    return 0
+
+
+def is_done(exercise: Exercise) -> bool:
+    """Whether the last verdict, if it is on the file as it is now, says done."""
+    cache = VerdictCache(checks_version())
+    if cache.stale(exercise, exercise.file):
+        return False
+    return cache.entries[exercise.id].verdict(exercise).state == "done"
+
+
+def difference(theirs: str, answer: str, file_name: str) -> list[str]:
+    """The unified diff that turns the learner's code into the answer's; the text above it, which the answer has not, is
+    left out.
+    """
+    names = (f"exercises/{file_name}", f"answers/{file_name}")
+    return list(difflib.unified_diff(_code(theirs), _code(answer), *names, lineterm=""))
+
+
+def _code(text: str) -> list[str]:
+    """The lines below a file's docstring."""
+    lines = text.splitlines()
+    try:
+        body = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return lines
+    first = body[0] if body else None
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        return lines[first.end_lineno :]
+    return lines
+
+
+def _refuse(exercise: Exercise, out: Console) -> None:
+    number = exercise.number
+    out.print(f"{exercise.id} is not done yet by its last verdict; the answer would spoil it", soft_wrap=True)
+    out.print(
+        f"judge it now: make check EX={number}; see the answer all the same: make answer EX={number} FORCE=1",
+        soft_wrap=True,
+    )

@@ -1,0 +1,38 @@
+"""What `make test` asks of one exercise: its files filled, their form, its bank. One line for each thing to do."""
+
+import pytest
+
+from harness.commands import bank
+from harness.commands.request import one_exercise
+from harness.model import rules
+from harness.report import terminal
+from harness.runner import session
+from harness.runner.supervisor import Judge
+
+
+def run(ex: str) -> int:
+    """Prints what is to be done; 1 if there is anything."""
+    exercise, out = one_exercise("check-exercise", ex), terminal.console()
+
+    def say(problem: str) -> None:
+        out.print(problem, style="red", markup=False, soft_wrap=True)
+
+    if problems := list(rules.missing(exercise)) or list(rules.unfilled(exercise)):
+        for problem in problems:
+            say(problem)
+        say(f"{exercise.id}: the form and the bank are judged once this is done")
+        return 1
+    form = [problem for rule in rules.FORM for problem in rule(exercise)]
+    for problem in form:
+        say(problem)
+
+    def judge(collected: pytest.Session) -> int:
+        matrix = bank.build(Judge(collected.items, halves=False), exercise)
+        bank.show(matrix, out)
+        return len(matrix.problems)
+
+    bank_fails = session.collected(judge, exercise.id)
+    if form or bank_fails:
+        return 1
+    out.print(f"{exercise.id}: holds; make lint judges its style")
+    return 0

@@ -1,0 +1,119 @@
+"""What is asked of the harness: a command with its options, parsed once, and what can be refused by them alone."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.model.exercise import Exercise, UsageError, exercises, selected
+from harness.model.paths import TOP
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command and its options; those of other commands keep their defaults."""
+
+    command: str
+    ex: str = ""
+    submission: str = "exercises"
+    device: str = "cpu"
+    out: str = "gradesheet.json"
+    github: bool = False
+    forget_banks: bool = False
+    once: bool = False
+    force: str = ""
+    name: str = ""
+    only: str = ""
+    owner: tuple[int, ...] = ()
+
+
+def parse(arguments: list[str]) -> Request:
+    """The request that a command line makes: a command's name, then its options."""
+    parser = argparse.ArgumentParser(prog="python -m harness", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, help: str, ex: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, allow_abbrev=False)
+        if ex:
+            added.add_argument("--ex", default="", help="the exercise: 3, 03 or ex03")
+        return added
+
+    check = command("check", "judge once")
+    grade = command("grade", "write the gradesheet")
+    for judged in (check, grade):
+        judged.add_argument("--submission", default=Request.submission, help="a folder, relative to the top")
+    check.add_argument("--device", default=Request.device, help="where the agreement checks run too, uncounted")
+    grade.add_argument("--out", default=Request.out, help="where the gradesheet goes, relative to the top")
+    grade.add_argument("--github", action="store_true", help="also write what GitHub Actions shows")
+    grade.add_argument("--forget-banks", action="store_true", help="remove answers and banks once read")
+    save = command("save", "judge what has no verdict of its present state")
+    save.add_argument("--once", action="store_true", help="nothing waits for the next one")
+    save.add_argument("watched", nargs="*", help="the folders that pytest-watch appends to its runner; not needed")
+    serve = command("serve", "be the fork server", ex=False)
+    serve.add_argument("--owner", type=int, action="append", help="a process for which it serves")
+    command("watch", "judge each exercise when it is saved")
+    command("reset", "bring the starter back")
+    command("answer", "compare with the answer").add_argument("--force", default="", help="before the exercise is done")
+    command("bench", "measure beside the answer and others")
+    command("new", "begin an exercise").add_argument("--name", default="", help="its title")
+    command("check-exercise", "say what an exercise lacks")
+    for name in ("bank", "bank-quick"):
+        command(name, "every mistake and variant through the checks").add_argument("--only", default="")
+    options: dict[str, Any] = vars(parser.parse_args(arguments))
+    options.pop("watched", None)
+    return Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+
+
+def one_exercise(command: str, ex: str) -> Exercise:
+    """The exercise that EX names, for a command that wants one.
+
+    Raises:
+        UsageError: EX is empty, or there is no such exercise.
+    """
+    if not ex.strip():
+        raise UsageError(f"make {command} wants one exercise, as in: make {command} EX=1")
+    return selected(ex)[0]
+
+
+def submission_folder(name: str) -> Path:
+    """The folder that SUBMISSION names, absolute.
+
+    Raises:
+        UsageError: it is missing, no folder, or holds no exercise.
+    """
+    folder = (TOP / name).resolve()
+    if not folder.is_dir():
+        raise UsageError(f"SUBMISSION={name}: no such folder; it is relative to {TOP.name}/, as in SUBMISSION=answers")
+    if not any((folder / exercise.file_name).exists() for exercise in exercises().values()):
+        names = ", ".join(exercise.file_name for exercise in exercises().values())
+        raise UsageError(f"SUBMISSION={name}: holds no exercise; files are named like {names}")
+    return folder
+
+
+def out_path(name: str) -> Path:
+    """Where the gradesheet goes that OUT names, absolute.
+
+    Raises:
+        UsageError: it is a folder, or the name of the table beside the gradesheet.
+    """
+    path = (TOP / name).resolve()
+    if path.is_dir() or path.suffix == ".md":
+        raise UsageError(f"OUT={name}: a file name such as gradesheet.json is wanted")
+    return path
+
+
+def refuse(request: Request) -> None:
+    """Says at once what cannot be done, before torch and the checks are loaded for it.
+
+    Raises:
+        UsageError: an option names what is not there, or must not be used here.
+    """
+    if request.command not in ("new", "reset", "answer", "bench", "check-exercise"):
+        selected(request.ex)
+    if request.command in ("check", "grade"):
+        submission_folder(request.submission)
+    if request.command == "grade":
+        out_path(request.out)
+    if request.forget_banks and not os.environ.get("CI"):
+        raise UsageError("FORGET_BANKS=1 removes answers and banks; only where CI is set, in a throw-away checkout")

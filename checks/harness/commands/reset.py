@@ -1,0 +1,42 @@
+"""Brings an exercise's starter back and keeps the old work."""
+
+import time
+from pathlib import Path
+
+from harness.commands.request import one_exercise
+from harness.model.exercise import Exercise, UsageError
+from harness.model.paths import TOP
+
+
+def keep(path: Path, attempts: Path) -> Path | None:
+    """Moves a file into `attempts` under a name that carries the time and overwrites nothing; None if there is no
+    file.
+    """
+    if not path.is_symlink() and not path.exists():
+        return None
+    attempts.mkdir(exist_ok=True)
+    base = f"{path.stem}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    for number in range(1, 1000):
+        kept = attempts / f"{base}{'' if number == 1 else f'_{number}'}.py"
+        if not kept.exists() and not kept.is_symlink():
+            path.rename(kept)
+            return kept
+    raise UsageError(f"{attempts.name}/ holds 999 files of this second; nothing was moved")
+
+
+def reset(exercise: Exercise, top: Path = TOP) -> str:
+    """Puts the starter in place of the learner's file; returns what was done, in words."""
+    path = top / "exercises" / exercise.file_name
+    if path.is_file() and not path.is_symlink() and path.read_bytes() == exercise.starter.encode():
+        return f"exercises/{exercise.file_name} is the starter already"
+    path.parent.mkdir(exist_ok=True)
+    kept = keep(path, top / "attempts")
+    path.write_text(exercise.starter, encoding="utf-8")
+    where = f"; the old file is {kept.relative_to(top)}" if kept else ""
+    return f"exercises/{exercise.file_name} is the starter again{where}"
+
+
+def run(ex: str) -> int:
+    """Resets the one exercise that EX names."""
+    print(reset(one_exercise("reset", ex)))
+    return 0

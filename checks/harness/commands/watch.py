@@ -1,0 +1,36 @@
+"""Starts pytest-watch on exercises/ with the thin client as its runner."""
+
+import os
+import sys
+
+from harness.model.exercise import UsageError
+from harness.model.paths import EXERCISES, TOP
+from harness.sandbox.processes import CAN_FORK
+
+
+def run(ex: str) -> int:
+    """Becomes pytest-watch; returns only if it cannot start.
+
+    Raises:
+        UsageError: there is no folder to watch.
+    """
+    os.chdir(TOP)
+    if not EXERCISES.is_dir():
+        raise UsageError(f"{EXERCISES.name}/: no such folder; make reset EX=1 brings a starter back")
+    if not CAN_FORK:
+        print("this system cannot fork safely: each save is judged cold, which takes some seconds", flush=True)
+    # pytest-watch splits the runner at single spaces, so no path in it may hold any: relative ones do not.
+    # The client needs no package: without `site` it starts earlier.
+    python = [os.path.relpath(sys.executable), "-P", "-S"]
+    runner = [*python, "checks/harness/runner/client.py", "save", *(["--ex", ex] if ex else [])]
+    options = [
+        "--nobeep",
+        "--quiet",
+        "--spool",
+        "20",
+        "--runner",
+        " ".join(runner),
+        *(["--poll"] if os.environ.get("POLL") else []),
+    ]
+    environment = {**os.environ, "EXERCISES_WATCH": str(os.getpid()), "PYTHONWARNINGS": "ignore"}
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "pytest_watch", *options, EXERCISES.name], environment)

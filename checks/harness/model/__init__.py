@@ -1,0 +1,1 @@
+"""What an exercise, a submission and a verdict are: text and data, without torch."""

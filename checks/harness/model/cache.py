@@ -1,0 +1,121 @@
+"""Remembers the last verdicts on `exercises/`, so that a save re-judges the saved exercise only."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harness.model.exercise import Exercise, exercises
+from harness.model.paths import BUILD, CHECKS, TOP
+from harness.model.results import ExerciseVerdict, Result, verdict_of
+
+FILE = BUILD / "verdicts.json"
+# What a save is judged by. Commands and reports only show it; a bench measures.
+_JUDGING_ROOMS = ("model", "sandbox", "testing", "runner")
+_NOT_JUDGING = ("bench.py", "demo.py")
+Stamp = tuple[int, int]
+MISSING: Stamp = (0, 0)
+
+
+def stamp(path: Path) -> Stamp:
+    """What changes with every save of a file: modification time in nanoseconds and inode; MISSING where there is no
+    file.
+    """
+    try:
+        status = path.lstat()
+    except OSError:
+        return MISSING
+    return status.st_mtime_ns, status.st_ino
+
+
+@cache
+def checks_version() -> str:
+    """A short digest of everything that judges: the checks, the rooms that run them, the banks, the answers."""
+    digest = hashlib.sha256()
+    for path in judging_files():
+        digest.update(path.relative_to(TOP).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def judging_files() -> list[Path]:
+    """The files that a verdict depends on, besides the learner's own, in order."""
+    found = [CHECKS / "pytest.ini", CHECKS / "conftest.py", TOP / "pyproject.toml", TOP / "requirements.txt"]
+    found += [path for room in _JUDGING_ROOMS for path in (CHECKS / "harness" / room).glob("*.py")]
+    for exercise in exercises().values():
+        of_it = [exercise.answer_file, *exercise.folder.rglob("*.py")]
+        found += [path for path in of_it if path.name not in _NOT_JUDGING and path.exists()]
+    return sorted(found)
+
+
+def fingerprint() -> tuple[tuple[str, Stamp], ...]:
+    """Changes whenever a file is saved that the fork server has loaded, or that judges: as cheap to compare as
+    `checks_version` is sure.
+    """
+    harness = (CHECKS / "harness").rglob("*.py")
+    return tuple((str(path), stamp(path)) for path in sorted({*judging_files(), *harness}))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One judging of one exercise, as it is kept.
+
+    Args:
+        stamp: the file's stamp when judging began.
+        untouched: the file was the starter.
+        seconds: how long judging took.
+        own_test: what the own test's verdict depends on, as a digest; empty where there is none.
+        results: one per check.
+    """
+
+    stamp: Stamp
+    untouched: bool
+    seconds: float
+    own_test: str
+    results: tuple[Result, ...]
+
+    def verdict(self, exercise: Exercise) -> ExerciseVerdict:
+        """The verdict that follows from it."""
+        return verdict_of(exercise, self.results, untouched=self.untouched, seconds=self.seconds)
+
+
+class VerdictCache:
+    """The last entry of each exercise. Another version of the checks empties it."""
+
+    def __init__(self, version: str, file: Path = FILE) -> None:
+        self._file = file
+        self._version = version
+        self.entries: dict[str, Entry] = {}
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            if stored["version"] == version:
+                self.entries = {name: _entry(fields) for name, fields in stored["exercises"].items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            self.entries = {}  # No cache, or not one of ours: everything is judged anew.
+
+    def stale(self, exercise: Exercise, path: Path) -> bool:
+        """Whether the file has no verdict of its present state."""
+        entry = self.entries.get(exercise.id)
+        return entry is None or entry.stamp != stamp(path)
+
+    def store(self, exercise: Exercise, entry: Entry) -> None:
+        """Keeps an entry, on disk at once and as a whole."""
+        self.entries[exercise.id] = entry
+        exercises = {name: _fields(kept) for name, kept in self.entries.items()}
+        stored = {"version": self._version, "exercises": exercises}
+        self._file.parent.mkdir(exist_ok=True)
+        scratch = self._file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(stored), encoding="utf-8")
+        scratch.replace(self._file)
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    return {**vars(entry), "results": [vars(result) for result in entry.results]}
+
+
+def _entry(fields: dict[str, Any]) -> Entry:
+    results = tuple(Result(**result) for result in fields["results"])
+    return Entry(**{**fields, "stamp": tuple(fields["stamp"]), "results": results})

@@ -1,0 +1,134 @@
+"""From outcomes to states and points. Pure functions."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from harness.model.exercise import POINTS, Exercise, Requirement
+
+READABILITY = "readability"
+NOT_RUN = "not run after the hang"
+
+
+class Hang(AssertionError):
+    """Raised by a check that waited in vain: the exercise's later checks are not run, each might wait again."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one check said.
+
+    Args:
+        requirement: the requirement it decides, "1.5".
+        name: the check's function name with its parameters in brackets.
+        outcome: "passed", "failed", "error", "timeout" or "missing".
+        message: why, in words; empty if it passed.
+        line: the line of the learner's file to look at, 0 if none.
+        kind: "" or, where the reason decides the exercise's state: "not implemented", "load", "no file", "unjudged".
+        printed: what the learner's code printed during the check, last lines.
+    """
+
+    requirement: str
+    name: str
+    outcome: str
+    message: str = ""
+    line: int = 0
+    kind: str = ""
+    printed: str = ""
+
+
+@dataclass(frozen=True)
+class RequirementVerdict:
+    """A requirement with the results of its checks and the points that it earned."""
+
+    requirement: Requirement
+    results: tuple[Result, ...]
+    score: int
+
+    @property
+    def passed(self) -> int:
+        return sum(result.outcome == "passed" for result in self.results)
+
+    @property
+    def judged(self) -> bool:
+        return not any(result.kind == "unjudged" for result in self.results)
+
+
+@dataclass(frozen=True)
+class ExerciseVerdict:
+    """All that is known of one exercise of a submission."""
+
+    exercise: Exercise = field(repr=False)
+    state: str
+    reason: str
+    requirements: tuple[RequirementVerdict, ...]
+    seconds: float = 0.0
+
+    @property
+    def score(self) -> int:
+        return sum(verdict.score for verdict in self.requirements)
+
+    @property
+    def max_score(self) -> int:
+        return POINTS * len(self.requirements)
+
+    def first_failure(self) -> Result | None:
+        """The first result, in the order of requirements, that is not "passed" and was judged."""
+        results = (result for verdict in self.requirements for result in verdict.results)
+        return next((r for r in results if r.outcome != "passed" and r.kind != "unjudged"), None)
+
+
+def verdict_of(
+    exercise: Exercise, results: Iterable[Result], *, untouched: bool, seconds: float = 0.0
+) -> ExerciseVerdict:
+    """The verdict on one exercise.
+
+    Args:
+        results: one per expected check, in any order.
+        untouched: the learner's text equals the starter.
+        seconds: how long judging took.
+    """
+    by_requirement: dict[str, list[Result]] = {requirement.id: [] for requirement in exercise.requirements}
+    for result in results:
+        by_requirement[result.requirement].append(result)
+    earned = {
+        requirement.id: bool(by_requirement[requirement.id])
+        and all(r.outcome == "passed" for r in by_requirement[requirement.id])
+        for requirement in exercise.requirements
+    }
+    allowed = _readability_allowed(exercise, by_requirement, earned)
+    verdicts = []
+    for requirement in exercise.requirements:
+        counts = earned[requirement.id] and (requirement.criterion != READABILITY or allowed)
+        verdicts.append(
+            RequirementVerdict(
+                requirement, tuple(by_requirement[requirement.id]), POINTS if counts and not untouched else 0
+            )
+        )
+    state, reason = _state(verdicts, untouched)
+    return ExerciseVerdict(exercise, state, reason, tuple(verdicts), seconds)
+
+
+def _readability_allowed(exercise: Exercise, results: dict[str, list[Result]], earned: dict[str, bool]) -> bool:
+    """Readability earns only if at least half of the other requirements that were judged are earned."""
+    others = [
+        r.id
+        for r in exercise.requirements
+        if r.criterion != READABILITY and not any(x.kind == "unjudged" for x in results[r.id])
+    ]
+    return 2 * sum(earned[number] for number in others) >= len(others) > 0
+
+
+def _state(verdicts: list[RequirementVerdict], untouched: bool) -> tuple[str, str]:
+    results = [result for verdict in verdicts for result in verdict.results]
+    if (gone := next((r for r in results if r.kind == "no file"), None)) is not None:
+        return "not started", gone.message
+    if untouched:
+        return "not started", ""
+    if (broken := next((r for r in results if r.kind == "load"), None)) is not None:
+        return "does not import", broken.message
+    code = [r for v in verdicts if v.requirement.criterion != READABILITY for r in v.results if r.kind != "unjudged"]
+    if code and all(result.kind == "not implemented" for result in code):
+        return "not started", ""
+    if all(verdict.score for verdict in verdicts if verdict.judged) and any(verdict.score for verdict in verdicts):
+        return "done", ""
+    return "in progress", ""

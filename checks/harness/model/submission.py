@@ -1,0 +1,73 @@
+"""Reads one file of a submission: any folder with files named like the exercises."""
+
+import traceback
+from pathlib import Path
+
+from harness.model.limits import FILE_BYTES
+
+
+class LoadError(Exception):
+    """A submission's file cannot be used. `line` is where, 0 if nowhere in particular; `missing` says that there is
+    no file at all.
+    """
+
+    def __init__(self, fact: str, line: int = 0, *, missing: bool = False) -> None:
+        super().__init__(fact)
+        self.fact = fact
+        self.line = line
+        self.missing = missing
+
+
+def read(path: Path) -> str:
+    """The text of a submission's file.
+
+    Raises:
+        LoadError: the file is missing, a link, no regular file, unreadable, too large or not UTF-8 text.
+    """
+    if path.is_symlink():
+        raise LoadError("is a link; a regular file is wanted")
+    if not path.exists():
+        raise LoadError("no file", missing=True)
+    if not path.is_file():
+        raise LoadError("is not a regular file")
+    try:
+        if path.stat().st_size > FILE_BYTES:
+            raise LoadError(f"is {path.stat().st_size:,} bytes long; at most {FILE_BYTES:,} are read")
+        data = path.read_bytes()
+    except OSError as error:
+        raise LoadError(f"cannot be read: {error.strerror}") from None
+    if b"\0" in data:
+        raise LoadError("holds null bytes", data[: data.index(b"\0")].count(b"\n") + 1)
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise LoadError(f"is not UTF-8 text (byte {error.start})", data[: error.start].count(b"\n") + 1) from None
+
+
+def isolated(path: Path, folder: Path) -> Path:
+    """Copies a submission's file, alone, into `folder` and returns that; the file's own folder if it cannot be read,
+    so that its checks say why.
+    """
+    try:
+        text = read(path)
+    except LoadError:
+        return path.parent
+    (folder / path.name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def describe(error: BaseException) -> str:
+    """An exception as `Type: text`, whatever its `__str__` does."""
+    name = type(error).__name__
+    try:
+        text = str(error).strip()
+    except BaseException:
+        return f"{name} (whose text cannot be had)"
+    return f"{name}: {text}" if text else name
+
+
+def line_in(error: BaseException | None, path: Path) -> int:
+    """The deepest line of the file `path` that an exception passed through, or 0."""
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return lines[-1] or 0 if lines else 0

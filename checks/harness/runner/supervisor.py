@@ -1,0 +1,278 @@
+"""Runs the checks of one exercise in child processes with limits, and collects what they report, whatever becomes of
+them.
+
+The supervising process never runs a learner's code. It knows which checks must report; what does not report earns
+nothing.
+"""
+
+import json
+import os
+import secrets
+import select
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness.model.exercise import Exercise, exercise_of, exercises
+from harness.model.limits import HANG_SECONDS, KIND_SECONDS, SHARD_SECONDS
+from harness.model.results import NOT_RUN, Result
+from harness.runner import plugin, worker
+from harness.sandbox.integrity import before_submissions
+from harness.sandbox.processes import CAN_FORK, Lines, Stopwatch, adopt_orphans, end, end_children
+from harness.testing.own_test import OwnTest, digest
+
+KINDS = ("lint", "own test", "code")
+
+
+class Abandoned(Exception):
+    """Whoever asked for the verdict has gone."""
+
+
+@dataclass
+class Shard:
+    """One worker and the checks that it has to report, in their order.
+
+    `stopped` is empty, or why what follows its last result is not run. `limit` is for all of its checks together.
+    """
+
+    kind: str
+    pid: int
+    lines: Lines
+    token: str
+    work: worker.Work
+    limit: float
+    watch: Stopwatch
+    whole: Stopwatch
+    results: dict[str, Result]
+    running: pytest.Item | None = None
+    stopped: str = ""
+
+    def waiting(self) -> list[pytest.Item]:
+        return [item for item in self.work.items if item.name not in self.results]
+
+
+class Judge:
+    """Judges exercises by their collected checks.
+
+    Args:
+        items: the checks.
+        hangup: a descriptor that becomes readable when nobody wants the verdict any more.
+        halves: run the checks of the code in two processes where there are two processors: the second begins with the
+            check marked `halfway`, or with the one in the middle.
+    """
+
+    def __init__(self, items: list[pytest.Item], hangup: int | None = None, *, halves: bool = True) -> None:
+        self._items: dict[str, list[pytest.Item]] = {exercise: [] for exercise in exercises()}
+        for item in items:
+            self._items[exercise_of(item.path).id].append(item)
+        self._hangup = hangup
+        self._halves = halves and (os.cpu_count() or 1) > 1
+
+    def items(self, exercise: Exercise) -> list[pytest.Item]:
+        """The checks of an exercise, as collected."""
+        return self._items[exercise.id]
+
+    def expected(self, exercise: Exercise) -> list[tuple[str, str]]:
+        """The list of checks that must report: requirement and name of each."""
+        return [(plugin.requirement_of(item), item.name) for item in self.items(exercise)]
+
+    def names(self, exercise: Exercise, kind: str) -> set[str]:
+        """The names of the checks of a kind."""
+        return {item.name for item in self.items(exercise) if plugin.kind_of(item) == kind}
+
+    def own_test(self, exercise: Exercise) -> OwnTest | None:
+        """What the check file says of the exercise's own test."""
+        modules = (getattr(item, "module", None) for item in self.items(exercise))
+        return next((found for module in modules if (found := getattr(module, "OWN_TEST", None)) is not None), None)
+
+    def read_banks(self) -> None:
+        """Reads what own tests are judged on, so that no later reading of files is needed."""
+        for exercise in exercises().values():
+            if (own := self.own_test(exercise)) is not None:
+                _ = own.texts
+
+    def own_test_digest(self, exercise: Exercise, text: str) -> str:
+        """What the verdict on the own test in `text` depends on; empty if the exercise has none, or the text does not
+        parse.
+        """
+        own = self.own_test(exercise)
+        try:
+            return digest(text, own.swaps) if own is not None else ""
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return ""
+
+    def results(
+        self,
+        exercise: Exercise,
+        folder: Path,
+        kinds: tuple[str, ...] = KINDS,
+        requirements: tuple[str, ...] = (),
+        *,
+        room: Path | None = None,
+        at_first_failure: bool = False,
+        seconds: float = SHARD_SECONDS,
+    ) -> list[Result]:
+        """Judges one exercise of the submission `folder` in workers, one per kind and two for the code, side by side.
+
+        Args:
+            kinds: which checks to run; others have no result.
+            requirements: those whose checks to run; all of them if empty.
+            room: for grading: the one folder that the submission may write to.
+            at_first_failure: a worker ends with its first failure; what follows has no result.
+            seconds: what a worker's checks may take together.
+
+        Raises:
+            Abandoned: nobody wants the verdict any more; the workers are gone.
+        """
+        adopt_orphans()
+        items = [item for item in self.items(exercise) if plugin.kind_of(item) in kinds]
+        items = [item for item in items if not requirements or plugin.requirement_of(item) in requirements]
+        running: list[Shard] = []
+        try:
+            for kind in KINDS:
+                for share in self._shares([item for item in items if plugin.kind_of(item) == kind]):
+                    running.append(_started(worker.Work(share, folder, room, at_first_failure), seconds))
+            _supervise(running, self._hangup)
+        finally:
+            for shard in running:
+                end(shard.pid)
+                os.close(shard.lines.descriptor)
+            end_children()
+        _not_run_after_a_stop([shard for shard in running if shard.kind == "code"])
+        found = {name: result for shard in running for name, result in shard.results.items()}
+        return [found[item.name] for item in items if item.name in found]
+
+    def _shares(self, items: list[pytest.Item]) -> list[list[pytest.Item]]:
+        """The checks of one kind, for one worker each."""
+        if not (self._halves and CAN_FORK and len(items) > 1 and plugin.kind_of(items[0]) == "code"):
+            return [items] if items else []
+        marked = (place for place, item in enumerate(items) if item.get_closest_marker("halfway"))
+        middle = next(marked, 0) or len(items) // 2
+        return [items[:middle], items[middle:]]
+
+
+@contextmanager
+def graded() -> Iterator[tuple[Path, Path]]:
+    """Two empty folders for grading a submission: for a copy of it, and the one that it may write to. What is there of
+    torch's and Python's before it is loaded has been looked at.
+    """
+    before_submissions()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        alone, room = Path(scratch, "submission"), Path(scratch, "room")
+        alone.mkdir()
+        room.mkdir()
+        yield alone, room
+
+
+def _started(work: worker.Work, seconds: float) -> Shard:
+    reading, writing = os.pipe()
+    token = secrets.token_hex(8)
+    pid = worker.start(work, writing, token)
+    os.close(writing)
+    kind = plugin.kind_of(work.items[0])
+    return Shard(kind, pid, Lines(reading), token, work, seconds, Stopwatch(pid), Stopwatch(pid), {})
+
+
+def _not_run_after_a_stop(shards: list[Shard]) -> None:
+    """What follows a hang or a crash is not run: the verdict is that of one process, however the work was shared."""
+    stopped = ""
+    for shard in shards:
+        if stopped:
+            shard.results = {item.name: _missing(item, stopped) for item in shard.work.items}
+        stopped = stopped or shard.stopped
+
+
+def _missing(item: pytest.Item, why: str) -> Result:
+    return Result(plugin.requirement_of(item), item.name, "missing", why)
+
+
+def _supervise(shards: list[Shard], hangup: int | None) -> None:
+    """Reads the shards' reports until each has reported or ended; a shard that hangs stops its exercise's code."""
+    open_shards = list(shards)
+    while open_shards:
+        waiting = [shard.lines.descriptor for shard in open_shards]
+        ready, _, _ = select.select([*waiting, *([hangup] if hangup is not None else [])], [], [], 0.1)
+        if hangup in ready:
+            raise Abandoned
+        for shard in list(open_shards):
+            if shard.lines.descriptor in ready:
+                for line in shard.lines.take():
+                    _note(shard, line)
+            if shard.lines.ended or not shard.waiting():
+                _close(shard)
+                open_shards.remove(shard)
+            elif shard.watch.seconds() > _limit(shard.running) or shard.whole.seconds() > shard.limit:
+                _give_up(shard)
+                open_shards.remove(shard)
+
+
+def _note(shard: Shard, line: str) -> None:
+    """Takes one report: a check's name when it starts, its result when it ends. Lines without the run's token are not
+    reports.
+    """
+    token, _, body = line.partition(" ")
+    if token != shard.token:
+        return
+    report = json.loads(body)
+    if isinstance(report, str):
+        shard.running = next((item for item in shard.work.items if item.name == report), None)
+        shard.watch.restart()
+    elif report["name"] not in shard.results:
+        shard.results[report["name"]] = Result(**report)
+        if report["outcome"] == "timeout":
+            shard.stopped = NOT_RUN
+
+
+def _close(shard: Shard) -> None:
+    """A shard has ended: what it did not report has failed together with its process."""
+    missing = shard.waiting()
+    failed = any(result.outcome != "passed" for result in shard.results.values())
+    if not missing or (shard.work.at_first_failure and failed):
+        return
+    status = os.waitstatus_to_exitcode(_reaped(shard.pid))
+    how = (
+        f"your code ended the process (exit code {status})"
+        if status >= 0
+        else f"the interpreter died ({signal.Signals(-status).name})"
+    )
+    shard.stopped = f"not run: {how} in {missing[0].name}"
+    _end_at(shard, missing, "error", how)
+
+
+def _reaped(pid: int) -> int:
+    """The exit status of a child that has closed its reports: it is ending, or it lives on in silence and is killed."""
+    for _ in range(20):
+        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if info is not None:
+            return info.si_status << 8 if info.si_code == os.CLD_EXITED else info.si_status
+        time.sleep(0.05)
+    return signal.SIGKILL
+
+
+def _give_up(shard: Shard) -> None:
+    missing = shard.waiting()
+    shard.stopped = NOT_RUN
+    text = f"did not end within {_limit(shard.running):g} s: an endless loop, or a wait that nothing ends"
+    if shard.whole.seconds() > shard.limit:
+        text = f"did not end: the checks of this exercise have taken {shard.limit:g} s together"
+    _end_at(shard, missing, "timeout", text)
+
+
+def _end_at(shard: Shard, missing: list[pytest.Item], outcome: str, message: str) -> None:
+    """The first of the missing checks is the one that ended the shard; the others were not run."""
+    first, *others = missing
+    shard.results[first.name] = Result(plugin.requirement_of(first), first.name, outcome, message)
+    shard.results |= {item.name: _missing(item, shard.stopped) for item in others}
+
+
+def _limit(item: pytest.Item | None) -> float:
+    mark = item.get_closest_marker("limit") if item is not None else None
+    if mark is not None:
+        return float(mark.args[0])
+    return KIND_SECONDS[plugin.kind_of(item)] if item is not None else HANG_SECONDS

@@ -1,0 +1,165 @@
+"""A worker: the process that runs a shard of an exercise's checks: limited, in a session of its own, reporting by lines."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from harness.model.exercise import exercise_of
+from harness.model.limits import MEMORY_BYTES, OUTPUT_BYTES
+from harness.model.results import Result
+from harness.model.submission import describe
+from harness.runner import plugin
+from harness.sandbox.integrity import before_submissions
+from harness.sandbox.landlock import write_only_below
+from harness.sandbox.output import Output
+from harness.sandbox.processes import CAN_FORK, die_with_parent
+
+_LIMITS = ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, OUTPUT_BYTES), (resource.RLIMIT_CORE, 0))
+# What a hosting service tells its jobs, files to write to among it, is not for submissions.
+_PRIVATE_VARIABLES = ("GITHUB_", "RUNNER_", "ACTIONS_", "CLASSROOM")
+_own_modules: list[str] = []
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker is told to do.
+
+    Args:
+        items: the checks, all of one kind, in their order.
+        folder: the submission.
+        room: for grading: the one folder that the submission may write to; what it replaces is looked for too.
+        at_first_failure: end with the first check that fails.
+    """
+
+    items: list[pytest.Item]
+    folder: Path
+    room: Path | None = None
+    at_first_failure: bool = False
+
+
+def list_own_modules() -> None:
+    """Notes the judge's modules, whose names no submission is to find. Once, before forks: a look through all of
+    sys.modules would have each of them copy the memory that they lie in, for 40 ms.
+    """
+    _own_modules[:] = [name for name in sys.modules if name.partition(".")[0] in ("checks", "conftest", "harness")]
+
+
+def start(work: Work, writing: int, token: str) -> int:
+    """Starts a worker that reports to the descriptor `writing`, each report beginning with `token`.
+
+    Returns:
+        Its pid; it leads its session.
+    """
+    return (_fork if CAN_FORK else _spawn)(work, writing, token)
+
+
+def _fork(work: Work, writing: int, token: str) -> int:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setsid()
+            die_with_parent()
+            run(work, writing, token)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def _spawn(work: Work, writing: int, token: str) -> int:
+    first = work.items[0]
+    command = [
+        sys.executable,
+        "-P",
+        "-W",
+        "ignore",
+        "-m",
+        "harness.runner.session",
+        exercise_of(first.path).id,
+        plugin.kind_of(first),
+        str(work.folder),
+        str(writing),
+        str(work.room or ""),
+        "cpu" if plugin.earns(first) else str(first.config.getoption("--device")),
+    ]
+    process = subprocess.Popen(command, pass_fds=[writing], start_new_session=True, stdin=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    with process.stdin as secret:
+        print(token, file=secret)  # Not in the arguments, which every process may read.
+    return process.pid
+
+
+def run(work: Work, writing: int, token: str) -> None:
+    """In the worker: runs the checks and reports the name of each that starts and the result of each that ends."""
+    items, room, ended = work.items, work.room, False
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for kind, limit in _LIMITS:
+        if kind == resource.RLIMIT_AS and not plugin.earns(items[0]):
+            continue  # CUDA reserves addresses for all memory that it might ever use.
+        with suppress(ValueError, OSError):
+            resource.setrlimit(kind, (limit, limit))
+    output = Output()
+    config = items[0].config
+    config.option.submission = str(work.folder)
+
+    def report(what: object) -> None:
+        os.write(writing, f"{token} {json.dumps(what)}\n".encode())
+
+    def sink(result: Result) -> None:
+        nonlocal ended
+        ended = ended or (work.at_first_failure and result.outcome != "passed")
+        if result.outcome != "passed" and not result.printed:
+            result = replace(result, printed=output.tail())
+        report(asdict(result))
+
+    config.stash[plugin.SINK] = sink
+    if room is not None:
+        _guard(config, plugin.kind_of(items[0]), room)
+    _hide()
+    if plugin.kind_of(items[0]) == "own test":
+        plugin.start_trials(config)
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        if ended:
+            break
+        output.redirect()
+        report(item.name)
+        try:
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        except BaseException as error:
+            sink(Result(plugin.requirement_of(item), item.name, "failed", f"your code raises {describe(error)}"))
+
+
+def _guard(config: pytest.Config, kind: str, room: Path) -> None:
+    """What only grading does, since it costs time: the submission's code changes nothing that judges it."""
+    if kind == "code":
+        config.stash[plugin.INTEGRITY] = before_submissions()
+    if kind != "lint":
+        config.stash[plugin.FOLDER] = room
+        os.environ["TMPDIR"] = str(room)
+        tempfile.tempdir = None
+        os.chdir(room)
+        write_only_below(room)
+
+
+def _hide() -> None:
+    """Takes from a submission's reach what it could alter the judge by: its modules' names, and the surroundings."""
+    if not _own_modules:
+        list_own_modules()
+    for name in _own_modules:
+        sys.modules.pop(name, None)
+    sys.modules["__main__"] = ModuleType("__main__")
+    for variable in [name for name in os.environ if name.startswith(_PRIVATE_VARIABLES)]:
+        del os.environ[variable]

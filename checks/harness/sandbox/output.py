@@ -1,0 +1,43 @@
+"""Where a child's output goes: a file, never a pipe, so that nothing can block on it; of it the last lines are kept."""
+
+import os
+import sys
+import tempfile
+from contextlib import suppress
+
+_KEPT_LINES = 20
+_KEPT_BYTES = 20_000
+
+
+class Output:
+    """Takes over this process's standard output and error."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()
+        self._begin = 0
+
+    def redirect(self) -> None:
+        """Points both streams at the file, whatever became of them, and marks the place."""
+        for descriptor in (1, 2):
+            os.dup2(self._file.fileno(), descriptor)
+        sys.stdout = sys.stderr = open(1, "w", closefd=False, errors="replace")
+        self._begin = os.fstat(self._file.fileno()).st_size
+
+    def tail(self) -> str:
+        """The last lines since the mark."""
+        with suppress(Exception):
+            sys.stdout.flush()
+        return tail(self._file.fileno(), self._begin)
+
+
+def tail(descriptor: int, begin: int = 0) -> str:
+    """The last lines of a file from `begin` on, without what a terminal would not print."""
+    size = os.fstat(descriptor).st_size
+    start = max(begin, size - _KEPT_BYTES)
+    text = os.pread(descriptor, size - start, start).decode("utf-8", "replace")
+    return "\n".join(printable(text).splitlines()[-_KEPT_LINES:])
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey rather than print."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)

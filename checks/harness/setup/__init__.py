@@ -1,0 +1,1 @@
+"""Setting the workspace up, and finding out what works in it."""

@@ -1,0 +1,44 @@
+"""What check files and benches use: the learner's code, one comparison, probes, guards, own tests, the stock checks.
+
+They import from here alone. A check file names fixtures for the rest: subject, close, rng, on.
+"""
+
+import pytest
+
+from harness.model.results import Hang
+from harness.model.submission import describe
+from harness.testing.bench import Case, Run, Series
+from harness.testing.compare import Close, Where, is_tensor, refuses
+from harness.testing.forbid import Prebuilt, forbid, prebuilt_attention
+from harness.testing.own_test import OwnTest
+from harness.testing.stock import own_test_checks, style_checks
+from harness.testing.subject import Subject, seed
+from harness.testing.trace import DispatchMode, Trace, calls
+
+requirement = pytest.mark.requirement
+halfway = pytest.mark.halfway
+
+__all__ = [
+    "Case",
+    "Close",
+    "DispatchMode",
+    "Hang",
+    "OwnTest",
+    "Prebuilt",
+    "Run",
+    "Series",
+    "Subject",
+    "Trace",
+    "Where",
+    "calls",
+    "describe",
+    "forbid",
+    "halfway",
+    "is_tensor",
+    "own_test_checks",
+    "prebuilt_attention",
+    "refuses",
+    "requirement",
+    "seed",
+    "style_checks",
+]

@@ -1,0 +1,106 @@
+"""Loads one file of a submission, late and under its own name."""
+
+import ast
+import re
+import sys
+from functools import lru_cache
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import torch
+
+from harness.model.submission import LoadError, describe, line_in, read
+
+# What lies beside the harness on the path, or holds the answers; another exercise's folder too.
+_PRIVATE = re.compile(r"answers|checks|conftest|devtools|harness|selftest|ex\d\d_\w+")
+
+
+def execute(text: str, path: Path, name: str) -> ModuleType:
+    """Runs a file's text as the module `name`; `path` is what tracebacks and debuggers show.
+
+    Raises:
+        LoadError: the text does not parse, imports what is not for submissions, or raises.
+    """
+    code = _compiled(text, str(path), name)
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module
+    try:
+        exec(code, module.__dict__)
+    except LoadError:
+        raise
+    except BaseException as error:
+        raise LoadError(f"{describe(error)} on import", line_in(error, path)) from None
+    return module
+
+
+@lru_cache(maxsize=16)
+def _compiled(text: str, path: str, name: str) -> CodeType:
+    try:
+        tree = ast.parse(text)
+        _refuse_private_imports(tree, name)
+        return compile(text, path, "exec", dont_inherit=True)
+    except SyntaxError as error:
+        raise LoadError(f"{type(error).__name__}: {error.msg}", error.lineno or 0) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise LoadError(f"does not parse: {type(error).__name__}: {error}") from None
+
+
+def load(path: Path) -> ModuleType:
+    """Reads and executes a submission's file under its own name."""
+    return execute(read(path), path, path.stem)
+
+
+def _refuse_private_imports(tree: ast.Module, own_name: str) -> None:
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            top = name.split(".")[0]
+            if _PRIVATE.fullmatch(top) or top == own_name:
+                line = getattr(node, "lineno", 0)
+                raise LoadError(f"imports {name}; an exercise stands on torch and the standard library alone", line)
+
+
+class Subject:
+    """A learner's module as checks see it: loaded at the first use of one of its names.
+
+    Raises:
+        LoadError: at first use, if the file cannot be loaded.
+        AssertionError: the file lacks a name of the contract.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._module: ModuleType | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self._module is None:
+            self._module = load(self._path)
+            neutral_state()
+        if name not in vars(self._module):
+            raise AssertionError(f"{self._path.name} defines no {name}; the contract asks for it")
+        return vars(self._module)[name]
+
+
+def neutral_state() -> None:
+    """Sets torch's global state back to its defaults, whatever a learner's file did to it."""
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    if torch.are_deterministic_algorithms_enabled():  # The setter loads torch's compiler, for more than a second.
+        torch.use_deterministic_algorithms(False)
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+    seed(0)
+
+
+def seed(number: int) -> None:
+    """Seeds torch's CPU stream: torch.manual_seed without its slow notes to devices that are not there."""
+    torch.default_generator.manual_seed(number)

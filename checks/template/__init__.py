@@ -1,0 +1,1 @@
+"""What judges ex99, A title."""
