@@ -20,11 +20,15 @@ export PYTHONPATH := $(CURDIR)/checks
 export PYTHONWARNINGS := ignore
 VENV := .venv/bin
 RUN := $(VENV)/python -P
+PIP := $(VENV)/python -m pip install --quiet --disable-pip-version-check
 # A .venv that does not run here, because it was made outside the container or elsewhere, is made anew.
+ifneq ($(filter-out help,$(or $(MAKECMDGOALS),help)),)
 $(shell $(VENV)/python -c 'import _pytest' 2>/dev/null || rm -f .venv/ready)
-# torch's own stubs return Any and re-export without saying so.
-STRICT := --strict --allow-untyped-calls --no-warn-return-any --implicit-reexport --no-error-summary --cache-dir build/mypy-strict
-LENIENT := --no-error-summary --cache-dir build/mypy
+endif
+# pyproject.toml holds what exercises are judged by. The project's own code is held to more; torch's stubs return Any and
+# re-export without saying so.
+STRICT := --strict --allow-untyped-calls --no-warn-return-any --implicit-reexport --explicit-package-bases \
+	--namespace-packages --no-error-summary --cache-dir build/mypy-strict
 
 ##@ Learn
 .PHONY: watch
@@ -76,13 +80,13 @@ hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
 
 ##@ Develop
 .PHONY: test
-test: lint ## the project's own tests: answers, mistakes, variants, starters, harness
+test: .venv/test lint ## the project's own tests: answers, mistakes, variants, starters, harness
 	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest -n 3 --dist loadfile --no-loadscope-reorder
 
-# Both files at once, with what the bench needs: mypy's caches are then filled once for all of it.
-.venv/test: requirements-test.txt requirements-bench.txt .venv/ready
-	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt -r requirements-test.txt
-	@$(RUN) -m harness.testing.lint && touch .venv/bench $@
+# All files at once: mypy's caches are then filled once for all of it.
+.venv/test: requirements-bench.txt requirements-lint.txt requirements-test.txt .venv/ready
+	@$(PIP) $(patsubst %,-r %,$(wildcard requirements-*.txt))
+	@$(RUN) -m harness.testing.lint && touch .venv/bench .venv/lint $@
 
 .PHONY: new
 new: .venv/ready ## begin an exercise: make new EX=12 NAME="Grouped query attention"
@@ -109,15 +113,21 @@ picture: .venv/ready ## render README's picture of the watch
 	@$(RUN) -m devtools.screenshot
 
 .venv/bench: requirements-bench.txt .venv/ready
-	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@$(PIP) -r $<
+	@$(RUN) -m harness.testing.lint && touch $@
+
+.venv/lint: requirements-lint.txt .venv/ready
+	@$(PIP) -r $<
 	@$(RUN) -m harness.testing.lint && touch $@
 
 .PHONY: lint
-lint: .venv/test ## ruff and mypy on everything but exercises/
+lint: .venv/lint ## ruff and mypy on everything but exercises/
 	@$(VENV)/ruff check --quiet --extend-exclude exercises .
 	@$(VENV)/ruff format --check --quiet --extend-exclude exercises .
-	@$(VENV)/mypy $(STRICT) checks/conftest.py checks/test_*.py checks/benches checks/harness checks/mistakes checks/selftest
-	@for folder in answers checks/starters checks/variants/*/; do $(VENV)/mypy $(LENIENT) $$folder || exit 1; done
+	@$(VENV)/lint-imports --no-cache --no-color >build/imports.txt || { cat build/imports.txt; exit 1; }
+	@$(VENV)/mypy $(STRICT) --exclude '/variants/|/(starter|answer)\.py$$' checks
+	@$(RUN) -m devtools.spliced build/spliced
+	@$(VENV)/mypy --no-error-summary --cache-dir build/mypy answers checks/ex*/starter.py build/spliced
 
 .PHONY: format
 format: .venv/ready ## ruff's formatting and fixes, on everything but exercises/

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from devtools.workspace import READY, Terminal, Workspace, processes, quiet
 from harness.model.exercise import Exercise, exercises
-from harness.report import terminal
 from harness.model.paths import TOP
+from harness.report import terminal
 
 SAVES = 20
 COLD_SAVES = 5

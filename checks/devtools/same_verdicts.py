@@ -25,8 +25,8 @@ import pytest
 from rich.progress import track
 
 from harness.commands.judge import judge_file
-from harness.model.cache import Entry
 from harness.model import bank
+from harness.model.cache import Entry
 from harness.model.exercise import Exercise, selected
 from harness.runner import session
 from harness.runner.supervisor import Judge

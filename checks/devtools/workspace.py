@@ -23,8 +23,9 @@ COPIED = (
     "checks",
     "exercises",
     "pyproject.toml",
-    "requirements-test.txt",
     "requirements-bench.txt",
+    "requirements-lint.txt",
+    "requirements-test.txt",
     "requirements.txt",
 )
 

@@ -1,4 +1,4 @@
-"""The one entry: `python -m harness COMMAND …`. A command's module is loaded when it is asked for: most need no torch."""
+"""The entry: `python -m harness COMMAND …`. A command's module is loaded when it is asked for; most need no torch."""
 
 import sys
 from collections.abc import Callable

@@ -1,8 +1,9 @@
 """Ways to gain points for ex01 without doing the work, as texts of a submission. Each earns nothing."""
 
+from harness.model import bank
 from harness.model.exercise import exercises
 
-ANSWER = banks.answer(exercises()["ex01"])
+ANSWER = bank.answer(exercises()["ex01"])
 HEAD, REST = ANSWER.split("class MultiHeadAttention", 1)
 CLASS, TEST = ("class MultiHeadAttention" + REST).split("\ndef test_multihead_attention", 1)
 TEST = "\ndef test_multihead_attention" + TEST

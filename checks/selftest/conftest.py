@@ -62,15 +62,15 @@ class Driver:
 
 @pytest.fixture(scope="session")
 def judged() -> Iterator[Callable[..., dict[str, Any]]]:
-    """Judges texts as submissions of an exercise, each alone, in one session, by the checks of some lanes."""
+    """Judges texts as submissions of an exercise, each alone, in one session, by the checks of some kinds."""
     drivers: dict[str, Driver] = {}
 
     def judge(
         exercise: str,
         texts: dict[str, str | bytes],
-        *lanes: str,
+        *kinds: str,
         graded: bool = False,
-        lane_seconds: float = 0.0,
+        seconds: float = 0.0,
         requirements: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         encoded = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
@@ -79,9 +79,9 @@ def judged() -> Iterator[Callable[..., dict[str, Any]]]:
         return drivers[exercise].judge(
             {
                 "texts": {name: text.hex() for name, text in encoded.items()},
-                "lanes": lanes or ["code"],
+                "kinds": kinds or ["code"],
                 "graded": graded,
-                "lane_seconds": lane_seconds,
+                "seconds": seconds,
                 "requirements": requirements,
             }
         )

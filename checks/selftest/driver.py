@@ -17,34 +17,36 @@ from typing import Any
 import pytest
 
 from harness.model.exercise import Exercise, exercises
+from harness.model.results import verdict_of
+from harness.runner import session
+from harness.runner.supervisor import Judge, graded
 from harness.sandbox.hugepages import use_huge_pages
-
-LANE_SECONDS = supervise.LANE_SECONDS
 
 
 @contextmanager
-def folder_of_its_own() -> Iterator[Path]:
+def folder_of_its_own() -> Iterator[tuple[Path, None]]:
     with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+        yield Path(folder), None
 
 
-def judge_all(judge: supervise.Judge, exercise: Exercise, request: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    supervise.LANE_SECONDS = request["lane_seconds"] or LANE_SECONDS
+def judge_all(judge: Judge, exercise: Exercise, request: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    options = {"seconds": request["seconds"]} if request["seconds"] else {}
     given: dict[str, dict[str, Any]] = {}
     for name, text in request["texts"].items():
-        with judge.graded() if request["graded"] else folder_of_its_own() as folder:
+        with graded() if request["graded"] else folder_of_its_own() as (folder, room):
             (folder / exercise.file_name).write_bytes(bytes.fromhex(text))
             start = time.monotonic()
-            results = judge.results(exercise, folder, tuple(request["lanes"]), tuple(request["requirements"]))
-            verdict = verdicts.judge(exercise, results, untouched=False)
+            kinds, requirements = tuple(request["kinds"]), tuple(request["requirements"])
+            results = judge.results(exercise, folder, kinds, requirements, room=room, **options)
+            verdict = verdict_of(exercise, results, untouched=False)
             given[name] = {"state": verdict.state, "reason": verdict.reason, "seconds": time.monotonic() - start}
             given[name]["score"] = verdict.score
             given[name]["results"] = [asdict(result) for result in results]
     return given
 
 
-def use(session: pytest.Session) -> int:
-    judge, exercise = supervise.Judge(session), exercises()[sys.argv[1]]
+def use(collected: pytest.Session) -> int:
+    judge, exercise = Judge(collected.items), exercises()[sys.argv[1]]
     judge.read_banks()
     use_huge_pages()
     for line in sys.stdin:
@@ -53,4 +55,4 @@ def use(session: pytest.Session) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(warm.collected(use, sys.argv[1]))
+    sys.exit(session.collected(use, sys.argv[1]))

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from harness.model import bank
 from harness.model.exercise import exercises
 from harness.model.submission import LoadError, read
 
 EX01 = exercises()["ex01"]
-ANSWER = banks.answer(EX01)
+ANSWER = bank.answer(EX01)
 RETURN = "        return self.output_linear(joined), weights\n"
 FORWARD = "        scores_shape = (query.size(0)"
 LISTED = "        return [self.output_linear(joined), weights]\n"
@@ -118,7 +119,7 @@ def test_a_hang_stops_the_exercise_and_names_the_check(verdicts: dict[str, Any])
 
 
 def test_slowness_ends_too(judged: Callable[..., dict[str, Any]]) -> None:
-    verdict = judged("ex01", {"slow": in_forward("import time; time.sleep(0.3)")}, "code", lane_seconds=3.0)["slow"]
+    verdict = judged("ex01", {"slow": in_forward("import time; time.sleep(0.3)")}, "code", seconds=3.0)["slow"]
 
     messages = [result["message"] for result in verdict["results"] if result["outcome"] != "passed"]
     assert messages[0] == "did not end: the checks of this exercise have taken 3 s together", messages[0]

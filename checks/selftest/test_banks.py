@@ -17,7 +17,7 @@ def matrices() -> dict[str, subprocess.CompletedProcess[str]]:
     """The output of `harness bank-quick` for each exercise, two at a time."""
 
     def run(exercise: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-W", "ignore", "-m", "harness", "bank-quick", exercise]
+        command = [sys.executable, "-P", "-W", "ignore", "-m", "harness", "bank-quick", "--ex", exercise]
         environment = {**os.environ, "PYTHONPATH": str(TOP / "checks")}
         return subprocess.run(command, env=environment, cwd=TOP, capture_output=True, text=True, timeout=600)
 
@@ -41,4 +41,4 @@ def test_the_bank_holds(
 
 def test_an_edit_that_does_not_fit_is_named() -> None:
     with pytest.raises(BankError, match="mistake m: 'b' occurs 2 times in the answer, not once"):
-        Mistake("m", "1.1", [("b", "c")], says="").applied_to("abba")
+        Mistake("m", "1.1", "", ("b", "c")).applied_to("abba")

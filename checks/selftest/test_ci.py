@@ -15,6 +15,9 @@ from harness.model.paths import TOP
 TOOLS = Path(sys.executable).parent
 GITHUB = TOP / ".github"
 CI = GITHUB / "workflows" / "ci.yml"
+DIFF = (
+    'for starter in checks/ex*/starter.py; do diff "$starter" "exercises/$(basename "$(dirname "$starter")").py"; done'
+)
 GUARD = "github.event.repository.is_template"
 
 
@@ -54,9 +57,8 @@ def test_ci_proves_everything() -> None:
 
     assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
     assert commands("test") == [
-        "diff --recursive --exclude=__pycache__ checks/starters exercises",
+        DIFF,
         "make setup PYTHON=python",
-        "make lint",
         "make test",
     ]
     assert jobs["container"]["steps"][-1]["with"] == {"push": "never", "runCmd": "make check SUBMISSION=answers"}

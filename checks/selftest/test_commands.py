@@ -1,6 +1,7 @@
 """make's commands, run for real in a copy of the workspace."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from devtools.workspace import Workspace
+from harness.model.exercise import exercises
+from selftest.written import node_id
 
-FILE = "ex01_multi_head_attention.py"
+EX01 = exercises()["ex01"]
+FILE = EX01.file_name
 
 
 def test_check_of_the_answers_is_done(workspace: Workspace) -> None:
@@ -42,8 +46,8 @@ def test_check_names_file_line_and_slip_and_what_is_not_started(workspace: Works
         (("watch", "EX=99"), "EX=99: no such exercise; there are ex01"),
         (("check", "SUBMISSION=nowhere"), "SUBMISSION=nowhere: no such folder"),
         (
-            ("check", "SUBMISSION=checks/mistakes"),
-            "SUBMISSION=checks/mistakes: holds no exercise; files are named like",
+            ("check", "SUBMISSION=checks/template"),
+            "SUBMISSION=checks/template: holds no exercise; files are named like",
         ),
         (("reset",), "make reset wants one exercise, as in: make reset EX=1"),
         (("reset", "EX=77"), "EX=77: no such exercise"),
@@ -76,9 +80,10 @@ def test_reset_keeps_every_attempt(workspace: Workspace) -> None:
 
 def test_without_answers_and_banks_own_tests_are_judged_later(workspace: Workspace) -> None:
     (workspace.top / "exercises" / FILE).write_text(workspace.answer(FILE))
-    for folder in ("answers", "checks/mistakes", "checks/variants"):
-        for path in sorted((workspace.top / folder).rglob("*.py")):
-            path.unlink()
+    shutil.rmtree(workspace.top / "answers")
+    for folder in (workspace.top / "checks").glob("ex*/*"):
+        if folder.name in ("mistakes", "variants"):
+            shutil.rmtree(folder)
 
     done = workspace.make("check", "EX=1")
 
@@ -90,9 +95,8 @@ def test_without_answers_and_banks_own_tests_are_judged_later(workspace: Workspa
 def test_cold_gives_the_same_verdict(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where forking is not safe, fresh interpreters judge. Without its bank, for the sake of time."""
     monkeypatch.setenv("EXERCISES_COLD", "1")
-    (workspace.top / "checks" / "mistakes" / "ex01.py").unlink()
-    for path in (workspace.top / "checks" / "variants" / "ex01").iterdir():
-        path.unlink()
+    for name in ("mistakes", "variants"):
+        shutil.rmtree(workspace.top / "checks" / EX01.folder.name / name)
 
     done = workspace.make("check", "EX=1", "SUBMISSION=answers")
 
@@ -119,7 +123,7 @@ def test_help_names_every_target(workspace: Workspace) -> None:
 
 
 def test_plain_pytest_judges_another_submission(workspace: Workspace) -> None:
-    check = f"checks/test_{FILE}::test_scores_by_hand"
+    check = f"checks/{node_id(EX01, 'test_scores_by_hand')}"
     command = [sys.executable, "-W", "ignore", "-m", "pytest", check, "--submission=answers"]
 
     done = subprocess.run(command, cwd=workspace.top, capture_output=True, text=True, timeout=120)
@@ -136,5 +140,5 @@ def test_the_answer_waits_until_the_exercise_is_done(workspace: Workspace) -> No
 
     assert refused.returncode == 2 and "make answer EX=1 FORCE=1" in refused.stdout and "---" not in refused.stdout
     assert f"--- exercises/{FILE}" in forced.stdout and "+        self.num_heads = num_heads" in forced.stdout
-    assert "## ex01 Multi-head attention" in forced.stdout
+    assert "# ex01 Multi-head attention" in forced.stdout
     assert shown.returncode == 0 and "-# done" in shown.stdout, shown.stdout

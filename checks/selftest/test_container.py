@@ -16,6 +16,7 @@ from devtools import container
 from devtools.workspace import Workspace
 from harness.model.exercise import exercises
 from harness.model.paths import TOP
+from selftest.written import node_id, written
 
 TOOLS = Path(sys.executable).parent
 SCHEMA = Path(__file__).parent / "schemas" / "devContainer.base.schema.json"
@@ -112,9 +113,7 @@ def test_the_test_explorer_lists_every_check(workspace: Workspace) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     functions = {line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line}
     assert functions == {
-        f"checks/{exercise.check_file.name}::{name}"
-        for exercise in exercises().values()
-        for name in re.findall(r"^def (test_\w+)", exercise.check_file.read_text(), re.MULTILINE)
+        f"checks/{node_id(exercise, name)}" for exercise in exercises().values() for name in written(exercise)
     }
 
 

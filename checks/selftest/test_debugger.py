@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from devtools.workspace import Workspace
-from selftest import test_adding as toy
+from selftest import toys as toy
 
 LINE = toy.ANSWER.splitlines().index("    return 2 * x") + 1
 
@@ -63,15 +63,13 @@ class Debugger:
 @pytest.fixture
 def exercise(workspace: Workspace) -> Path:
     """The toy exercise, done, in a copy of the workspace; its check may take one second."""
-    files = {
-        f"work in progress/{toy.FILE}": toy.ANSWER,
-        f"checks/starters/{toy.FILE}": toy.STARTER,
-        f"checks/test_{toy.FILE}": toy.CHECKS.replace("@req", "@pytest.mark.limit(1)\n@req", 1),
-    }
-    for name, text in files.items():
-        (workspace.top / name).parent.mkdir(exist_ok=True)
-        (workspace.top / name).write_text(text)
-    return workspace.top / "work in progress" / toy.FILE
+    toy.plant(workspace)
+    checks = workspace.top / toy.FOLDER / "test_solve.py"
+    checks.write_text(toy.CHECKS.replace("@req", "@pytest.mark.limit(1)\n@req", 1))
+    path = workspace.top / "work in progress" / toy.FILE
+    path.parent.mkdir()
+    path.write_text(toy.ANSWER)
+    return path
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def debugged(workspace: Workspace, exercise: Path) -> Iterator[tuple[Debugger, s
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    check = f"{workspace.top}/checks/test_{toy.FILE}::test_doubles[torch.float32]"
+    check = f"{workspace.top}/{toy.FOLDER}/test_solve.py::test_doubles[torch.float32]"
     debugpy = ["-Xfrozen_modules=off", "-m", "debugpy", "--listen", f"127.0.0.1:{port}", "--wait-for-client"]
     tested = ["-m", "pytest", "--capture=no", f"--rootdir={workspace.top}", f"--submission={exercise.parent.name}"]
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from devtools.workspace import Workspace
-from selftest import test_adding as toy
+from selftest import toys as toy
 
 CHECKS = toy.CHECKS.replace('@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)\n', "").replace(
     "dtype: torch.dtype", "on: Where"
 )
 CHECKS = CHECKS.replace("dtype=dtype)", "dtype=on.dtype).to(on.device)").replace(
-    "requirement\n", "Where, requirement\n"
+    "Subject, own_test", "Subject, Where, own_test"
 )
 # Right where it counts; elsewhere it is wrong, or tells which limit on memory it runs under.
 WRONG_ELSEWHERE = """\
@@ -30,9 +30,8 @@ WRONG_ELSEWHERE = """\
 def exercise(workspace: Workspace) -> Path:
     """The toy exercise in a copy of the workspace, alone; its check compares on the place that it is given."""
     workspace.keep()
-    files = {f"checks/starters/{toy.FILE}": toy.STARTER, f"checks/test_{toy.FILE}": CHECKS}
-    for name, text in files.items():
-        (workspace.top / name).write_text(text)
+    toy.plant(workspace)
+    (workspace.top / toy.FOLDER / "test_solve.py").write_text(CHECKS)
     path = workspace.top / "exercises" / toy.FILE
     path.write_text(toy.ANSWER.replace("    return 2 * x\n", WRONG_ELSEWHERE))
     return path

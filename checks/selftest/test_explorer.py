@@ -5,7 +5,6 @@ Discovery is `PY -m pytest -p PLUGIN --collect-only ARGS --rootdir=WORKSPACE`; a
 positional words.
 """
 
-import ast
 import inspect
 import json
 import os
@@ -21,9 +20,13 @@ import pytest
 from devtools.workspace import Workspace
 from harness.model.exercise import exercises
 from harness.model.paths import TOP
-from selftest import test_adding as toy
+from harness.runner import supervisor
+from selftest import toys as toy
+from selftest.written import node_id, written
 
-FILE = "ex01_multi_head_attention.py"
+EX01 = exercises()["ex01"]
+FILE = EX01.file_name
+TOY = f"{toy.FOLDER.removeprefix('checks/')}/test_solve.py"
 CONTAINER = TOP / ".devcontainer" / "devcontainer.json"
 PLUGIN = "explorer_recorder"
 RUN = "import sys; sys.path.insert(0, sys.argv[1]); import pytest; sys.exit(pytest.main(sys.argv[2:]))"
@@ -64,6 +67,7 @@ class Explorer:
     """The Test Explorer of a copy of the workspace."""
 
     def __init__(self, workspace: Workspace, scratch: Path) -> None:
+        self.workspace = workspace
         self.top = workspace.top
         self._scratch = scratch
 
@@ -76,9 +80,9 @@ class Explorer:
         arguments = [*options(pytest_args()), f"--rootdir={self.top}"]
         return self._call("-c", RUN, str(self.top), "-p", PLUGIN, *arguments, *ids)
 
-    def id(self, file_name: str, check: str = "") -> str:
+    def id(self, node: str) -> str:
         """The absolute id of a check, or of a check file."""
-        return f"{self.top}/checks/test_{file_name}" + (f"::{check}" if check else "")
+        return f"{self.top}/checks/{node}"
 
     def _call(self, *command: str) -> Told:
         pipe = self._scratch / "pipe"
@@ -112,13 +116,9 @@ def test_every_check_is_listed_although_every_exercise_is_broken(explorer: Explo
     assert found.code == 0, found.output
     assert not [line for line in found.lines if "broken" in line], found.output
     listed = {line["listed"].partition("[")[0] for line in found.lines}
-    written = {
-        explorer.id(exercise.file_name, node.name)
-        for exercise in exercises().values()
-        for node in ast.walk(ast.parse(exercise.check_file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    assert listed == {
+        explorer.id(node_id(exercise, name)) for exercise in exercises().values() for name in written(exercise)
     }
-    assert listed == written
     assert "selftest" not in found.output
 
 
@@ -127,7 +127,7 @@ def test_a_run_reports_each_check_from_its_own_process(explorer: Explorer) -> No
     path.write_text(path.read_text().replace("from torch import", "from torch import nosuch,"))
     names = ("test_scores_by_hand", "test_agrees_with_pytorch[cpu-float64-cross-train]", "test_ruff_finds_nothing")
 
-    told = explorer.run(*(explorer.id(FILE, name) for name in names))
+    told = explorer.run(*(explorer.id(node_id(EX01, name)) for name in names))
 
     assert told.code == 1 and told.outcomes() == dict.fromkeys(names, "failed"), told.output
     assert all("nosuch" in line["says"] for line in told.lines if "id" in line), told.lines
@@ -138,7 +138,7 @@ def test_a_single_id_runs_alone(explorer: Explorer) -> None:
     path = explorer.top / "exercises" / FILE
     path.write_text((explorer.top / "answers" / FILE).read_text())
 
-    alone = explorer.run(explorer.id(FILE, "test_scores_by_hand"))
+    alone = explorer.run(explorer.id(node_id(EX01, "test_scores_by_hand")))
 
     assert alone.code == 0 and "warning" not in alone.output.lower(), alone.output
     assert alone.outcomes() == {"test_scores_by_hand": "passed"}
@@ -158,9 +158,9 @@ CATCHING = """
 @pytest.mark.parametrize("hang", [LOOP, CATCHING], ids=["loop", "loop-that-catches"])
 def test_a_hang_ends_as_it_does_on_the_board(explorer: Explorer, hang: str) -> None:
     """The check that hangs fails with the board's own message, the rest of its exercise is not run."""
-    _plant(explorer.top, toy.ANSWER.replace("    return 2 * x\n", hang))
+    _plant(explorer, toy.ANSWER.replace("    return 2 * x\n", hang))
 
-    told = explorer.run(explorer.id(toy.FILE))
+    told = explorer.run(explorer.id(TOY))
 
     outcomes = told.outcomes()
     assert told.code == 1 and outcomes.pop("test_doubles[torch.float32]") == "failed", told.output
@@ -168,26 +168,23 @@ def test_a_hang_ends_as_it_does_on_the_board(explorer: Explorer, hang: str) -> N
     first, *others = [line["says"] for line in told.lines if "id" in line]
     board = "an endless loop, or a wait that nothing ends"
     assert first.startswith(f"42.1: did not end within 1 s: {board}\nexercises/{toy.FILE}:"), first
-    assert board in inspect.getsource(supervise)
+    assert board in inspect.getsource(supervisor)
     assert all("not run after the hang" in says for says in others), others
 
 
 def test_what_no_signal_interrupts_ends_the_run(explorer: Explorer) -> None:
-    _plant(explorer.top, toy.ANSWER.replace("return 2 * x", "return x * sum(range(10**15))"))
-    alarm = explorer.top / "checks" / "harness" / "alarm.py"
-    alarm.write_text(alarm.read_text().replace("GRACE_SECONDS = 20.0", "GRACE_SECONDS = 1.0"))
+    _plant(explorer, toy.ANSWER.replace("return 2 * x", "return x * sum(range(10**15))"))
+    limits = explorer.top / "checks" / "harness" / "model" / "limits.py"
+    limits.write_text(limits.read_text().replace("GRACE_SECONDS = 20.0", "GRACE_SECONDS = 1.0"))
 
-    told = explorer.run(explorer.id(toy.FILE))
+    told = explorer.run(explorer.id(TOY))
 
     assert told.code == 1 and f'exercises/{toy.FILE}", line 27 in double' in told.output, told.output
 
 
-def _plant(top: Path, exercise: str) -> None:
+def _plant(explorer: Explorer, exercise: str) -> None:
     """Puts the toy exercise into a copy of the workspace, its first check with a time limit."""
-    files = {
-        f"exercises/{toy.FILE}": exercise,
-        f"checks/starters/{toy.FILE}": toy.STARTER,
-        f"checks/test_{toy.FILE}": toy.CHECKS.replace("@requirement(", "@pytest.mark.limit(1)\n@requirement(", 1),
-    }
-    for name, text in files.items():
-        (top / name).write_text(text)
+    toy.plant(explorer.workspace)
+    (explorer.top / "exercises" / toy.FILE).write_text(exercise)
+    checks = explorer.top / toy.FOLDER / "test_solve.py"
+    checks.write_text(toy.CHECKS.replace("@requirement(", "@pytest.mark.limit(1)\n@requirement(", 1))

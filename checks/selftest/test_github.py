@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.model.exercise import Exercise, Requirement
-from harness.model.results import ExerciseVerdict, Result, judge
+from harness.model.results import ExerciseVerdict, Result, verdict_of
 from harness.report import github, gradesheet
 
 STARTER = "def one():\n    # TODO(7.1): …\n    ...\n\n\ndef two():\n    # TODO(7.2): …\n    ...\n"
@@ -23,7 +23,7 @@ def verdict(of: Exercise, *results: Result) -> ExerciseVerdict:
     """The rest of the requirements is earned."""
     decided = {result.requirement for result in results}
     earned = [Result(one.id, "test_fine", "passed") for one in of.requirements if one.id not in decided]
-    return judge(of, [*results, *earned], untouched=False)
+    return verdict_of(of, [*results, *earned], untouched=False)
 
 
 def failed(requirement: str, message: str = "why", line: int = 3, kind: str = "") -> Result:

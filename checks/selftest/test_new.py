@@ -1,11 +1,12 @@
 """`make new` begins an exercise, and `make check-exercise` says what it lacks until it holds."""
 
 import re
+import shutil
 
 import pytest
 
 from devtools.workspace import Workspace
-from selftest import test_adding as toy
+from selftest import toys as toy
 
 
 @pytest.fixture
@@ -19,23 +20,12 @@ def small(workspace: Workspace) -> Workspace:
 
 def fill(workspace: Workspace) -> None:
     """Fills the files that `make new EX=42 NAME=Doubling` writes with the toy exercise."""
-    texts = {
-        f"exercises/{toy.FILE}": toy.STARTER,
-        f"checks/starters/{toy.FILE}": toy.STARTER,
-        f"checks/test_{toy.FILE}": toy.CHECKS,
-        "checks/mistakes/ex42.py": toy.MISTAKES,
-        f"answers/{toy.FILE}": toy.ANSWER,
-        "checks/variants/ex42/written_differently.py": toy.ANSWER.replace("return 2 * x", "return x + x"),
-    }
-    for name, text in texts.items():
-        assert (workspace.top / name).exists(), f"make new writes no {name}"
+    for name, text in toy.files().items():
+        assert (workspace.top / name).exists() or name.endswith("bench.py"), f"make new writes no {name}"
         (workspace.top / name).write_text(text)
-    discussion = workspace.top / "answers" / "discussion.md"
-    discussion.write_text(discussion.read_text().replace("FILL: ", ""))
     readme = workspace.top / "README.md"
-    readme.write_text(
-        readme.read_text().replace("|---|---|---|---|\n", "|---|---|---|---|\n| 42 | Doubling | x | y |\n")
-    )
+    rule = "|---|---|---|---|\n"
+    readme.write_text(readme.read_text().replace(rule, rule + toy.ROW))
 
 
 def test_a_new_exercise_says_what_to_fill(workspace: Workspace) -> None:
@@ -43,34 +33,41 @@ def test_a_new_exercise_says_what_to_fill(workspace: Workspace) -> None:
     said = workspace.make("check-exercise", "EX=12")
     again = workspace.make("new", "EX=12", "NAME=Grouped query attention")
 
-    name = "ex12_grouped_query_attention.py"
-    assert done.returncode == 0 and f"new: checks/starters/{name}\nnew: exercises/{name}\n" in done.stdout, done.stdout
+    name = "ex12_grouped_query_attention"
+    assert done.returncode == 0 and f"new: checks/{name}/starter.py\nnew: exercises/{name}.py\n" in done.stdout, (
+        done.stdout
+    )
     assert "next: make check-exercise EX=12 says what to fill" in done.stdout
-    assert (workspace.top / "exercises" / name).read_text().startswith('"""ex12: Grouped query attention\n')
+    text = (workspace.top / "exercises" / f"{name}.py").read_text()
+    assert (
+        text.startswith('"""ex12: Grouped query attention\n') and "\n12.1 (correctness) " in text and "99" not in text
+    )
     assert said.returncode == 2, said.stdout
     for line in (
-        rf"checks/starters/{name}:\d+: to fill: FILL: the problem, in two or three sentences\.",
-        rf"checks/starters/{name}:\d+: to fill: # TODO\(12\.1, 12\.3\): FILL what to do, in the imperative\.",
-        rf"answers/{name}:\d+: to fill: return x  # FILL: the answer; everything outside bodies .*",
-        rf"checks/test_{name}:\d+: to fill: .*FILL: computed by hand",
-        r"checks/mistakes/ex12\.py:\d+: to fill: says=\"FILL: what the first message names\",",
-        r"checks/variants/ex12/written_differently\.py:\d+: to fill: return x  # FILL: the answer, written .*",
-        r"answers/discussion\.md: to fill: 1\. FILL: the reply to the first question of the docstring",
+        rf"checks/{name}/starter\.py:\d+: to fill: FILL: the problem, in two or three sentences\.",
+        rf"checks/{name}/starter\.py:\d+: to fill: # TODO\(12\.1, 12\.3\): FILL what to do, in the imperative\.",
+        rf"answers/{name}\.py:\d+: to fill: return x  # FILL: the answer; everything outside bodies .*",
+        rf"checks/{name}/test_solve\.py:\d+: to fill: .*FILL: computed by hand",
+        rf"checks/{name}/mistakes/values\.py:\d+: to fill: \"FILL: what the first message names\",",
+        rf"checks/{name}/variants/written_differently\.py:\d+: to fill: return x  # FILL: the answer, written .*",
+        r"answers/ex12\.md:\d+: to fill: 1\. FILL: the reply to the first question of the docstring",
         r"ex12: the form and the bank are judged once this is done",
     ):
         assert re.search(rf"^{line}$", said.stdout, re.MULTILINE), f"{line}\n{said.stdout}"
     assert len(set(said.stdout.splitlines())) == len(said.stdout.splitlines()), said.stdout
-    assert again.returncode == 2 and f"EX=12: {name} is there; the next free number is 7" in again.stdout, again.stdout
+    assert again.returncode == 2 and f"EX=12: {name}.py is there; the next free number is 7" in again.stdout, (
+        again.stdout
+    )
 
 
 def test_nothing_is_overwritten(workspace: Workspace) -> None:
-    kept = workspace.top / "checks" / "mistakes" / "ex12.py"
+    kept = workspace.top / "answers" / "ex12.md"
     kept.write_text("mine")
 
     done = workspace.make("new", "EX=12", "NAME=sliding_window")
 
     assert done.returncode == 2
-    assert "checks/mistakes/ex12.py: there already; make new overwrites nothing" in done.stdout, done.stdout
+    assert "answers/ex12.md: there already; make new overwrites nothing" in done.stdout, done.stdout
     assert kept.read_text() == "mine" and not list(workspace.top.rglob("ex12_*"))
 
 
@@ -105,14 +102,15 @@ def test_each_gap_is_named(small: Workspace) -> None:
     small.make("new", "EX=42", "NAME=doubling")
     fill(small)
     top = small.top
-    for name in (f"checks/starters/{toy.FILE}", f"exercises/{toy.FILE}"):
+    for name in (f"{toy.FOLDER}/starter.py", f"exercises/{toy.FILE}"):
         (top / name).write_text(toy.STARTER.replace("TODO(42.2)", "Then"))
-    checks = top / "checks" / f"test_{toy.FILE}"
-    checks.write_text(
-        re.sub(r'@requirement\("42\.3"\)\n(.*\n)+?\n\n', "", toy.CHECKS + "\n\n").replace("close(subj", "(subj")
+    checks = top / toy.FOLDER / "test_solve.py"
+    text = re.sub(r"\n.*= style_checks.*", "", toy.CHECKS).replace(
+        "own_test_checks, requirement, style_checks", "own_test_checks, requirement"
     )
-    mistakes = top / "checks" / "mistakes" / "ex42.py"
-    mistakes.write_text(re.sub(r'    Mistake\("tests_nothing".*\n.*\n', "", toy.MISTAKES))
+    checks.write_text(text.replace("close(subj", "(subj"))
+    mistakes = top / toy.FOLDER / "mistakes" / "values.py"
+    mistakes.write_text(re.sub(r'    Mistake\(\n +"tests_nothing"(.*\n)+?    \),\n', "", toy.MISTAKES))
     readme = top / "README.md"
     readme.write_text(readme.read_text().replace("| 42 |", "| 41 |"))
 
@@ -133,10 +131,10 @@ def test_each_gap_is_named(small: Workspace) -> None:
 def test_what_is_not_there_is_named_first(small: Workspace) -> None:
     small.make("new", "EX=42", "NAME=doubling")
     fill(small)
-    (small.top / "checks" / "mistakes" / "ex42.py").unlink()
-    (small.top / "checks" / "variants" / "ex42" / "written_differently.py").unlink()
+    for name in ("mistakes", "variants"):
+        shutil.rmtree(small.top / toy.FOLDER / name)
 
     said = small.make("check-exercise", "EX=42").stdout
 
-    assert "checks/mistakes/ex42.py: no such file\n" in said, said
-    assert "checks/variants/ex42/: holds no variant, a right answer written differently\n" in said, said
+    assert f"{toy.FOLDER}/mistakes/: holds no mistakes, the wrong answers\n" in said, said
+    assert f"{toy.FOLDER}/variants/: holds no variant, a right answer written differently\n" in said, said

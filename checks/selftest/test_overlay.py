@@ -75,9 +75,10 @@ def test_differences_are_changed_added_and_missing_files(workspace: Workspace, t
 
     (top / "checks" / "conftest.py").write_text("")
     (top / "checks" / "harness" / "extra.py").touch()
-    (top / "checks" / "harness" / "verdicts.py").unlink()
-    (top / "checks" / "harness" / "board.py").unlink()
-    (top / "checks" / "harness" / "board.py").symlink_to(TOP / "checks" / "harness" / "board.py")
+    (top / "checks" / "harness" / "model" / "results.py").unlink()
+    board = "checks/harness/report/terminal.py"
+    (top / board).unlink()
+    (top / board).symlink_to(TOP / board)
     (top / "requirements-more.txt").touch()
     (top / "README.md").write_text("mine")
     (top / "exercises" / FIRST).write_text("mine")
@@ -86,9 +87,9 @@ def test_differences_are_changed_added_and_missing_files(workspace: Workspace, t
 
     assert differences(top, template) == [
         Difference("checks/conftest.py", "changed"),
-        Difference("checks/harness/board.py", "changed"),
         Difference("checks/harness/extra.py", "added"),
-        Difference("checks/harness/verdicts.py", "missing"),
+        Difference("checks/harness/model/results.py", "missing"),
+        Difference("checks/harness/report/terminal.py", "changed"),
         Difference("requirements-more.txt", "added"),
     ]
 

@@ -10,11 +10,12 @@ from harness.model.paths import TOP
 # In a process of its own: this one must stay fit for forking.
 COMPARE = """
 import json
-from benches import ex05
-from harness.model import submission
+from harness.commands.bench import bench_of
 from harness.model.exercise import exercises
+from harness.testing.subject import load
 
-print(json.dumps(ex05.agreement(submission.load(exercises()["ex05"].answer_file))))
+exercise = exercises()["ex05"]
+print(json.dumps(bench_of(exercise).agreement(load(exercise.answer_file))))
 """
 
 

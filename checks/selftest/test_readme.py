@@ -4,7 +4,6 @@ import re
 
 from devtools.screenshot import PICTURE, svg, watched
 from devtools.workspace import Workspace
-from harness.model.exercise import exercises
 from harness.model.paths import TOP
 
 README = TOP / "README.md"
@@ -25,14 +24,3 @@ def test_every_command_in_the_readme_is_a_target() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(), re.MULTILINE))
 
     assert set(re.findall(r"make ([a-z-]+)", README.read_text())) <= targets
-
-
-def test_the_table_names_every_exercise() -> None:
-    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", README.read_text(), re.MULTILINE)
-
-    there = [(int(number), title.strip()) for number, title in rows]
-    wanted = [(int(exercise.id[2:]), exercise.title) for exercise in exercises().values()]
-    missing = [f"README.md: the table has no row `| {number} | {title} | …`" for number, title in wanted]
-    missing = [line for line, row in zip(missing, wanted, strict=True) if row not in there]
-    assert not missing, "\n".join(missing)
-    assert there == wanted, f"README.md: the table's rows are {there}"

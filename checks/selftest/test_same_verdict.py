@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from devtools.workspace import READY, Terminal, Workspace, quiet
+from harness.model import bank
 from harness.model.exercise import Exercise, exercises
 
 KINDS = ("answer", "variant", "mistake", "starter")
@@ -11,18 +12,18 @@ KINDS = ("answer", "variant", "mistake", "starter")
 
 def text(exercise: Exercise, kind: str) -> str:
     if kind == "variant":
-        return list(banks.variants(exercise).values())[-1].read_text()
+        return bank.right_code(exercise, list(exercise.variant_files)[-1])
     if kind == "mistake":
-        return list(banks.mistakes(exercise).values())[-1].applied_to(banks.answer(exercise))
-    return exercise.starter if kind == "starter" else banks.answer(exercise)
+        return list(bank.mistakes(exercise).values())[-1].applied_to(bank.answer(exercise))
+    return exercise.starter if kind == "starter" else bank.answer(exercise)
 
 
 def outcomes(workspace: Workspace) -> dict[str, Any]:
     """What the last verdicts on exercises/ say, by exercise and check."""
-    ledger = json.loads((workspace.top / "build" / "verdicts.json").read_text())
+    cached = json.loads((workspace.top / "build" / "verdicts.json").read_text())
     return {
         name: {result["name"]: (result["outcome"], result["message"]) for result in entry["results"]}
-        for name, entry in ledger["exercises"].items()
+        for name, entry in cached["exercises"].items()
     }
 
 

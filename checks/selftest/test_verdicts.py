@@ -3,7 +3,7 @@
 import pytest
 
 from harness.model.exercise import Exercise, Requirement
-from harness.model.results import Result, judge
+from harness.model.results import Result, verdict_of
 
 EXERCISE = Exercise(
     "ex07",
@@ -50,7 +50,7 @@ def results(**outcomes: list[tuple[str, str]]) -> list[Result]:
 def test_points_and_state(
     outcomes: dict[str, list[tuple[str, str]]], untouched: bool, state: str, scores: list[int]
 ) -> None:
-    verdict = judge(EXERCISE, results(**outcomes), untouched=untouched)
+    verdict = verdict_of(EXERCISE, results(**outcomes), untouched=untouched)
 
     assert (verdict.state, [one.score for one in verdict.requirements]) == (state, scores)
     assert (verdict.score, verdict.max_score) == (sum(scores), 20)
@@ -59,6 +59,6 @@ def test_points_and_state(
 def test_the_first_failure_goes_by_requirement_not_by_time() -> None:
     found = [Result("7.2", "b", "failed", "later"), Result("7.1", "a", "failed", "first"), Result("7.3", "c", "passed")]
 
-    failure = judge(EXERCISE, found, untouched=False).first_failure()
+    failure = verdict_of(EXERCISE, found, untouched=False).first_failure()
 
     assert failure is not None and failure.message == "first"

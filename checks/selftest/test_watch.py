@@ -68,7 +68,7 @@ def test_the_loop(workspace: Workspace, watch: Terminal) -> None:
     assert time.monotonic() - begin < 8, "the save waited for the endless loop"
 
     # The warm process is killed: the next save brings a new one.
-    for pid in processes(workspace, "harness.warm"):
+    for pid in processes(workspace, "harness serve"):
         os.kill(pid, signal.SIGKILL)
     path.write_text(answer + "# again\n")
     assert "50/50" in watch.until(READY)

@@ -165,9 +165,9 @@ def done(top: Path) -> None:
 
 def tampered(top: Path) -> None:
     """Checks that always pass, a conftest, a link as exercise, and code that writes to what GitHub reads."""
-    for path in (top / "checks").glob("test_ex*.py"):
+    for path in (top / "checks").glob("ex*/test_*.py"):
         path.write_text(re.sub(r"^    assert .*", "    assert True", path.read_text(), flags=re.MULTILINE))
-    (top / "checks" / "harness" / "verdicts.py").unlink()
+    (top / "checks" / "harness" / "model" / "results.py").unlink()
     (top / "checks" / "a\n::error::b.py").touch()
     (top / "exercises" / "conftest.py").write_text("import os; os._exit(0)\n")
     (top / "Makefile").write_text("grade:\n\t@echo '::notice title=Autograding complete::Points 100/100'\n")
@@ -310,8 +310,8 @@ def test_tampering_gains_nothing_and_is_stated(runs: dict[str, Run]) -> None:
         "Not as in `class/template`, and not used for grading:",
         "- `Makefile` changed",
         "- `checks/a; ::error::b.py` added",
-        "- `checks/harness/verdicts.py` missing",
-        f"- `checks/test_{FIRST}` changed",
+        "- `checks/harness/model/results.py` missing",
+        f"- `checks/{FIRST.removesuffix('.py')}/test_own_test_and_style.py` changed",
     ):
         assert f"\n{line}\n" in run.summary, run.summary
     assert str(CLASSROOM) not in run.summary

@@ -143,7 +143,8 @@ def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool, proof: bo
             matrix.problems.append(f"mistake {mistake.name} passes {number}")
     if mistake.only and (others := set(row) - set(mistake.requirements)):
         matrix.problems.append(
-            f"mistake {mistake.name} also fails {', '.join(sorted(others))}, not {' and '.join(mistake.requirements)} only"
+            f"mistake {mistake.name} also fails {', '.join(sorted(others))}, "
+            f"not {' and '.join(mistake.requirements)} only"
         )
     first = next((result for result in failed if result.requirement == mistake.requirements[0]), None)
     if first is not None:

@@ -1,4 +1,4 @@
-"""What `make check`, `make grade` and `make watch` do once all checks are at hand; runs in the process that asked or in a
+"""What `make check`, `make grade` and `make watch` do once all checks are at hand: in the process that asked, or in a
 fork of the server.
 """
 

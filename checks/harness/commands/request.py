@@ -62,7 +62,9 @@ def parse(arguments: list[str]) -> Request:
         command(name, "every mistake and variant through the checks").add_argument("--only", default="")
     options: dict[str, Any] = vars(parser.parse_args(arguments))
     options.pop("watched", None)
-    return Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+    if "owner" in options:
+        options["owner"] = tuple(options["owner"] or ())
+    return Request(**options)
 
 
 def one_exercise(command: str, ex: str) -> Exercise:

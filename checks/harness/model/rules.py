@@ -1,4 +1,4 @@
-"""What an exercise's files must be: one sentence for each thing to do. `make check-exercise` and the own tests ask both."""
+"""What an exercise's files must be: one sentence for each thing to do. `make check-exercise` and `make test` ask."""
 
 import ast
 import re
@@ -127,6 +127,18 @@ def it_stands_on_torch(exercise: Exercise) -> Iterator[str]:
                     yield f"{exercise.id} imports {name}"
 
 
+def imports_keep_to_the_rooms(exercise: Exercise) -> Iterator[str]:
+    """Of the harness, checks and bench import harness.testing, mistakes harness.model.bank, variants nothing."""
+    for path in files(exercise):
+        room = {"mistakes": "harness.model.bank", "variants": ""}.get(path.parent.name, "harness.testing")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in names:
+                if name.split(".")[0] in ("answers", "checks", "exercises", "harness") and name != room:
+                    yield f"{shown(path)}: imports {name}; only {room or 'nothing of the harness'} is for it"
+
+
 def files_are_short(exercise: Exercise) -> Iterator[str]:
     """No file is longer than people read."""
     for path in files(exercise):
@@ -156,6 +168,7 @@ FORM: tuple[Callable[[Exercise], Iterator[str]], ...] = (
     questions_are_replied_to,
     the_answer_keeps_the_contract,
     it_stands_on_torch,
+    imports_keep_to_the_rooms,
     files_are_short,
     variants_say_what_is_unusual,
     the_readme_lists_it,

@@ -1,4 +1,4 @@
-"""A worker: the process that runs a shard of an exercise's checks: limited, in a session of its own, reporting by lines."""
+"""A worker, the process that runs a shard of an exercise's checks: limited, in its own session, reporting by lines."""
 
 import json
 import os

@@ -1,0 +1,33 @@
+"""ex42: Doubling
+
+Doubles tensors.
+
+Requirements
+42.1 (correctness) Double: `double` returns twice its input, in the input's dtype.
+42.2 (correctness) Write your own test: `test_double` passes on right code and fails on each of the slips listed below.
+42.3 (readability) Reads well: ruff and mypy find nothing. Counts once half of the other requirements are earned.
+
+Your own test is judged on right code and on these slips:
+- adds_two: two is added instead
+- squares: the square is returned
+
+Discuss
+1. What does a doubling cost?
+2. When does it overflow?
+3. What would you watch in production?
+4. What would you make faster?
+"""
+
+from torch import Tensor
+
+
+def double(x: Tensor) -> Tensor:
+    """Twice `x`."""
+    # TODO(42.1, 42.3): double x.
+    raise NotImplementedError("TODO 42.1")
+
+
+def test_double() -> None:
+    """Your own test of `double`."""
+    # TODO(42.2): call double and assert what it returns.
+    raise NotImplementedError("TODO 42.2")
