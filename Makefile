@@ -49,7 +49,7 @@ reset: .venv/ready ## start one over, your work is kept: make reset EX=1
 
 .PHONY: answer
 answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
-	@$(RUN) -m harness answer --ex '$(EX)' --force '$(FORCE)'
+	@$(RUN) -m harness answer --ex '$(EX)' $(if $(FORCE),--force)
 
 .PHONY: bench
 bench: .venv/bench ## measure your code beside the answer and others: make bench EX=3
@@ -90,15 +90,15 @@ test: .venv/test lint ## the project's own tests: answers, mistakes, variants, s
 
 .PHONY: new
 new: .venv/ready ## begin an exercise: make new EX=12 NAME="Grouped query attention"
-	@$(RUN) -m harness new --ex '$(EX)' --name '$(NAME)'
+	@$(RUN) -m devtools new --ex '$(EX)' --name '$(NAME)'
 
 .PHONY: check-exercise
 check-exercise: .venv/ready ## what an exercise lacks: make check-exercise EX=12
-	@$(RUN) -m harness check-exercise --ex '$(EX)'
+	@$(RUN) -m devtools check-exercise --ex '$(EX)'
 
 .PHONY: bank
 bank: .venv/ready ## every mistake and variant through every check: make bank [EX=1]
-	@$(RUN) -m harness bank --ex '$(EX)'
+	@$(RUN) -m devtools bank --ex '$(EX)'
 
 .PHONY: test-container
 test-container: .venv/ready ## the dev container, for real; needs Docker and Node

@@ -67,15 +67,7 @@ def cold(workspace: Workspace, exercise: Exercise, count: int) -> list[float]:
     path = workspace.top / "exercises" / exercise.file_name
     path.write_text(workspace.answer(exercise.file_name), encoding="utf-8")
     runner = f"{sys.executable} -m pytest checks/{exercise.folder.name} -q"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest_watch",
-        "--nobeep",
-        "--runner",
-        runner,
-        "exercises",
-    ]
+    command = [sys.executable, "-m", "pytest_watch", "--nobeep", "--runner", runner, "exercises"]
     terminal = Terminal(command, workspace.top)
     terminal.until(_COLD_END, 120)
     taken = saves(terminal, path, workspace.answer(exercise.file_name), count, _COLD_END)

@@ -69,7 +69,7 @@ def test_it_is_tested(grown: Workspace) -> None:
         python = [sys.executable, "-P", *command]
         return subprocess.run(python, env=environment, cwd=grown.top, capture_output=True, text=True, timeout=120)
 
-    bank = run("-m", "harness", "bank", "--ex", "ex42")
+    bank = run("-m", "devtools", "bank", "--ex", "ex42")
     assert bank.returncode == 0 and "adds_two" in bank.stdout, bank.stdout + bank.stderr
 
     form = ("-c", "checks/selftest/pytest.ini", "checks/selftest/test_rules.py", "-q", "-k", "ex42 or stray")

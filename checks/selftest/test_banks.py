@@ -14,10 +14,10 @@ from harness.model.paths import TOP
 
 @pytest.fixture(scope="module")
 def matrices() -> dict[str, subprocess.CompletedProcess[str]]:
-    """The output of `harness bank-quick` for each exercise, two at a time."""
+    """The output of `devtools bank-quick` for each exercise, two at a time."""
 
     def run(exercise: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-W", "ignore", "-m", "harness", "bank-quick", "--ex", exercise]
+        command = [sys.executable, "-P", "-W", "ignore", "-m", "devtools", "bank-quick", "--ex", exercise]
         environment = {**os.environ, "PYTHONPATH": str(TOP / "checks")}
         return subprocess.run(command, env=environment, cwd=TOP, capture_output=True, text=True, timeout=600)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from harness.model import rules
+from devtools import rules
 from harness.model.exercise import Exercise, exercises
 from harness.model.paths import ANSWERS, CHECKS, TOP
 

@@ -4,7 +4,6 @@
 ratios are taken against), `cases(modules)` and, where there is something to conclude, `conclude(measured)`.
 """
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import cast
@@ -16,7 +15,7 @@ from rich.table import Table
 from harness.commands.request import one_exercise
 from harness.model import bank
 from harness.model.exercise import Exercise, UsageError
-from harness.model.paths import BUILD, shown
+from harness.model.paths import BUILD, module_from, shown
 from harness.model.submission import LoadError
 from harness.report import terminal
 from harness.report.charts import draw
@@ -50,11 +49,7 @@ def bench_of(exercise: Exercise) -> Bench:
     """
     if not exercise.bench_file.exists():
         raise UsageError(f"{exercise.id} has no bench")
-    spec = importlib.util.spec_from_file_location(f"bench_{exercise.id}", exercise.bench_file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return cast(Bench, module)
+    return cast(Bench, module_from(exercise.bench_file, f"bench_{exercise.id}"))
 
 
 def contestants(exercise: Exercise, out: Console) -> dict[str, ModuleType]:

@@ -22,9 +22,7 @@ class Request:
     github: bool = False
     forget_banks: bool = False
     once: bool = False
-    force: str = ""
-    name: str = ""
-    only: str = ""
+    force: bool = False
     owner: tuple[int, ...] = ()
 
 
@@ -54,12 +52,8 @@ def parse(arguments: list[str]) -> Request:
     serve.add_argument("--owner", type=int, action="append", help="a process for which it serves")
     command("watch", "judge each exercise when it is saved")
     command("reset", "bring the starter back")
-    command("answer", "compare with the answer").add_argument("--force", default="", help="before the exercise is done")
+    command("answer", "compare with the answer").add_argument("--force", action="store_true", help="before it is done")
     command("bench", "measure beside the answer and others")
-    command("new", "begin an exercise").add_argument("--name", default="", help="its title")
-    command("check-exercise", "say what an exercise lacks")
-    for name in ("bank", "bank-quick"):
-        command(name, "every mistake and variant through the checks").add_argument("--only", default="")
     options: dict[str, Any] = vars(parser.parse_args(arguments))
     options.pop("watched", None)
     if "owner" in options:
@@ -111,7 +105,7 @@ def refuse(request: Request) -> None:
     Raises:
         UsageError: an option names what is not there, or must not be used here.
     """
-    if request.command not in ("new", "reset", "answer", "bench", "check-exercise"):
+    if request.command not in ("reset", "answer", "bench"):
         selected(request.ex)
     if request.command in ("check", "grade"):
         submission_folder(request.submission)

@@ -1,12 +1,11 @@
 """The banks: answer, mistakes and variants of an exercise, read as text. They may be absent (the student edition)."""
 
-import importlib.util
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.model.exercise import Exercise, exercises
-from harness.model.paths import ANSWERS, shown
+from harness.model.paths import ANSWERS, module_from, shown
 from harness.model.splice import spliced
 
 Edit = tuple[str, str]
@@ -43,14 +42,7 @@ class Mistake:
         self, name: str, caught_by: str | tuple[str, ...], says: str, *edits: Edit, only: bool = False
     ) -> None:
         requirements = (caught_by,) if isinstance(caught_by, str) else caught_by
-        for field_name, value in (
-            ("name", name),
-            ("requirements", requirements),
-            ("says", says),
-            ("edits", edits),
-            ("only", only),
-        ):
-            object.__setattr__(self, field_name, value)
+        vars(self).update(name=name, requirements=requirements, says=says, edits=edits, only=only)
 
     def applied_to(self, answer: str) -> str:
         """The wrong answer's text.
@@ -77,11 +69,7 @@ def mistakes(exercise: Exercise) -> dict[str, Mistake]:
         raise BanksAbsent(f"no {shown(exercise.folder)}/mistakes in this copy of the workspace")
     found: dict[str, Mistake] = {}
     for path in exercise.mistake_files:
-        spec = importlib.util.spec_from_file_location(f"{exercise.id}_mistakes_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        for mistake in module.MISTAKES:
+        for mistake in module_from(path, f"{exercise.id}_mistakes_{path.stem}").MISTAKES:
             if mistake.name in found:
                 raise BankError(f"{shown(path)}: another mistake is named {mistake.name}")
             found[mistake.name] = mistake

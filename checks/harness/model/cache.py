@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from harness.model.exercise import Exercise, exercises
-from harness.model.paths import BUILD, CHECKS, TOP
+from harness.model.paths import BUILD, CHECKS, TOP, write_whole
 from harness.model.results import ExerciseVerdict, Result, verdict_of
 
 FILE = BUILD / "verdicts.json"
@@ -106,10 +105,7 @@ class VerdictCache:
         self.entries[exercise.id] = entry
         exercises = {name: _fields(kept) for name, kept in self.entries.items()}
         stored = {"version": self._version, "exercises": exercises}
-        self._file.parent.mkdir(exist_ok=True)
-        scratch = self._file.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(stored), encoding="utf-8")
-        scratch.replace(self._file)
+        write_whole(self._file, json.dumps(stored))
 
 
 def _fields(entry: Entry) -> dict[str, Any]:

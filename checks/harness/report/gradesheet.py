@@ -1,12 +1,12 @@
 """The verdicts on a submission as JSON for programs and as Markdown for people."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.model.exercise import CRITERIA, POINTS
+from harness.model.paths import write_whole
 from harness.model.results import ExerciseVerdict, RequirementVerdict
 from harness.sandbox.output import printable
 
@@ -55,8 +55,8 @@ def markdown(graded: dict[str, Any]) -> str:
 def write(graded: dict[str, Any], out: Path) -> Path:
     """Writes the JSON and, beside it with the same stem, the Markdown; each as a whole. Returns the Markdown's path."""
     beside = out.with_suffix(".md")
-    _replace(out, json.dumps(graded, indent=2, ensure_ascii=False) + "\n")
-    _replace(beside, markdown(graded))
+    write_whole(out, json.dumps(graded, indent=2, ensure_ascii=False) + "\n")
+    write_whole(beside, markdown(graded))
     return beside
 
 
@@ -99,10 +99,3 @@ def _code(message: str) -> str:
     """One line that Markdown shows as it is."""
     line = one_line(message)[:_SHOWN_CHARACTERS].replace("`", "'")
     return f"`{line}`" if line else ""
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
-    scratch.replace(path)

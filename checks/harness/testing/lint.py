@@ -136,14 +136,7 @@ def stop_mypy_daemon() -> None:
 
 def options(cache: Path) -> list[str]:
     """mypy's command line for exercises."""
-    return [
-        "--config-file",
-        str(SETTINGS),
-        "--cache-dir",
-        str(cache),
-        "--no-error-summary",
-        "--hide-error-context",
-    ]
+    return ["--config-file", str(SETTINGS), "--cache-dir", str(cache), "--no-error-summary", "--hide-error-context"]
 
 
 def _mypy_daemon(path: Path) -> tuple[int, str] | None:
@@ -167,17 +160,7 @@ def _mypy_daemon(path: Path) -> tuple[int, str] | None:
 
 def _ruff(path: Path, rules: str, *options: str) -> list[tuple[int, str, str]]:
     settings = ["--isolated", "--line-length", "120", "--target-version", "py311", "--no-cache"]
-    command = [
-        find_ruff_bin(),
-        "check",
-        *settings,
-        "--output-format",
-        "json",
-        "--select",
-        rules,
-        *options,
-        str(path),
-    ]
+    command = [find_ruff_bin(), "check", *settings, "--output-format", "json", "--select", rules, *options, str(path)]
     code, output = _run(command)
     if code not in (0, 1):
         raise RuntimeError(f"ruff itself failed: {output.strip()[-500:]}")

@@ -2,9 +2,8 @@
 
 import pytest
 
-from harness.commands import bank
+from devtools import kill_matrix, rules
 from harness.commands.request import one_exercise
-from harness.model import rules
 from harness.report import terminal
 from harness.runner import session
 from harness.runner.supervisor import Judge
@@ -27,8 +26,8 @@ def run(ex: str) -> int:
         say(problem)
 
     def judge(collected: pytest.Session) -> int:
-        matrix = bank.build(Judge(collected.items, halves=False), exercise)
-        bank.show(matrix, out)
+        matrix = kill_matrix.build(Judge(collected.items, halves=False), exercise)
+        kill_matrix.show(matrix, out)
         return len(matrix.problems)
 
     bank_fails = session.collected(judge, exercise.id)

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.commands.request import Request
 from harness.model import bank
 from harness.model.bank import Mistake
-from harness.model.exercise import Exercise, selected
+from harness.model.exercise import Exercise
 from harness.model.results import READABILITY, ExerciseVerdict, Result, verdict_of
 from harness.report import terminal
 from harness.runner import plugin
@@ -29,12 +28,12 @@ class Matrix:
     problems: list[str] = field(default_factory=list)
 
 
-def run(items: list[pytest.Item], request: Request) -> int:
-    """Prints the kill matrix of an exercise, or of each; 1 if anything does not hold."""
+def run(items: list[pytest.Item], chosen: list[Exercise], only: str, full: bool) -> int:
+    """Prints the kill matrix of each exercise; 1 if anything does not hold."""
     judge, problems = Judge(items, halves=False), 0
     use_huge_pages()
-    for exercise in selected(request.ex):
-        matrix = build(judge, exercise, request.only, request.command == "bank")
+    for exercise in chosen:
+        matrix = build(judge, exercise, only, full)
         show(matrix, terminal.console())
         problems += len(matrix.problems)
     return 1 if problems else 0

@@ -1,0 +1,40 @@
+"""The authors' commands: `python -m devtools (bank|bank-quick|new|check-exercise) …`."""
+
+import argparse
+import sys
+
+from devtools import check_exercise, kill_matrix, new
+from harness.model.bank import BankError, BanksAbsent
+from harness.model.exercise import SpecificationError, UsageError, selected
+from harness.runner import session
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a command; what cannot be done is one line."""
+    parser = argparse.ArgumentParser(prog="python -m devtools", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, help, option in (
+        ("bank", "every mistake and variant through every check", "--only"),
+        ("bank-quick", "most mistakes through the checks of the requirement that they name", "--only"),
+        ("new", "begin an exercise", "--name"),
+        ("check-exercise", "say what an exercise lacks", ""),
+    ):
+        command = commands.add_parser(name, help=help, allow_abbrev=False)
+        command.add_argument("--ex", default="", help="the exercise: 3, 03 or ex03")
+        if option:
+            command.add_argument(option, default="")
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.command == "new":
+            return new.run(asked.ex, asked.name)
+        if asked.command == "check-exercise":
+            return check_exercise.run(asked.ex)
+        chosen, full = selected(asked.ex), asked.command == "bank"
+        return session.collected(lambda one: kill_matrix.run(one.items, chosen, asked.only, full), asked.ex)
+    except (UsageError, SpecificationError, BanksAbsent, BankError) as error:
+        print(error)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
