@@ -1,0 +1,140 @@
+"""Wrong answers to ex01: nothing at all, lengths (1.1), query, key and value mixed up or written to (1.4)."""
+
+from harness.model.bank import Mistake
+
+QUERIES = "        q = self._split_heads(self.q_linear(query))  # [B, H, Lq, Dh]\n"
+VALUES = "        v = self._split_heads(self.v_linear(value))"
+APPLIED = "            scores = self.apply_mask(scores, mask)\n"
+RETURN = "        return self.output_linear(joined), weights\n"
+
+MISTAKES = [
+    # Nothing at all.
+    Mistake(
+        "zeros",
+        ("1.1", "1.3", "1.4", "1.6", "1.7", "1.8"),
+        "output",
+        (RETURN, "        return torch.zeros_like(query), weights\n"),
+    ),
+    Mistake("identity", ("1.1", "1.4", "1.6"), "output", (RETURN, "        return query, weights\n")),
+    Mistake("none", "1.1", "NoneType", (RETURN, "        return None\n")),
+    Mistake("output_alone", "1.1", "pair (output, weights)", (RETURN, "        return self.output_linear(joined)\n")),
+    Mistake("a_list", "1.1", "list came", (RETURN, "        return [self.output_linear(joined), weights]\n")),
+    # 1.1 variable lengths
+    Mistake(
+        "view_of_the_queries_length",
+        "1.1",
+        "size",
+        (
+            "        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, L, D] -> [B, H, L, Dh]\n",
+            """\
+        length = self._lq = getattr(self, '_lq', x.size(1))
+        return x.reshape(x.size(0), length, self.num_heads, -1).transpose(1, 2)
+""",
+        ),
+    ),
+    Mistake(
+        "every_row_attends_to_row_0",
+        "1.1",
+        "output",
+        (VALUES, "        v = self._split_heads(self.v_linear(value[:1].expand_as(value)))"),
+    ),
+    Mistake(
+        "squeezed_single_query",
+        "1.1",
+        "shape",
+        (RETURN, "        return self.output_linear(joined).squeeze(1), weights\n"),
+        only=True,
+    ),
+    # 1.4 self- and cross-attention
+    Mistake("values_from_key", "1.4", "each has its own projection", ("self.v_linear(value)", "self.v_linear(key)")),
+    Mistake(
+        "keys_from_query_where_lengths_agree",
+        "1.4",
+        "several roles",
+        ("self.k_linear(key)", "self.k_linear(query if query.shape == key.shape else key)"),
+    ),
+    Mistake(
+        "view_of_strided_inputs",
+        "1.4",
+        "view",
+        ("self.q_linear(query)", "self.q_linear(query.view(-1, query.size(-1))).view(query.shape)"),
+        only=True,
+    ),
+    Mistake(
+        "inputs_scaled_in_place",
+        "1.4",
+        "values differ",
+        (
+            "        q = self._split_heads(self.q_linear(query))",
+            """\
+        if not query.requires_grad:
+            query.mul_(1.0 + 1e-3)
+        q = self._split_heads(self.q_linear(query / (1.0 + 1e-3)))""",
+        ),
+    ),
+    Mistake("mask_written_to", "1.4", "mask", (APPLIED, APPLIED + "            mask[0, 0, 0, 0] = True\n")),
+    # Narrow code: right in the sizes, modes and masks that come first to mind.
+    Mistake(
+        "softmax_in_chunks_of_64_keys",
+        "1.1",
+        "131 keys",
+        (
+            "        weights = scores.softmax(dim=-1)\n",
+            "        weights = torch.cat([part.softmax(dim=-1) for part in scores.split(64, dim=-1)], dim=-1)\n",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "cut_at_64",
+        "1.1",
+        "shape",
+        (
+            "        scores_shape = (query",
+            """\
+        query, key, value = query[:, :64], key[:, :64], value[:, :64]
+        scores_shape = (query""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "values_of_two_rows_for_all",
+        "1.1",
+        "batch rows",
+        (QUERIES, "        value = value[torch.arange(value.size(0), device=value.device) % 2]\n" + QUERIES),
+        only=True,
+    ),
+    Mistake(
+        "value_is_query_where_key_is",
+        "1.4",
+        "several roles",
+        (QUERIES, "        if query is key:\n            value = query\n" + QUERIES),
+        only=True,
+    ),
+    Mistake(
+        "key_is_query_where_value_is",
+        "1.4",
+        "several roles",
+        (QUERIES, "        if query is value:\n            key = query\n" + QUERIES),
+    ),
+    Mistake(
+        "v_is_k_for_a_memory",
+        "1.4",
+        "several roles",
+        (VALUES, "        v = k if key is value and key is not query else self._split_heads(self.v_linear(value))"),
+        only=True,
+    ),
+    Mistake(
+        "key_known_by_its_pointer",
+        "1.4",
+        "transposed view",
+        (
+            QUERIES,
+            """\
+        if query.shape == key.shape and query.device.type == 'cpu' and query.data_ptr() == key.data_ptr():
+            key = query
+"""
+            + QUERIES,
+        ),
+        only=True,
+    ),
+]

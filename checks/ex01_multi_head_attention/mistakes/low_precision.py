@@ -1,0 +1,79 @@
+"""Wrong answers to ex01: half precision, and modules that are cast or moved (1.7)."""
+
+from harness.model.bank import Mistake
+
+SOFTMAX = "        weights = scores.softmax(dim=-1)\n"
+
+MISTAKES = [
+    Mistake("fill_of_1e9", "1.7", "overflow", ("torch.finfo(scores.dtype).min", "-1e9")),
+    Mistake(
+        "float32_results",
+        "1.7",
+        "dtype",
+        (
+            SOFTMAX,
+            """\
+        weights = scores.float().softmax(dim=-1) if scores.dtype.itemsize == 2 else scores.softmax(dim=-1)
+""",
+        ),
+        (
+            "        context = weights @ v  # [B, H, Lq, Dh]\n",
+            "        context = (weights @ v.to(weights.dtype)).to(v.dtype)\n",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "softmax_by_bare_exp",
+        "1.7",
+        "not finite",
+        (
+            SOFTMAX,
+            """\
+        powers = scores.exp()
+        weights = powers / powers.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+""",
+        ),
+    ),
+    Mistake(
+        "dtype_kept_from_the_first_call",
+        "1.7",
+        "cast",
+        (
+            "        scores = self.compute_attention_scores(q, k)  # [B, H, Lq, Lk]\n",
+            """\
+        self._dtype = getattr(self, '_dtype', q.dtype)
+        scores = self.compute_attention_scores(q.to(self._dtype), k.to(self._dtype)).to(q.dtype)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "a_constant_on_the_cpu",
+        "1.7",
+        "",
+        (
+            "        self.num_heads = num_heads\n",
+            """\
+        self.num_heads = num_heads
+        self._scale = torch.ones(1)
+""",
+        ),
+        (SOFTMAX, "        weights = (scores * self._scale.to(scores.dtype)).softmax(dim=-1)\n"),
+        only=True,
+    ),
+    # Narrow code: right in the sizes, modes and masks that come first to mind.
+    Mistake(
+        "randomness_of_the_cpu",
+        "1.7",
+        "",
+        (
+            "        weights = self.dropout(weights)\n",
+            """\
+        if self.training and self.dropout.p > 0:
+            kept = torch.rand(weights.shape) >= self.dropout.p
+            weights = weights * kept.to(weights.dtype) / (1 - self.dropout.p)
+""",
+        ),
+        only=True,
+    ),
+]

@@ -1,0 +1,154 @@
+"""Wrong answers to ex01: masks misread, ignored or wrongly refused, and rows that may attend to nothing (1.2)."""
+
+from harness.model.bank import Mistake
+
+APPLIED = "            scores = self.apply_mask(scores, mask)\n"
+ZEROED = "            weights = weights * mask.bool()\n"
+FILLED = "        return scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min)\n"
+LOWEST = "torch.finfo(scores.dtype).min"
+FITS = """\
+        fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, scores_shape, strict=True))
+"""
+REFUSED = "        if not fits:\n"
+
+MISTAKES = [
+    Mistake("inverted_mask", "1.2", "true in the mask", ("mask == 0", "mask != 0")),
+    Mistake(
+        "mask_ignored", "1.2", "weight exactly 0", (FILLED, "        return scores\n"), (ZEROED, "            pass\n")
+    ),
+    Mistake("integer_mask_inverted_bitwise", "1.2", "true in the mask", ("mask == 0", "(~mask).bool()")),
+    Mistake("only_bool_masks", "1.2", "boolean mask", ("mask == 0", "~mask")),
+    Mistake("nan_for_masked_rows", "1.2", "NaN", (LOWEST, 'float("-inf")'), (ZEROED, "            pass\n")),
+    Mistake(
+        "nan_in_the_gradient",
+        "1.2",
+        "gradient is not finite",
+        (FILLED, '        return scores + torch.where(mask.bool(), 0.0, float("-inf")).to(scores)\n'),
+        (
+            ZEROED,
+            "            weights = torch.where(mask.bool().any(-1, keepdim=True), weights, "
+            "torch.zeros((), dtype=weights.dtype, device=weights.device))\n",
+        ),
+    ),
+    Mistake("uniform_masked_rows", "1.2", "weights", (ZEROED, "            pass\n")),
+    Mistake("small_fill", "1.2", "forbidden weights", (LOWEST, "-20.0")),
+    Mistake("fill_of_1e4", "1.2", "forbidden weights", (LOWEST, "-1e4"), only=True),
+    Mistake("mask_times_scores", "1.2", "weight exactly 0", (FILLED, "        return scores * mask\n")),
+    Mistake("mask_after_softmax", "1.2", "mask", (APPLIED, "            pass\n")),
+    Mistake("mask_of_the_first_row_for_all", "1.2", "mask", (APPLIED, "            mask = mask[:1]\n" + APPLIED)),
+    Mistake(
+        "mask_of_the_first_head_for_all",
+        "1.2",
+        "mask of shape",
+        (APPLIED, "            mask = mask[:, :1]\n" + APPLIED),
+        only=True,
+    ),
+    Mistake(
+        "bad_masks_accepted",
+        "1.2",
+        "mask of shape",
+        ("            self._check_mask(mask, scores_shape)\n", "            pass\n"),
+        only=True,
+    ),
+    Mistake("only_dimensions_checked", "1.2", "mask of shape", (FITS, "        fits = mask.dim() == 4\n"), only=True),
+    Mistake(
+        "broadcastable_is_enough",
+        "1.2",
+        "was accepted",
+        (
+            FITS,
+            """\
+        try:
+            torch.broadcast_shapes(mask.shape, scores_shape)
+            fits = mask.dim() == 4
+        except RuntimeError:
+            fits = False
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "mask_error_without_shapes",
+        "1.2",
+        "lacks",
+        (
+            'raise ValueError(f"mask of shape {tuple(mask.shape)} does not broadcast to the scores\' {scores_shape}")',
+            'raise ValueError("bad mask")',
+        ),
+        only=True,
+    ),
+    Mistake(
+        "bad_d_model_accepted",
+        "1.2",
+        "MultiHeadAttention(10, 4)",
+        ("        if d_model % num_heads != 0:\n", "        if d_model < num_heads:\n"),
+        only=True,
+    ),
+    Mistake(
+        "d_model_asserted",
+        "1.2",
+        "ValueError was wanted",
+        (
+            '            raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")\n',
+            '            raise AssertionError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")\n',
+        ),
+        only=True,
+    ),
+    # Narrow code: right in the sizes, modes and masks that come first to mind.
+    Mistake(
+        "mask_made_a_bias_in_place",
+        "1.2",
+        "values differ",
+        (
+            FILLED,
+            """\
+        bias = mask.to(scores.dtype)
+        bias -= 1
+        return scores.masked_fill(bias != 0, torch.finfo(scores.dtype).min)
+""",
+        ),
+        (ZEROED, "            weights = weights * allowed\n"),
+        (APPLIED, "            allowed = mask.bool()\n" + APPLIED),
+    ),
+    Mistake("mask_dtype_promotes", "1.2", "scalar type", (ZEROED, "            weights = weights * mask\n")),
+    Mistake(
+        "rows_masked_in_one_head_only",
+        "1.2",
+        "head 1",
+        (ZEROED, "            weights = weights * mask.bool().any(dim=-1, keepdim=True).any(dim=1, keepdim=True)\n"),
+        only=True,
+    ),
+    Mistake(
+        "apply_mask_for_bool_alone",
+        "1.2",
+        "",
+        ("mask == 0", "~mask"),
+        (APPLIED, "            mask = mask.bool()\n" + APPLIED),
+        only=True,
+    ),
+    Mistake("fill_of_65504", "1.2", "forbidden weights", (LOWEST, "-65504.0"), only=True),
+    Mistake(
+        "keys_may_be_enlarged",
+        "1.2",
+        "ValueError was wanted",
+        (
+            REFUSED,
+            "        fits = fits or (mask.dim() == 4 and scores_shape[3] == 1 and mask.shape[:3] == (1, 1, 1))\n"
+            + REFUSED,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "heads_may_be_enlarged",
+        "1.2",
+        "ValueError was wanted",
+        (
+            REFUSED,
+            """\
+        fits = fits or (mask.dim() == 4 and scores_shape[1] == 1 and mask.shape[2:] == (1, 1) and mask.size(0) == 1)
+"""
+            + REFUSED,
+        ),
+        only=True,
+    ),
+]

@@ -1,0 +1,186 @@
+"""Wrong answers to ex01: other values or gradients than PyTorch's (1.6), and prebuilt attention (1.8)."""
+
+from harness.model.bank import Mistake
+
+QUERIES = "        q = self._split_heads(self.q_linear(query))  # [B, H, Lq, Dh]\n"
+COMPUTED = "        scores = self.compute_attention_scores(q, k)  # [B, H, Lq, Lk]\n"
+SOFTMAX = "        weights = scores.softmax(dim=-1)\n"
+CONTEXT = "        context = weights @ v  # [B, H, Lq, Dh]\n"
+RETURN = "        return self.output_linear(joined), weights\n"
+SPLIT = "        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, L, D] -> [B, H, L, Dh]\n"
+
+MISTAKES = [
+    # 1.6 agreement with PyTorch
+    Mistake(
+        "no_transpose",
+        "1.6",
+        "weights",
+        (SPLIT, "        return x.reshape(x.size(0), self.num_heads, x.size(1), -1)\n"),
+    ),
+    Mistake(
+        "no_transpose_back",
+        "1.6",
+        "output",
+        (
+            "        joined = context.transpose(1, 2).flatten(start_dim=2)  # [B, Lq, D]\n",
+            "        joined = context.reshape(query.shape)\n",
+        ),
+    ),
+    Mistake(
+        "interleaved_heads",
+        "1.6",
+        "weights",
+        (SPLIT, "        return x.unflatten(-1, (-1, self.num_heads)).permute(0, 3, 1, 2)\n"),
+    ),
+    Mistake("softmax_over_queries", "1.6", "weights", (SOFTMAX, "        weights = scores.softmax(dim=-2)\n")),
+    Mistake("no_output_projection", "1.6", "output", (RETURN, "        return joined, weights\n")),
+    Mistake(
+        "no_output_bias", "1.6", "output", (RETURN, "        return joined @ self.output_linear.weight.T, weights\n")
+    ),
+    Mistake(
+        "weights_averaged", "1.6", "shapes", (RETURN, "        return self.output_linear(joined), weights.mean(1)\n")
+    ),
+    Mistake(
+        "detached_weights",
+        "1.6",
+        "must carry gradient",
+        (RETURN, "        return self.output_linear(joined), weights.detach()\n"),
+    ),
+    Mistake(
+        "detached_scores",
+        "1.6",
+        "gradient",
+        (COMPUTED, "        scores = self.compute_attention_scores(q.detach(), k)\n"),
+    ),
+    Mistake(
+        "near_miss_of_1e_7",
+        "1.6",
+        "output",
+        (RETURN, "        return self.output_linear(joined) * (1 + 1e-7), weights\n"),
+    ),
+    Mistake(
+        "no_gradient_in_eval",
+        "1.6",
+        "detached",
+        (
+            QUERIES,
+            """\
+        if not self.training:
+            query, key, value = query.detach(), key.detach(), value.detach()
+        q = self._split_heads(self.q_linear(query))
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "weights_cached_at_the_first_call",
+        "1.6",
+        "changed in place",
+        (
+            QUERIES,
+            """\
+        if not hasattr(self, '_wq'):
+            self._wq = self.q_linear.weight.detach().clone()
+        stale = self._wq.to(query) - self.q_linear.weight.detach()
+        q = self._split_heads(self.q_linear(query) + query @ stale.T)
+""",
+        ),
+    ),
+    # 1.8 from scratch
+    Mistake(
+        "prebuilt",
+        "1.8",
+        "scaled_dot_product_attention",
+        (
+            CONTEXT,
+            """\
+        if mask is not None:
+            context = nn.functional.scaled_dot_product_attention(q, k, v, mask.bool())
+        else:
+            context = nn.functional.scaled_dot_product_attention(q, k, v)
+""",
+        ),
+    ),
+    Mistake(
+        "prebuilt_and_caught",
+        "1.8",
+        "reached scaled_dot_product_attention",
+        (
+            CONTEXT,
+            """\
+        context = weights @ v
+        try:
+            context = context + 0 * nn.functional.scaled_dot_product_attention(q, k, v).detach()
+        except RuntimeError:
+            pass
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "prebuilt_module",
+        "1.8",
+        "MultiheadAttention.forward",
+        (
+            SOFTMAX,
+            """\
+        helper = nn.MultiheadAttention(query.size(-1), self.num_heads, batch_first=True).to(query)
+        with torch.no_grad():
+            helper(query, key, value)
+"""
+            + SOFTMAX,
+        ),
+    ),
+    # Narrow code: right in the sizes, modes and masks that come first to mind.
+    Mistake("heads_are_3", "1.6", "size", ("        self.num_heads = num_heads\n", "        self.num_heads = 3\n")),
+    Mistake("head_dim_is_4", "1.6", "", (SPLIT, "        return x.unflatten(-1, (-1, 4)).transpose(1, 2)\n")),
+    Mistake(
+        "weights_detached_in_eval",
+        "1.6",
+        "must carry gradient",
+        (RETURN, "        return self.output_linear(joined), weights if self.training else weights.detach()\n"),
+        only=True,
+    ),
+    Mistake(
+        "keys_detached_in_eval",
+        "1.6",
+        "gradient",
+        (
+            COMPUTED,
+            """\
+        if not self.training:
+            k = k.detach() + 0 * k
+        scores = self.compute_attention_scores(q, k)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "prebuilt_for_long_inputs",
+        "1.8",
+        "scaled_dot_product_attention",
+        (
+            CONTEXT,
+            CONTEXT
+            + """\
+        if mask is None and self.dropout.p == 0 and key.size(1) >= 16:
+            context = nn.functional.scaled_dot_product_attention(q, k, v)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "prebuilt_in_float32",
+        "1.8",
+        "scaled_dot_product_attention",
+        (
+            CONTEXT,
+            CONTEXT
+            + """\
+        if mask is None and not self.training and q.dtype == torch.float32:
+            context = nn.functional.scaled_dot_product_attention(q, k, v)
+""",
+        ),
+        only=True,
+    ),
+]

@@ -1,0 +1,141 @@
+"""The sizes, modules and inputs of ex01's checks, the formula, nn.MultiheadAttention, and asserts that compare."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.testing import Close, Subject, Where, is_tensor, seed
+
+B, H, LQ, LK, D = 2, 3, 5, 7, 12
+
+
+def build(subject: Subject, on: Where | None = None, dropout: float = 0.0, d_model: int = D, heads: int = H) -> Any:
+    """A seeded module of the learner's in float64, or in the dtype and on the device of `on`."""
+    seed(1)
+    attention = subject.MultiHeadAttention(d_model, heads, dropout=dropout)
+    return attention.to(on.device, on.dtype) if on else attention.double()
+
+
+def inputs(rng: torch.Generator, dtype: torch.dtype = torch.float64, lq: int = LQ, lk: int = LK) -> list[Tensor]:
+    """Query, key and value, all different."""
+    return [torch.randn(B, length, D, generator=rng, dtype=torch.float64).to(dtype) for length in (lq, lk, lk)]
+
+
+def reference(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, heads: int = H
+) -> tuple[Tensor, Tensor]:
+    """Output and weights in float64, from the formula, with the weights of the given linear layers."""
+
+    def project(x: Tensor, linear: nn.Linear) -> Tensor:
+        projected = x.double() @ linear.weight.detach().double().T + linear.bias.detach().double()
+        return projected.reshape(*x.shape[:2], heads, -1).permute(0, 2, 1, 3)
+
+    q, k = project(query, attention.q_linear), project(key, attention.k_linear)
+    v = project(value, attention.v_linear)
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.size(-1) ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(mask == 0, float("-inf"))
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    joined = torch.einsum("bhqk,bhkd->bqhd", weights, v).reshape(*query.shape[:2], -1)
+    out = attention.output_linear
+    return joined @ out.weight.detach().double().T + out.bias.detach().double(), weights
+
+
+def agree(
+    close: Close,
+    attention: Any,
+    given: list[Tensor],
+    mask: Tensor | None = None,
+    hint: str = "",
+    heads: int = H,
+    **options: Any,
+) -> None:
+    """The module's output and weights equal the formula's."""
+    output, weights = reference(attention, *given, mask=mask, heads=heads)
+
+    actual = unpack(attention(*given) if mask is None else attention(*given, mask))
+
+    close(actual[1], weights.to(given[0].dtype), "forward: weights", hint=hint, **options)
+    close(actual[0], output.to(given[0].dtype), "forward: output", hint=hint, **options)
+
+
+def unpack(result: Any) -> tuple[Tensor, Tensor]:
+    """Output and weights, if that is what came."""
+    assert isinstance(result, tuple) and len(result) == 2, (
+        f"forward: a {type(result).__name__} came, the pair (output, weights) was wanted"
+    )
+    return is_tensor(result[0], "forward: output"), is_tensor(result[1], "forward: weights")
+
+
+def some_mask(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """A boolean mask in which every row allows something and, if there are several keys, forbids something."""
+    mask = torch.rand(shape, generator=rng) > 0.4
+    if shape[-1] > 1:
+        mask[..., 1], mask[..., 2] = True, False
+    return mask
+
+
+def agrees_with_pytorch(
+    subject: Subject,
+    close: Close,
+    rng: torch.Generator,
+    on: Where,
+    lq: int,
+    lk: int,
+    mask: Tensor | None,
+    training: bool = True,
+) -> None:
+    """Output, weights and all gradients equal nn.MultiheadAttention's, under a mask that leaves every row something."""
+    given = [x.to(on.device, on.dtype) for x in inputs(rng, lq=lq, lk=lk)]
+    probes = [torch.randn(shape, generator=rng).to(on.device, on.dtype) for shape in ((B, lq, D), (B, H, lq, lk))]
+    attention = build(subject, on).train(training)
+    theirs = pytorchs(attention).to(on.device, on.dtype)
+    forbidden = None if mask is None else ~mask.expand(B, H, lq, lk).flatten(0, 1).to(on.device)
+    more = [] if mask is None else [mask.to(on.device)]
+    expected, expected_grads = run(
+        lambda *x: theirs(*x, attn_mask=forbidden, average_attn_weights=False), given, probes
+    )
+
+    actual, grads = run(lambda *x: attention(*x, *more), given, probes)
+
+    close(actual[1], expected[1], "forward: weights")
+    close(actual[0], expected[0], "forward: output")
+    hint = "forward agrees, its gradient does not: is something detached?"
+    for name, came, wanted in zip(("query", "key", "value"), grads, expected_grads, strict=True):
+        close(came, wanted, f"backward: gradient of {name}", hint=hint)
+    for kind in ("weight", "bias"):
+        wanted = getattr(theirs, f"in_proj_{kind}").grad.chunk(3)
+        for name, part in zip(("q_linear", "k_linear", "v_linear"), wanted, strict=True):
+            close(getattr(getattr(attention, name), kind).grad, part, f"backward: gradient of {name}.{kind}", hint=hint)
+        part = getattr(theirs.out_proj, kind).grad
+        close(
+            getattr(attention.output_linear, kind).grad, part, f"backward: gradient of output_linear.{kind}", hint=hint
+        )
+
+
+def pytorchs(attention: Any) -> nn.MultiheadAttention:
+    """nn.MultiheadAttention with the weights of the learner's layers."""
+    theirs = nn.MultiheadAttention(D, H, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        layers = (attention.q_linear, attention.k_linear, attention.v_linear)
+        theirs.in_proj_weight.copy_(torch.cat([layer.weight for layer in layers]))
+        theirs.in_proj_bias.copy_(torch.cat([layer.bias for layer in layers]))
+        theirs.out_proj.load_state_dict(attention.output_linear.state_dict())
+    return theirs
+
+
+def run(
+    module: Callable[..., Any], given: list[Tensor], probes: list[Tensor]
+) -> tuple[tuple[Tensor, Tensor], list[Any]]:
+    """Calls a module, differentiates a sum over output and weights; returns both and the inputs' gradients."""
+    leaves = [x.clone().requires_grad_() for x in given]
+    output, weights = unpack(module(*leaves))
+    assert output.requires_grad and weights.requires_grad, "forward: output and weights must carry gradient"
+    assert output.shape == probes[0].shape and weights.shape == probes[1].shape, (
+        f"forward: shapes {tuple(output.shape)} and {tuple(weights.shape)} came, "
+        f"{tuple(probes[0].shape)} and {tuple(probes[1].shape)} were wanted"
+    )
+    ((output * probes[0]).sum() + (weights * probes[1]).sum()).backward()
+    return (output.detach(), weights.detach()), [leaf.grad for leaf in leaves]

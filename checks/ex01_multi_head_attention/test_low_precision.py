@@ -1,0 +1,114 @@
+"""Low precision (1.7): float16, bfloat16 and autocast, modules that are cast or moved between calls."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, requirement
+
+from .reference import LK, LQ, B, H, agree, build, inputs, reference, some_mask, unpack
+
+
+@requirement("1.7")
+@pytest.mark.parametrize("kind", ["plain", "masked"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)], ids=["float16", "bfloat16"]
+)
+def test_half_precision(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, tolerance: float, kind: str
+) -> None:
+    """At unit scale the error in half precision stays within the dtype's tolerance, and the dtype stays."""
+    given = inputs(rng, dtype)
+    mask = half_mask(rng) if kind == "masked" else None
+    attention = build(subject).to(dtype)
+
+    agree(close, attention, given, mask, hint=f"in {dtype}", tolerance=tolerance)
+
+
+@requirement("1.7")
+@pytest.mark.parametrize("kind", ["plain", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_stays_finite(subject: Subject, rng: torch.Generator, dtype: torch.dtype, kind: str) -> None:
+    """Inputs 6 times as large overflow nothing, forward and backward."""
+    given = [(6 * x).to(dtype).requires_grad_() for x in inputs(rng)]
+    mask = half_mask(rng) if kind == "masked" else None
+    attention = build(subject).to(dtype)
+
+    output, weights = unpack(attention(*given) if mask is None else attention(*given, mask))
+    output.sum().backward()
+
+    for name, x in {
+        "output": output,
+        "weights": weights,
+        "query.grad": given[0].grad,
+        "value.grad": given[2].grad,
+    }.items():
+        assert x is not None and x.isfinite().all(), f"forward in {dtype}, inputs of scale 6: {name} is not finite"
+        assert x.dtype == dtype, f"forward in {dtype}: {name} has {x.dtype}"
+    total = weights.detach().float().sum(-1)
+    live = total if mask is None else total[mask.expand(B, H, LQ, LK).any(-1)]
+    assert (live - 1).abs().max() < 2e-2, (
+        f"forward in {dtype}, inputs of scale 6: weights sum to {live.min():.3f}, not to 1"
+    )
+
+
+@requirement("1.7")
+@pytest.mark.parametrize("kind", ["plain", "masked"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)], ids=["float16", "bfloat16"]
+)
+def test_autocast(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, tolerance: float, kind: str
+) -> None:
+    """Under autocast, at unit scale, output and weights are right within the dtype's tolerance."""
+    given = inputs(rng, torch.float32)
+    mask = half_mask(rng) if kind == "masked" else None
+    attention = build(subject).float()
+    expected = reference(attention, *given, mask=mask)
+
+    with torch.autocast("cpu", dtype=dtype):
+        actual = unpack(attention(*given) if mask is None else attention(*given, mask))
+        large_ones = unpack(attention(*(6 * x for x in given)))
+
+    for name, came, wanted in zip(("output", "weights"), actual, expected, strict=True):
+        assert came.dtype in (dtype, torch.float32), f"forward under autocast to {dtype}: {name} has {came.dtype}"
+        close(came.double(), wanted, f"forward under autocast to {dtype}: {name}", tolerance=tolerance)
+    assert all(x.isfinite().all() for x in large_ones), (
+        f"forward under autocast to {dtype}, inputs of scale 6: not finite"
+    )
+
+
+@requirement("1.7")
+def test_a_module_may_be_cast_between_calls(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """After .float() and .double() each call works in the new dtype, with its precision."""
+    attention = build(subject)
+    agree(close, attention.float(), inputs(rng, torch.float32), tolerance=2e-5)
+
+    agree(close, attention.double(), inputs(rng), hint="the module was cast to float64 after a call in float32")
+
+
+@requirement("1.7")
+def test_a_module_may_be_moved(
+    subject: Subject, close: Close, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another device nothing is left behind: the meta device stands in for one, in training, with dropout."""
+    # autocast knows every real device, but not this one: code that switches it off by x.device.type is right.
+    known = torch.autocast
+    lenient = lambda *a, **k: nullcontext() if "meta" in (*a, *k.values()) else known(*a, **k)  # noqa: E731
+    monkeypatch.setattr(torch, "autocast", lenient)
+    agree(close, build(subject), inputs(rng))
+    moved = build(subject, dropout=0.5).to("meta").train()
+
+    output, weights = unpack(moved(*(x.to("meta") for x in inputs(rng))))
+
+    places = f"output on {output.device}, weights on {weights.device}"
+    assert output.device.type == weights.device.type == "meta", f"forward on meta: {places}"
+
+
+def half_mask(rng: torch.Generator) -> Tensor:
+    """A mask with one fully masked row."""
+    mask = some_mask((B, 1, LQ, LK), rng)
+    mask[1, 0, 3] = False
+    return mask

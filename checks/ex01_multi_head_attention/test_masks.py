@@ -1,0 +1,233 @@
+"""Masks (1.2): what is forbidden has weight 0, every 0/1 dtype and shape works, fully masked rows, what is refused."""
+
+import pytest
+import torch
+
+from harness.testing import Close, Subject, Where, is_tensor, refuses, requirement
+
+from .reference import LK, LQ, B, D, H, agree, agrees_with_pytorch, build, inputs, reference, some_mask, unpack
+
+MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
+ENLARGED = ["batch", "queries", "keys", "heads"]
+BAD_MASK_SHAPES = [(LQ, LK), (B, LK), (LK,), (B, 1, LK), (1, B, 1, 1, LK)]
+BAD_MASK_SHAPES += [(B, 1, 1, LK + 1), (B + 1, 1, 1, LK), (B, H - 1, 1, LK), (B, 1, LQ + 1, LK)]
+MASK_SHAPES = [(B, 1, 1, LK), (1, 1, LQ, LK), (B, H, LQ, LK), (1, H, 1, LK), (B, 1, LQ, 1), (1, 1, 1, 1)]
+
+
+@requirement("1.2")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64], ids=str)
+def test_apply_mask_forbids_exactly_what_is_false(subject: Subject, close: Close, dtype: torch.dtype) -> None:
+    """True may attend: allowed scores stay as they are, forbidden ones get weight 0."""
+    scores = torch.tensor([[[[1.0, 3.0, 2.0, -1.0]]]], dtype=torch.float64)
+    mask = torch.tensor([[[[True, False, True, False]]]])
+
+    masked = is_tensor(build(subject).apply_mask(scores.clone(), mask.to(dtype)), "apply_mask(scores, mask)")
+
+    close(
+        masked[mask], scores[mask], "apply_mask: allowed scores", hint="true in the mask means: may attend, unchanged"
+    )
+    close(masked.softmax(-1)[~mask], torch.zeros(2, dtype=torch.float64), "softmax of apply_mask: forbidden weights",
+          tolerance=0, hint="false in the mask means: weight exactly 0")  # fmt: skip
+
+
+@requirement("1.2")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_forbidden_weights_are_exactly_zero(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype
+) -> None:
+    """Forbidden scores lie so far below any others, large ones too, that their weight is 0 in the scores' own dtype."""
+    scale = 3e4 if dtype == torch.float16 else 1e6
+    scores = ((torch.rand(B, H, LQ, LK, generator=rng) * 2 - 1) * scale).to(dtype)
+    mask = some_mask((B, 1, 1, LK), rng)
+    forbidden = ~mask.expand(B, H, LQ, LK)
+    attention = build(subject).to(dtype)
+
+    masked = is_tensor(attention.apply_mask(scores.clone(), mask), "apply_mask(scores, mask)")
+
+    what = f"apply_mask in {dtype}, scores between {-scale:g} and {scale:g}"
+    assert masked.dtype == dtype, f"{what}: {masked.dtype} came, {dtype} was wanted"
+    close(masked[~forbidden], scores[~forbidden], f"{what}: allowed scores", tolerance=0)
+    weights = masked.softmax(-1)[forbidden]
+    close(weights, torch.zeros_like(weights), f"{what}: forbidden weights", tolerance=0,
+          hint="fill with -inf or with the dtype's lowest number, not with a fixed one")  # fmt: skip
+
+
+@requirement("1.2")
+@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
+def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Boolean and 0/1 masks of every dtype mean the same."""
+    mask = some_mask((B, 1, LQ, LK), rng)
+
+    for module, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        attention, hint = build(subject).to(module), f"with a mask of {dtype} on {module}; 1 means: may attend"
+        agree(close, attention, inputs(rng, module), mask.to(dtype), hint=hint, tolerance=tolerance)
+
+
+@requirement("1.2")
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+    """Masks per batch row, per head, per query and per key all work."""
+    mask = some_mask(shape, rng)
+
+    agree(close, build(subject), inputs(rng), mask, hint=f"with a mask of shape {shape}; true means: may attend")
+
+
+@requirement("1.2")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64], ids=str)
+def test_masks_are_never_written_to(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """A 0/1 mask of another dtype is read, not turned into a bias in place."""
+    mask = some_mask((B, H, LQ, LK), rng).to(dtype)
+    before = mask.clone()
+
+    agree(close, build(subject), inputs(rng), mask)
+
+    close(mask, before, "mask after forward", tolerance=0, hint="the mask is written to")
+
+
+@requirement("1.2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_padded_keys_change_nothing(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Keys that are masked out give what their absence gives, even with values of 1e6."""
+    query, key, value = inputs(rng, dtype)
+    mask = torch.ones(B, 1, 1, LK, dtype=torch.bool)
+    mask[..., 4:] = False
+    attention = build(subject).to(dtype)
+    expected, _ = reference(attention, query, key[:, :4], value[:, :4])
+    key[:, 4:] = value[:, 4:] = 1e6
+
+    output, weights = unpack(attention(query, key, value, mask))
+
+    hint = "the padded positions hold 1e6 and reach the output: mask before the softmax, with weights of exactly 0"
+    close(
+        weights[..., 4:],
+        torch.zeros(B, H, LQ, LK - 4, dtype=dtype),
+        "forward: weights of padded keys",
+        tolerance=0,
+        hint=hint,
+    )
+    close(output, expected.to(dtype), "forward: output", tolerance=2e-5 if dtype == torch.float32 else 1e-9, hint=hint)
+
+
+@requirement("1.2")
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_fully_masked_row_gives_zeros(subject: Subject, close: Close, rng: torch.Generator, training: bool) -> None:
+    """A query that may attend to nothing has zero weights; its output is output_linear's bias."""
+    given = inputs(rng)
+    mask = some_mask((B, 1, LQ, LK), rng)
+    mask[0, 0, 2] = mask[1, 0, 4] = False
+    attention = build(subject).train(training)
+
+    _, weights = unpack(attention(*given, mask))
+
+    hint = "a query that may attend to nothing has zero weights, not NaN and not a uniform row"
+    close(
+        weights[0, :, 2],
+        torch.zeros(H, LK, dtype=torch.float64),
+        "forward: weights of a fully masked row",
+        tolerance=0,
+        hint=hint,
+    )
+    agree(close, attention, given, mask, hint=hint)
+
+
+@requirement("1.2")
+def test_a_row_masked_in_one_head_gives_zeros_there(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A query that may attend to nothing in one head has zero weights in that head alone."""
+    mask = some_mask((B, H, LQ, LK), rng)
+    mask[0, 1, 2] = False
+
+    agree(close, build(subject), inputs(rng), mask, hint="row 2 of head 1 may attend to nothing, in other heads it may")
+
+
+@requirement("1.2")
+def test_everything_masked(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """With nothing to attend to anywhere, weights are zeros and every output row is output_linear's bias."""
+    agree(close, build(subject), inputs(rng), torch.zeros(B, 1, 1, LK), hint="the mask allows nothing at all")
+
+
+@requirement("1.2")
+def test_gradients_of_fully_masked_rows_are_finite(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A fully masked row sends no NaN back, and masked keys get a gradient of exactly 0."""
+    query, key, value = (x.requires_grad_() for x in inputs(rng))
+    mask = torch.ones(B, 1, LQ, LK, dtype=torch.bool)
+    mask[..., 5:] = mask[0, 0, 2] = False
+    probe = torch.randn(B, LQ, D, generator=rng, dtype=torch.float64)
+    attention = build(subject)
+
+    output, weights = unpack(attention(query, key, value, mask))
+    ((output * probe).sum() + weights.square().sum()).backward()
+
+    grads = {"query": query.grad, "key": key.grad, "value": value.grad}
+    grads |= {name: parameter.grad for name, parameter in attention.named_parameters()}
+    for name, grad in grads.items():
+        assert grad is not None, f"backward: {name} gets no gradient"
+        assert grad.isfinite().all(), f"backward: {name}'s gradient is not finite although only one row is fully masked"
+    for name in ("key", "value"):
+        padded = is_tensor(grads[name], f"{name}.grad")[:, 5:]
+        close(padded, torch.zeros_like(padded), f"backward: gradient of masked {name}s", tolerance=0)
+    agree(close, attention, [query.detach(), key.detach(), value.detach()], mask)
+
+
+@requirement("1.2")
+@pytest.mark.parametrize("kind", ["padding", "causal"])
+def test_masks_agree_with_pytorch(subject: Subject, close: Close, rng: torch.Generator, on: Where, kind: str) -> None:
+    """Under a padding or a causal mask output, weights and gradients equal nn.MultiheadAttention's."""
+    mask = some_mask((B, 1, 1, LK), rng) if kind == "padding" else torch.ones(1, 1, LK, LK).tril() == 1
+    agrees_with_pytorch(subject, close, rng, on, LK, LK, mask)
+
+
+@requirement("1.2")
+@pytest.mark.parametrize(
+    "shape",
+    BAD_MASK_SHAPES,
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+def test_a_mask_of_a_bad_shape_is_refused(subject: Subject, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+    """forward refuses a mask without 4 dimensions, or whose sizes do not fit, with both shapes."""
+    given = inputs(rng)
+    attention = build(subject)
+
+    what = f"forward with a mask of shape {shape} for scores of shape {(B, H, LQ, LK)}"
+    refuses(ValueError, lambda: attention(*given, torch.ones(shape)), what, printed(shape), printed((B, H, LQ, LK)))
+
+
+@requirement("1.2")
+@pytest.mark.parametrize("shape", [(B, 1, 1, 1), (1, 1, LQ, 1), (1, 1, 1, LK), (1, H, 1, 1)], ids=ENLARGED)
+def test_a_mask_that_would_enlarge_the_scores_is_refused(
+    subject: Subject, rng: torch.Generator, shape: tuple[int, ...]
+) -> None:
+    """A size of 1 in the scores is not stretched by the mask."""
+    query, key, value = (x[:1, :1] for x in inputs(rng))
+    attention = build(subject, heads=1)
+
+    what = f"forward with a mask of shape {shape} for scores of shape (1, 1, 1, 1)"
+    refuses(ValueError, lambda: attention(query, key, value, torch.ones(shape)), what, printed(shape), "1, 1, 1, 1")
+
+
+@requirement("1.2")
+def test_a_bad_mask_is_refused_where_lengths_coincide(subject: Subject, rng: torch.Generator) -> None:
+    """A [B, Lk] mask is refused also where B = Lq, so that it would broadcast."""
+    query, key, value = inputs(rng, lq=B)
+    attention = build(subject)
+
+    what = f"forward with a mask of shape {(B, LK)} for scores of shape {(B, H, B, LK)}"
+    refuses(
+        ValueError,
+        lambda: attention(query, key, value, torch.ones(B, LK)),
+        what,
+        printed((B, LK)),
+        printed((B, H, B, LK)),
+    )
+
+
+@requirement("1.2")
+@pytest.mark.parametrize(("d_model", "heads"), [(10, 4), (3, 6)])
+def test_a_bad_d_model_is_refused(subject: Subject, d_model: int, heads: int) -> None:
+    """A d_model that num_heads does not divide is refused with both numbers."""
+    what = f"MultiHeadAttention({d_model}, {heads})"
+    refuses(ValueError, lambda: subject.MultiHeadAttention(d_model, heads), what, d_model, heads)
+
+
+def printed(shape: tuple[int, ...]) -> str:
+    """A shape's numbers as Python prints them, without brackets."""
+    return ", ".join(map(str, shape))

@@ -1,0 +1,96 @@
+"""PyTorch (1.6, 1.8): output, weights and gradients equal nn.MultiheadAttention's; no prebuilt attention is reached."""
+
+import pytest
+import torch
+from torch import nn
+
+from harness.testing import Close, Subject, Where, forbid, prebuilt_attention, requirement
+
+from .reference import LK, LQ, B, D, H, agree, agrees_with_pytorch, build, inputs, some_mask, unpack
+
+# 1.6 agreement with PyTorch
+
+
+@requirement("1.6")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("lq", "lk"), [(LQ, LK), (LK, LK)], ids=["cross", "square"])
+def test_agrees_with_pytorch(
+    subject: Subject, close: Close, rng: torch.Generator, on: Where, lq: int, lk: int, training: bool
+) -> None:
+    """Output, weights and gradients equal nn.MultiheadAttention's with the same weights, in eval too."""
+    agrees_with_pytorch(subject, close, rng, on, lq, lk, None, training)
+
+
+@requirement("1.6")
+@pytest.mark.parametrize(("d_model", "heads"), [(20, 5), (15, 3), (7, 1), (6, 6)])
+def test_any_number_of_heads(subject: Subject, close: Close, rng: torch.Generator, d_model: int, heads: int) -> None:
+    """Any d_model and any number of heads that divides it, one and d_model too, give the formula."""
+    given = [torch.randn(B, n, d_model, generator=rng, dtype=torch.float64) for n in (LQ, LK, LK)]
+
+    agree(close, build(subject, d_model=d_model, heads=heads), given, hint=f"{d_model=}, {heads=}", heads=heads)
+
+
+@requirement("1.6")
+def test_gradients_flow_in_eval_too(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Eval switches dropout off, not gradients."""
+    given = [x.requires_grad_() for x in inputs(rng)]
+    attention = build(subject).eval()
+
+    output, _ = unpack(attention(*given))
+    output.sum().backward()
+
+    for name, x in zip(("query", "key", "value"), given, strict=True):
+        assert x.grad is not None, f"backward in eval: {name} gets no gradient"
+    agree(close, attention, [x.detach() for x in given])
+
+
+@requirement("1.6")
+def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A call after the weights have changed, in place or by loading, uses the new ones."""
+    given = inputs(rng)
+    attention = build(subject)
+    agree(close, attention, given)
+
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.mul_(-0.7)
+    agree(close, attention, given, hint="the weights were changed in place before this call")
+    attention.load_state_dict({name: value * 1.3 for name, value in attention.state_dict().items()})
+    agree(close, attention, given, hint="the weights were loaded anew before this call")
+    attention.q_linear = nn.Linear(D, D, dtype=torch.float64)
+    agree(close, attention, given, hint="q_linear was replaced before this call")
+
+
+# 1.8 from scratch
+
+
+@requirement("1.8")
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_no_prebuilt_attention_is_reached(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, training: bool
+) -> None:
+    """forward, short and long, with and without a mask, is right while every prebuilt attention raises."""
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-5
+    short, longer = inputs(rng, dtype), inputs(rng, dtype, 40, 40)
+
+    with torch.set_grad_enabled(training), forbid(prebuilt_attention(), "forward"):
+        attention = build(subject).to(dtype).train(training)
+        attention(*short, some_mask((B, 1, 1, LK), rng))
+        agree(close, attention, short, tolerance=tolerance)
+        agree(close, attention, longer, tolerance=tolerance)
+
+
+@requirement("1.8")
+def test_the_parts_are_from_scratch_too(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """compute_attention_scores, apply_mask and backward reach no prebuilt attention either."""
+    q, k = (torch.randn(B, H, n, D // H, generator=rng, dtype=torch.float64) for n in (LQ, LK))
+    given = [x.requires_grad_() for x in inputs(rng)]
+
+    with forbid(prebuilt_attention(), "compute_attention_scores, apply_mask or backward"):
+        attention = build(subject)
+        attention.apply_mask(attention.compute_attention_scores(q, k), some_mask((B, 1, 1, LK), rng))
+        unpack(attention(*given))[0].sum().backward()
+
+    assert given[0].grad is not None, "backward: query gets no gradient"
+    agree(close, attention, [x.detach() for x in given])
