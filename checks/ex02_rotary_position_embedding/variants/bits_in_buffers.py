@@ -1,4 +1,4 @@
-"""ex02 with tables as integers in buffers, whose bits no cast touches, and a rotation with a backward of its own."""
+"""Tables as integers in buffers, whose bits no cast touches; the rotation is a Function with a backward of its own."""
 
 from typing import Any
 

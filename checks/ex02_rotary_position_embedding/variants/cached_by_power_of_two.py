@@ -1,4 +1,4 @@
-"""ex02 with tables that modules share: functools.cache by the largest power of two that a module has needed so far."""
+"""Tables that modules share: functools.cache by the largest power of two that a module has needed so far."""
 
 from functools import cache
 

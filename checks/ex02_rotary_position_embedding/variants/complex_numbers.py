@@ -1,4 +1,4 @@
-"""ex02 with complex numbers: a pair is one number, a turn is one product. The table grows lazily; softmax by hand."""
+"""A pair is one complex number, a turn is one product; the table grows lazily; the softmax is written out."""
 
 import torch
 from torch import Tensor, nn
@@ -101,27 +101,3 @@ def compare_position_embeddings(seq_len: int = 64, dim: int = 32, shift: int = 1
         "rope": float((rope_after - rope_before).abs().max()),
         "sinusoidal": float((sin_after - sin_before).abs().max()),
     }
-
-
-def test_rope() -> None:
-    generator = torch.Generator().manual_seed(1)
-    rope = RotaryPositionEmbedding(4, 8, 100.0)
-    x = torch.randn(2, 3, 6, 4, generator=generator)
-
-    def turned(row: Tensor, position: int) -> Tensor:
-        a, b, c, d = row.unbind(-1)
-        p = torch.tensor([position, position / 10])
-        (c0, c1), (s0, s1) = p.cos(), p.sin()
-        return torch.stack([a * c0 - c * s0, b * c1 - d * s1, a * s0 + c * c0, b * s1 + d * c1], -1)
-
-    for position, row in enumerate(rope(x).unbind(2)):
-        assert torch.allclose(row, turned(x[:, :, position], position), atol=1e-5)
-    assert torch.allclose(rope(x[:, :, :1], seq_len=21), turned(x[:, :, 0], 20).unsqueeze(2), atol=1e-5)
-
-    attention = MultiHeadAttentionWithRoPE(8, 2)
-    x = 3 * torch.randn(1, 5, 8, generator=generator)
-    q, k, v = (
-        linear(x).view(1, 5, 2, 4).transpose(1, 2) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    weights = (attention.rotary_emb(q) @ attention.rotary_emb(k).mT / 2).softmax(-1)
-    assert torch.allclose(attention(x), attention.o_proj((weights @ v).transpose(1, 2).flatten(2)), atol=1e-5)

@@ -1,4 +1,4 @@
-"""ex02 with a float64 table that grows by exactly the rows that it lacks, and rounds to float32 when it meets x."""
+"""A float64 table that grows by exactly the rows that it lacks, and rounds to float32 when it meets x."""
 
 import math
 

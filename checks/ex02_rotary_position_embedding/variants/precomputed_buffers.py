@@ -1,4 +1,4 @@
-"""ex02 with tables for max_position_embeddings in non-persistent buffers, which a cast moves but does not round."""
+"""Tables for max_position_embeddings in non-persistent buffers, which a cast moves but does not round."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""ex02 with tables in ordinary non-persistent buffers: after a cast the next call makes new ones."""
+"""Tables in ordinary non-persistent buffers: after a cast the next call makes new ones."""
 
 import torch
 from torch import Tensor, nn

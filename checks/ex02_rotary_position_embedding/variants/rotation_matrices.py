@@ -1,4 +1,4 @@
-"""ex02 with explicit 2×2 matrices, made at construction and kept where casts do not reach; einsum attention."""
+"""Explicit 2×2 matrices, made at construction and kept where casts do not reach; attention by einsum."""
 
 import torch
 from torch import Tensor, einsum, nn

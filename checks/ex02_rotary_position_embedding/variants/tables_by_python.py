@@ -1,4 +1,4 @@
-"""ex02 with cosines and sines from Python's math, kept as numbers; inv_freq is in the state_dict though unused."""
+"""Cosines and sines from Python's math, kept as numbers; inv_freq is in the state_dict though unused."""
 
 import math
 

@@ -1,0 +1,252 @@
+"""Attention (2.4): the formula's output and gradients, every mask, padding, sizes and changed weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, halfway, is_tensor, requirement
+
+from .reference import MASK_DTYPES, NEAR, B, H, L, build, named, some_mask, some_x, turned
+
+PARAMETERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "o_proj.bias")
+
+
+def weights_of(attention: Any) -> dict[str, Tensor]:
+    """Copies of the layer's weights in float64, by their given names."""
+    return {name: attention.get_parameter(name).detach().double().clone() for name in PARAMETERS}
+
+
+def reference(
+    attention: Any,
+    x: Tensor,
+    mask: Tensor | None = None,
+    weights: dict[str, Tensor] | None = None,
+    heads: int = H,
+) -> Tensor:
+    """The formula in float64, with the layer's weights or those given."""
+    weights = weights or weights_of(attention)
+    positions = torch.arange(x.size(1))
+    q, k, v = (
+        (x.double() @ weights[f"{name}.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    scores = turned(q, positions) @ turned(k, positions).mT / q.size(-1) ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(mask == 0, float("-inf"))
+    context = scores.softmax(-1).nan_to_num(0.0) @ v
+    result: Tensor = context.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].T + weights["o_proj.bias"]
+    return result
+
+
+def attends(
+    close: Close, attention: Any, x: Tensor, mask: Tensor | None = None, hint: str = "", heads: int = H
+) -> None:
+    """The layer's output equals the formula's, in x's dtype."""
+    expected = reference(attention, x, mask, heads=heads).to(x.dtype)
+
+    output = attention(x) if mask is None else attention(x, mask)
+
+    close(output, expected, "attention(x)" if mask is None else "attention(x, mask)", tolerance=NEAR, hint=hint)
+
+
+@requirement("2.4")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
+def test_attention_leaves_its_inputs_alone(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype
+) -> None:
+    """x and mask are after the call what they were before."""
+    attention, x, pairs = build(subject).to(dtype), some_x(rng).to(dtype), some_mask((B, 1, L, L), rng)
+
+    for mask_dtype in MASK_DTYPES:
+        mask = pairs.to(mask_dtype)
+        before = x.clone(), mask.clone()
+
+        with torch.set_grad_enabled(dtype == torch.float64):
+            attention(x, mask)
+
+        close(x, before[0], "x after attention(x, mask)", tolerance=0, hint="x is written to")
+        close(
+            mask,
+            before[1],
+            f"mask of {named(mask_dtype)} after attention(x, mask)",
+            tolerance=0,
+            hint="mask is written to",
+        )
+
+
+@requirement("2.4")
+def test_values_are_not_turned(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Where all rows are the same, every weighted mean of the values is the value itself, at every position."""
+    x, attention = some_x(rng, 1).repeat(1, L, 1), build(subject)
+    weights = weights_of(attention)
+    expected = x @ weights["v_proj.weight"].T @ weights["o_proj.weight"].T + weights["o_proj.bias"]
+
+    output = attention(x)
+
+    hint = "all rows are the same: o_proj(v_proj(x)), values not turned, heads split and joined as [B, H, L, Dh]"
+    close(output, expected, "attention(x)", tolerance=1e-6, hint=hint)
+
+
+@requirement("2.4")
+def test_queries_and_keys_both_turn(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Four rows give the same alone as after three rows that nobody may attend to: only distances count."""
+    x, attention = some_x(rng, 7), build(subject)
+    mask = torch.arange(7).view(1, 1, 1, 7) >= 3
+
+    alone, later = attention(x[:, 3:], mask[..., 3:]), is_tensor(attention(x, mask), "attention(x, mask)")
+
+    hint = "the rows only stand three positions later than they do alone: do queries and keys both turn?"
+    close(
+        later[:, 3:], is_tensor(alone, "attention(x)").detach(), "attention(x, mask)[:, 3:]", tolerance=1e-4, hint=hint
+    )
+
+
+@requirement("2.4")
+def test_attention_equals_the_formula(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Without a mask, every position attends to every position."""
+    hint = "softmax(rope(q) rope(k)ᵀ / √Dh) v with heads split off as [B, H, L, Dh], joined again, then o_proj"
+    attends(close, build(subject), some_x(rng), hint=hint)
+
+
+@requirement("2.4")
+@pytest.mark.parametrize("kind", ["plain", "causal", "padding", "in eval"])
+def test_gradients_equal_the_formulas(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+    """Output, and the gradients of x and of every weight, equal the formula's."""
+    masks = {"causal": torch.ones(1, 1, 7, 7).tril() == 1, "padding": some_mask((B, 1, 1, 7), rng)}
+    mask, probe = masks.get(kind), some_x(rng, 7)
+    x = some_x(rng, 7).requires_grad_()
+    theirs = x.detach().clone().requires_grad_()
+    attention = build(subject).train(kind != "in eval")
+    weights = {name: weight.requires_grad_() for name, weight in weights_of(attention).items()}
+    expected = reference(attention, x, mask, weights)
+    (expected * probe).sum().backward()
+
+    output = is_tensor(attention(theirs) if mask is None else attention(theirs, mask), "attention(x)")
+
+    close(
+        output, expected, f"attention(x), {kind}", tolerance=NEAR, hint="a mask says 1 or true where a query may attend"
+    )
+    assert output.requires_grad, f"attention(x), {kind}: the output carries no gradient"
+    (output * probe).sum().backward()
+    hint = f"{kind}: the output agrees, its gradient does not: is something detached?"
+    close(theirs.grad, is_tensor(x.grad, "x.grad"), "backward: gradient of x", tolerance=1e-4, hint=hint)
+    for name, weight in weights.items():
+        wanted = is_tensor(weight.grad, name)
+        close(attention.get_parameter(name).grad, wanted, f"backward: gradient of {name}", tolerance=1e-4, hint=hint)
+
+
+@requirement("2.4")
+@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=named)
+def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Boolean and 0/1 masks of every dtype mean the same, whatever x's dtype is."""
+    mask = some_mask((B, 1, L, L), rng).to(dtype)
+
+    for of_x in (torch.float64, torch.float32):
+        hint = f"with a mask of {named(dtype)} for x in {named(of_x)}; 1 means: may attend"
+        attends(close, build(subject).to(of_x), some_x(rng).to(of_x), mask, hint=hint)
+
+
+@halfway
+@requirement("2.4")
+@pytest.mark.parametrize(
+    "shape",
+    [(B, 1, 1, L), (1, 1, L, L), (1, H, 1, L), (B, H, L, L), (B, 1, L, 1), (1, 1, 1, 1)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+    """Masks per batch row, head, query and key all work."""
+    attends(close, build(subject), some_x(rng), some_mask(shape, rng), hint=f"with a mask of shape {shape}")
+
+
+@requirement("2.4")
+@pytest.mark.parametrize("heads", [1, H], ids=["one mask for all heads", "one per head"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=named)
+def test_a_fully_masked_row_gives_the_bias(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, heads: int
+) -> None:
+    """A query that may attend to nothing has zero weights; its output is o_proj's bias, its gradient finite."""
+    mask = some_mask((B, heads, L, L), rng)
+    mask[0, :, 2] = mask[0, -1, 3] = mask[1] = False
+    x = some_x(rng).requires_grad_()
+    attention = build(subject)
+
+    output = is_tensor(attention(x, mask.to(dtype)), "attention(x, mask)")
+
+    hint = "a query that may attend to nothing (in one head, or in all) has zero weights, not NaN or a uniform row"
+    bias = attention.o_proj.bias.detach()
+    close(output[0, 2], bias, "attention(x, mask): a fully masked row", tolerance=1e-9, hint=hint)
+    close(output, reference(attention, x.detach(), mask), "attention(x, mask)", tolerance=NEAR, hint=hint)
+    output.sum().backward()
+    assert is_tensor(x.grad, "x.grad").isfinite().all(), f"backward: x's gradient is not finite\n{hint}"
+
+
+@requirement("2.4")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
+def test_padding_changes_nothing(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Masked rows give what their absence gives to the others, even if they hold 1e6."""
+    x = some_x(rng, 7).to(dtype)
+    mask = torch.arange(7).view(1, 1, 1, 7) < 4
+    attention = build(subject).to(dtype)
+    expected = reference(attention, x[:, :4])
+    x[:, 4:] = 1e6
+
+    output = is_tensor(attention(x, mask), "attention(x, mask)")
+
+    hint = "rows 4 and later hold 1e6 and are masked out; they reach the output"
+    close(output[:, :4].double(), expected, "attention(x, mask)[:, :4]", tolerance=NEAR, hint=hint)
+
+
+@requirement("2.4")
+def test_low_scores_are_not_masked_ones(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Where a query may attend to one key alone, that key has the whole weight, however low its score is."""
+    mask = torch.eye(L).view(1, 1, L, L)
+
+    hint = "x is 1000 times as large, and every query may attend to itself alone: a mask is no finite, small penalty"
+    attends(close, build(subject), 1000 * some_x(rng), mask, hint=hint)
+
+
+@requirement("2.4")
+def test_attention_of_strided_inputs(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A transposed x and an expanded mask are as good as copies."""
+    x, mask = some_x(rng).mT.contiguous().mT, some_mask((1, 1, L, 1), rng).expand(B, 1, L, L).mT
+
+    attends(close, build(subject), x, mask, hint="x is a transposed view here, mask an expanded one")
+
+
+@requirement("2.4")
+@pytest.mark.parametrize("length", [1, 4, 9])
+def test_attention_of_any_length(subject: Subject, close: Close, rng: torch.Generator, length: int) -> None:
+    """One row, as many as max_position_embeddings, and more than it."""
+    attends(close, build(subject, 4), some_x(rng, length), hint=f"{length} rows, max_position_embeddings=4")
+
+
+@requirement("2.4")
+@pytest.mark.parametrize(
+    ("batch", "length", "d_model", "heads"), [(3, 7, 20, 2), (5, 3, 24, 4), (1, 6, 14, 1), (3, 41, 10, 5)]
+)
+def test_attention_of_any_size(
+    subject: Subject, close: Close, rng: torch.Generator, batch: int, length: int, d_model: int, heads: int
+) -> None:
+    """Any batch, length, number of heads and size of a head, without a mask and with one per batch row and head."""
+    attention, x = build(subject, 64, d_model, heads), some_x(rng, length, batch, d_model)
+    hint = f"B={batch}, L={length}, D={d_model}, H={heads}, so Dh={d_model // heads}: is a size fixed in the code?"
+
+    attends(close, attention, x, hint=hint, heads=heads)
+    attends(close, attention, x, some_mask((batch, heads, length, length), rng), hint=hint, heads=heads)
+
+
+@requirement("2.4")
+def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A call after the weights have changed, in place or by loading, uses the new ones."""
+    x, attention = some_x(rng), build(subject)
+    attention(x)
+
+    with torch.no_grad():
+        for name in PARAMETERS:
+            attention.get_parameter(name).mul_(-0.7)
+    attends(close, attention, x, hint="the weights were changed in place before this call")
+    state = attention.state_dict()
+    attention.load_state_dict(state | {name: 1.3 * state[name] for name in PARAMETERS})
+    attends(close, attention, x, hint="the weights were loaded anew before this call")

@@ -1,0 +1,104 @@
+"""Bad input (2.8): odd dims, small seq_lens, bad d_models and masks are refused with the numbers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Subject, refuses, requirement
+
+from .reference import DH, B, H, L, build, rows, some_x
+
+
+@requirement("2.8")
+@pytest.mark.parametrize("dim", [7, 1])
+def test_an_odd_dim_is_refused(subject: Subject, dim: int) -> None:
+    """An odd dim has no pairs."""
+    refuses(ValueError, lambda: subject.RotaryPositionEmbedding(dim), f"RotaryPositionEmbedding({dim})", dim)
+    refuses(
+        ValueError,
+        lambda: subject.sinusoidal_position_embedding(23, dim),
+        f"sinusoidal_position_embedding(23, {dim})",
+        dim,
+    )
+
+
+@requirement("2.8")
+@pytest.mark.parametrize("seq_len", [13, 16, 0, -3])
+def test_a_small_seq_len_is_refused(subject: Subject, rng: torch.Generator, seq_len: int) -> None:
+    """A seq_len below the number of rows is refused with both numbers; 0 and -3 are numbers like any other."""
+    rope, x = subject.RotaryPositionEmbedding(DH), rows(rng, 17)
+
+    refuses(ValueError, lambda: rope(x, seq_len=seq_len), f"forward(17 rows, seq_len={seq_len})", seq_len, 17)
+
+
+@requirement("2.8")
+def test_a_small_seq_len_is_refused_later_too(subject: Subject, rng: torch.Generator) -> None:
+    """After a long call a small seq_len is refused as before."""
+    rope = subject.RotaryPositionEmbedding(DH)
+    rope(rows(rng, 23))
+
+    refuses(ValueError, lambda: rope(rows(rng, 17), 13), "forward(17 rows, seq_len=13)", 13, 17)
+
+
+@requirement("2.8")
+@pytest.mark.parametrize(("d_model", "heads"), [(10, 4), (3, 6)])
+def test_a_bad_d_model_is_refused(subject: Subject, d_model: int, heads: int) -> None:
+    """A d_model that num_heads does not divide is refused with both numbers."""
+    what = f"MultiHeadAttentionWithRoPE({d_model}, {heads})"
+    refuses(ValueError, lambda: subject.MultiHeadAttentionWithRoPE(d_model, heads), what, d_model, heads)
+
+
+@requirement("2.8")
+def test_an_odd_head_is_refused(subject: Subject) -> None:
+    """A head with an odd number of features has no pairs either."""
+    what = "MultiHeadAttentionWithRoPE(15, 3)"
+    refuses(ValueError, lambda: subject.MultiHeadAttentionWithRoPE(15, 3), what, 5)  # 15 has a 5 too: either will do
+
+
+BAD_MASKS = [
+    (L, L),
+    (B, L),
+    (L,),
+    (B, 1, L),
+    (1, B, 1, 1, L),
+    (B, 1, 1, L + 1),
+    (B + 1, 1, 1, L),
+    (B, H - 1, 1, L),
+    (B, 1, L + 1, L),
+]
+
+
+@requirement("2.8")
+@pytest.mark.parametrize("shape", BAD_MASKS, ids=lambda shape: "x".join(map(str, shape)))
+def test_a_mask_of_a_bad_shape_is_refused(subject: Subject, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+    """A mask without 4 dimensions, or whose sizes do not fit, is refused with both shapes."""
+    refuses_mask(build(subject), some_x(rng), shape)
+
+
+@requirement("2.8")
+@pytest.mark.parametrize(
+    "shape", [(B, 1, 1, L), (1, 3, 1, L), (1, 1, 3, 1), (1, 1, 1, 3)], ids=["batch", "heads", "queries", "keys"]
+)
+def test_a_mask_that_would_enlarge_the_scores_is_refused(
+    subject: Subject, rng: torch.Generator, shape: tuple[int, ...]
+) -> None:
+    """A size of 1 in the scores is not stretched by the mask."""
+    x = some_x(rng, L if L in shape else 1, batch=1)
+
+    refuses_mask(build(subject, heads=1), x, shape, heads=1)
+
+
+@requirement("2.8")
+def test_a_bad_mask_is_refused_where_lengths_coincide(subject: Subject, rng: torch.Generator) -> None:
+    """A [B, L] mask is refused also where B = L, so that it would broadcast."""
+    refuses_mask(build(subject), some_x(rng, B), (B, B))
+
+
+def refuses_mask(attention: Any, x: Tensor, shape: tuple[int, ...], heads: int = H) -> None:
+    """The layer refuses a mask of this shape, with the mask's shape and that of the scores."""
+    scores = (x.size(0), heads, x.size(1), x.size(1))
+    what = f"attention with a mask of shape {shape} for scores of shape {scores}"
+    printed = (", ".join(map(str, sizes)) for sizes in (shape, scores))
+    refuses(ValueError, lambda: attention(x, torch.ones(shape)), what, *printed)

@@ -1,0 +1,89 @@
+"""The comparison (2.5): the sinusoidal embedding, and how far a shift changes the scores of both."""
+
+from math import cos, sin
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, is_tensor, requirement
+
+from .reference import NEAR, angles_of
+
+
+def sinusoidal(positions: Tensor, dim: int) -> Tensor:
+    """The paper's embedding in float64: [L, dim]."""
+    angles = angles_of(positions, dim)
+    out = torch.empty(len(positions), dim, dtype=torch.float64)
+    out[:, 0::2], out[:, 1::2] = angles.sin(), angles.cos()
+    return out
+
+
+@requirement("2.5")
+def test_sinusoidal_by_hand(subject: Subject, close: Close) -> None:
+    """Positions 0 and 1 with dim 4: the frequencies are 1 and 0.01."""
+    expected = torch.tensor([[0, 1, 0, 1], [sin(1), cos(1), sin(0.01), cos(0.01)]], dtype=torch.float64)
+
+    table = is_tensor(subject.sinusoidal_position_embedding(2, 4), "sinusoidal_position_embedding(2, 4)")
+
+    hint = "sin stands at the even features, cos at the odd ones: [sin 1, cos 1, sin 0.01, cos 0.01] at position 1"
+    close(table.double(), expected, "sinusoidal_position_embedding(2, 4)", tolerance=NEAR, hint=hint)
+
+
+@requirement("2.5")
+@pytest.mark.parametrize(("seq_len", "dim"), [(1, 2), (7, 6), (61, 14)])
+def test_sinusoidal_equals_the_paper(subject: Subject, close: Close, seq_len: int, dim: int) -> None:
+    """Feature 2i is sin(p / 10000**(2i/dim)), feature 2i + 1 its cosine."""
+    expected = sinusoidal(torch.arange(seq_len), dim)
+
+    table = is_tensor(subject.sinusoidal_position_embedding(seq_len, dim), "sinusoidal_position_embedding")
+
+    close(table.double(), expected, f"sinusoidal_position_embedding({seq_len}, {dim})", tolerance=NEAR,
+          hint="features 2i and 2i + 1 share the frequency 10000**(-2i/dim)")  # fmt: skip
+
+
+@requirement("2.5")
+@pytest.mark.parametrize(
+    "arguments", [{}, {"seq_len": 11, "dim": 6, "shift": 5}, {"seq_len": 9, "dim": 14, "shift": 31}], ids=len
+)
+def test_comparison_is_measured(subject: Subject, arguments: dict[str, int]) -> None:
+    """The sinusoidal change is what this check measures; the rotary change is near 0, but not 0."""
+    seq_len, dim, shift = ({"seq_len": 64, "dim": 32, "shift": 16} | arguments).values()
+    query, key = torch.randn(2, dim, generator=torch.Generator().manual_seed(0)).double()
+    table = sinusoidal(torch.arange(seq_len + shift), dim)
+    scores = (query + table) @ (key + table).T
+    expected = float((scores[shift:, shift:] - scores[:seq_len, :seq_len]).abs().max())
+
+    result = subject.compare_position_embeddings(**arguments)
+
+    what = f"compare_position_embeddings({', '.join(f'{name}={value}' for name, value in arguments.items())})"
+    assert isinstance(result, dict) and set(result) == {"rope", "sinusoidal"}, (
+        f"{what}: {result!r} came, a dict with the keys 'rope' and 'sinusoidal' was wanted"
+    )
+    for name, value in result.items():
+        assert type(value) in (int, float), f"{what}: {name} is a {type(value).__name__}, a Python float was wanted"
+    assert abs(result["sinusoidal"] - expected) <= 1e-3, (
+        f"{what}: sinusoidal {result['sinusoidal']:.4f} came, {expected:.4f} was wanted\n"
+        "the largest absolute change of (query + table[i]) · (key + table[j]) over all pairs, if i and j move by shift"
+    )
+    assert result["rope"] <= 1e-3, (
+        f"{what}: rope {result['rope']:.4g} came; turned scores depend on the distance alone, so at most 1e-3"
+    )
+    assert result["rope"] > 0, (
+        f"{what}: rope is {result['rope']}; float arithmetic alone makes it differ from 0: was anything turned?"
+    )
+    assert result["rope"] != round(result["rope"], 12), (
+        f"{what}: rope is {result['rope']!r}, a round number; what is measured is not rounded"
+    )
+
+
+@requirement("2.5")
+def test_comparison_depends_on_its_arguments(subject: Subject) -> None:
+    """The rotary change is a rounding error, and so not the same for every length, dim and shift."""
+    compare = subject.compare_position_embeddings
+
+    ropes = {compare(*sizes)["rope"] for sizes in ((7, 4, 3), (23, 32, 40), (11, 130, 200))}
+
+    assert len(ropes) > 1, (
+        f"compare_position_embeddings: rope is {ropes} for every seq_len, dim and shift\nmeasure it, as for sinusoidal"
+    )

@@ -1,0 +1,73 @@
+"""Decoding (2.6): seq_len says where the rows stand, also beyond max_position_embeddings."""
+
+from math import cos, sin
+
+import pytest
+import torch
+
+from harness.testing import Close, Subject, is_tensor, requirement
+
+from .reference import DH, NEAR, agree, rows
+
+
+@requirement("2.6")
+def test_seq_len_by_hand(subject: Subject, close: Close) -> None:
+    """With seq_len 7 two rows stand at positions 5 and 6."""
+    x = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]], dtype=torch.float64)
+    expected = torch.tensor([[[[cos(5), sin(5)], [cos(6), sin(6)]]]], dtype=torch.float64)
+
+    turned_rows = is_tensor(subject.RotaryPositionEmbedding(2)(x, seq_len=7), "forward(2 rows, seq_len=7)")
+
+    hint = "seq_len counts the positions up to and including the last row: these rows stand at 5 and 6"
+    close(turned_rows.double(), expected, "forward([1, 0] twice, seq_len=7)", tolerance=NEAR, hint=hint)
+
+
+@requirement("2.6")
+@pytest.mark.parametrize(
+    "sizes",
+    [(5, 1, 1, 1), (1, 1, 1, 1), (4, 3, 2, 5), (11,)],
+    ids=["one token at a time", "no prefill", "several", "prefill only"],
+)
+@pytest.mark.parametrize("expected_positions", [6, 64])
+def test_decoding_gives_the_full_pass(
+    subject: Subject, close: Close, rng: torch.Generator, expected_positions: int, sizes: tuple[int, ...]
+) -> None:
+    """A prefill, then some tokens at a time, gives the rows of the full pass, beyond max_position_embeddings too."""
+    x, end = rows(rng, sum(sizes)), 0
+    rope = subject.RotaryPositionEmbedding(DH, expected_positions)
+
+    for size in sizes:
+        start, end = end, end + size
+        hint = f"positions {start} … {end - 1}, max_position_embeddings={expected_positions}"
+        agree(close, rope, x[:, :, start:end], end, hint=hint)
+
+
+@requirement("2.6")
+@pytest.mark.parametrize("seq_len", [8, 9, 16, 17, 63, 5001])
+def test_the_first_call_may_be_late(subject: Subject, close: Close, rng: torch.Generator, seq_len: int) -> None:
+    """A module that has seen nothing turns a row of a late position, also beyond max_position_embeddings."""
+    rope = subject.RotaryPositionEmbedding(DH, 8)
+
+    agree(
+        close,
+        rope,
+        rows(rng, 1),
+        seq_len,
+        hint=f"the first call of a module with max_position_embeddings=8 is for position {seq_len - 1}",
+        tolerance=NEAR if seq_len <= 64 else 2e-2,  # float32 angles may be off by 5e-3 here
+    )
+
+
+@requirement("2.6")
+def test_two_sequences_take_turns(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The position comes from seq_len alone, not from what was called before."""
+    rope = subject.RotaryPositionEmbedding(DH, 8)
+
+    for seq_len in (12, 3, 13, 4, 4, 14):
+        agree(
+            close,
+            rope,
+            rows(rng, 1),
+            seq_len,
+            hint="two sequences are decoded in turn: seq_len alone says where a row stands",
+        )

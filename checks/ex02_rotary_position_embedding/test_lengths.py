@@ -1,0 +1,226 @@
+"""Variable lengths (2.3): any order of lengths and dtypes, no cosine twice, another device, the state_dict."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, is_tensor, requirement
+
+from .reference import DH, DTYPES, LOOSE, NEAR, D, H, L, Turns, agree, build, named, rows, some_x
+
+
+def agree_without_turns(close: Close, rope: Any, x: Tensor, after: str, tolerance: float = NEAR) -> None:
+    """forward is right, and computes no cosine or sine."""
+    turns = Turns()
+    agree(close, rope, x, tolerance=tolerance, inside=turns)
+    none_seen(turns, f"forward({x.size(-2)} rows of {named(x.dtype)}) {after}")
+
+
+def none_seen(turns: Turns, what: str) -> None:
+    """Fails if any cosine or sine was computed."""
+    seen = [
+        f"{name} ({count} {'calls' if '.' in name else 'elements'})"
+        for name, count in sorted(turns.seen.items())
+        if count
+    ]
+    hint = "keep cosines and sines for all positions so far: a shorter call takes a slice, another dtype the same table"
+    assert not seen, f"{what}: computes {' and '.join(seen)} again\n{hint}"
+
+
+@requirement("2.3")
+@pytest.mark.parametrize("expected_positions", [4, 64])
+def test_lengths_in_any_order(subject: Subject, close: Close, rng: torch.Generator, expected_positions: int) -> None:
+    """One module is right for longer and shorter inputs after each other, within max_position_embeddings and beyond."""
+    rope = subject.RotaryPositionEmbedding(DH, expected_positions)
+    lengths = (3, 9, 5, 23, 1, 9, 40)
+
+    for index, length in enumerate(lengths):
+        agree(close, rope, rows(rng, length), hint=f"the same module has served {list(lengths[:index])} rows before")
+
+
+@requirement("2.3")
+@pytest.mark.parametrize("first", DTYPES, ids=named)
+def test_dtypes_in_any_order(subject: Subject, close: Close, rng: torch.Generator, first: torch.dtype) -> None:
+    """A call in one dtype leaves nothing behind that changes the next one in another."""
+    rope = subject.RotaryPositionEmbedding(DH, 4)
+
+    for dtype in (first, torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32):
+        hint = f"the same module was called in {named(first)} first: a table in x's dtype must not serve other dtypes"
+        agree(close, rope, rows(rng, L, dtype), hint=hint, tolerance=LOOSE.get(dtype, NEAR))
+
+
+@requirement("2.3")
+def test_modules_do_not_share_what_differs(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Modules of other dims and bases, called before, change nothing."""
+    for dim, base in ((DH + 2, 10000), (DH, 50), (DH, 10000.0)):
+        rope = subject.RotaryPositionEmbedding(dim, 16, base)
+        x = rows(rng, L, dim=dim)
+        if base == 10000:
+            agree(close, rope, x, hint="modules of another dim or base were called before: is a cache shared by all?")
+        else:
+            rope(x)
+
+
+@requirement("2.3")
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
+@pytest.mark.parametrize("expected_positions", [4, 64])
+def test_a_second_call_computes_no_cosine_again(
+    subject: Subject, close: Close, rng: torch.Generator, expected_positions: int, mode: Callable[[], Any]
+) -> None:
+    """The same length again costs no cosine or sine, also beyond max_position_embeddings and at inference."""
+    rope = subject.RotaryPositionEmbedding(DH, expected_positions)
+
+    with mode():
+        rope(rows(rng, 23))
+        agree_without_turns(close, rope, rows(rng, 23), after=f"after the same call, in {mode.__name__}")
+
+
+@requirement("2.3")
+@pytest.mark.parametrize("expected_positions", [4, 64])
+def test_shorter_calls_compute_no_cosine_again(
+    subject: Subject, close: Close, rng: torch.Generator, expected_positions: int
+) -> None:
+    """Once 23 positions are known, none of them costs a cosine or sine again, in whatever shapes they come."""
+    rope = subject.RotaryPositionEmbedding(DH, expected_positions)
+    rope(rows(rng, 3))
+    rope(rows(rng, 23))
+
+    for length in (9, 3, 23, 1, 22, 23):
+        agree_without_turns(close, rope, rows(rng, length), after="after a call with 23 rows")
+    agree_without_turns(close, rope, rows(rng, 9)[:1, :2], after="with another batch size and fewer heads")
+    agree_without_turns(close, rope.eval(), rows(rng, 9), after="after eval()")
+    agree_without_turns(close, rope.train(), rows(rng, 9), after="after train()")
+
+
+@requirement("2.3")
+@pytest.mark.parametrize("first", DTYPES, ids=named)
+def test_other_dtypes_compute_no_cosine_again(
+    subject: Subject, close: Close, rng: torch.Generator, first: torch.dtype
+) -> None:
+    """A table made in a call of one dtype serves every other dtype."""
+    rope = subject.RotaryPositionEmbedding(DH, 4)
+    rope(rows(rng, 23, first))
+
+    for dtype in (*DTYPES, first):
+        x, tolerance = rows(rng, 9, dtype), LOOSE.get(dtype, NEAR)
+        agree_without_turns(close, rope, x, after=f"after a call with 23 rows of {named(first)}", tolerance=tolerance)
+
+
+@requirement("2.3")
+def test_decoding_computes_no_cosine_again(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """After decoding one token at a time, the next sequence of that length costs no cosine or sine."""
+    rope = subject.RotaryPositionEmbedding(DH, 4)
+    x = rows(rng, 13)
+    for position in range(13):
+        rope(x[:, :, position : position + 1], seq_len=position + 1)
+
+    agree_without_turns(close, rope, x, after="after 13 steps of decoding")
+    for last in (1, 13, 7):
+        with Turns() as turns:
+            rope(x[:, :, last - 1 : last], seq_len=last)
+        none_seen(turns, f"forward(1 row, seq_len={last}) after 13 steps of decoding")
+
+
+@requirement("2.3")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=named)
+def test_a_cast_module_computes_no_cosine_twice(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype
+) -> None:
+    """A cast may cost a new table once, not in every later call."""
+    rope = subject.RotaryPositionEmbedding(DH, 64).to(dtype)
+    rope(rows(rng, 23, dtype))
+
+    after = f"after a call with 23 rows in a module cast to {named(dtype)}"
+    agree_without_turns(close, rope, rows(rng, 9), after, tolerance=LOOSE[torch.bfloat16])
+
+
+@requirement("2.3")
+def test_attention_computes_no_cosine_again(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A second call of the attention layer costs no cosine or sine, whatever the length below."""
+    attention = build(subject)
+    attention(some_x(rng, 9))
+    x = some_x(rng, 7)
+
+    with Turns() as turns:
+        attention(x)
+
+    none_seen(turns, "attention(7 rows) after a call with 9 rows")
+    agree(close, attention.rotary_emb, rows(rng, 7, dim=D // H), hint="this is the attention layer's rotary_emb")
+
+
+@contextmanager
+def autocast_on_meta() -> Iterator[None]:
+    """Lets autocast take the meta device, which it does not know, so that it may be named by a tensor's device type."""
+    init = torch.autocast.__init__
+
+    def lenient(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        init(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    with mock.patch.object(torch.autocast, "__init__", lenient):
+        yield
+
+
+@requirement("2.3")
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called before"])
+def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Generator, called: bool) -> None:
+    """On another device nothing of the first one is left; the meta device stands in for one."""
+    x = rows(rng, 9)
+    agree(close, subject.RotaryPositionEmbedding(DH, 4), x)
+    rope = subject.RotaryPositionEmbedding(DH, 4)
+    if called:
+        rope(x)
+
+    with autocast_on_meta():
+        moved = is_tensor(rope.to("meta")(x.to("meta")), "forward(x) on meta")
+
+    assert moved.device.type == "meta", (
+        f"forward(x) on meta: the result is on {moved.device}; a table of the first device is left"
+    )
+    assert moved.shape == x.shape, f"forward(x) on meta: shape {tuple(moved.shape)} came, {tuple(x.shape)} was wanted"
+    hint = "a module on the meta device was called before: is a cache shared between devices?"
+    agree(close, subject.RotaryPositionEmbedding(DH, 4), x, hint=hint)
+
+
+@requirement("2.3")
+def test_attention_may_be_moved(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """So may the attention layer, with a mask."""
+    x, causal = some_x(rng, 7), torch.ones(1, 1, 7, 7).tril()
+    agree(close, build(subject).rotary_emb, rows(rng, 7, dim=D // H), hint="this is the attention layer's rotary_emb")
+    attention = build(subject).to("meta")
+
+    with autocast_on_meta():
+        output = is_tensor(attention(x.to("meta"), causal.to("meta")), "attention(x, mask) on meta")
+
+    assert output.device.type == "meta", f"attention(x, mask) on meta: the result is on {output.device}"
+    came, wanted = tuple(output.shape), tuple(x.shape)
+    assert came == wanted, f"attention(x, mask) on meta: shape {came} came, {wanted} was wanted"
+
+
+@requirement("2.3")
+@pytest.mark.parametrize("layer", ["rotation", "attention"])
+def test_state_dict_holds_no_positions(subject: Subject, close: Close, rng: torch.Generator, layer: str) -> None:
+    """The state_dict is the same whatever max_position_embeddings is and whatever lengths were seen, and loads."""
+    agree(close, subject.RotaryPositionEmbedding(DH, 4), rows(rng, 9))
+    few, many = (
+        subject.RotaryPositionEmbedding(DH, size) if layer == "rotation" else build(subject, size) for size in (4, 16)
+    )
+    before = {name: value.clone() for name, value in few.state_dict().items()}
+    few(rows(rng, 40) if layer == "rotation" else some_x(rng, 40))
+
+    hint = "tables of positions are plain attributes or buffers with persistent=False"
+    for state, what in (
+        (few.state_dict(), "after a call with 40 rows"),
+        (many.state_dict(), "with another max_position_embeddings"),
+    ):
+        assert state.keys() == before.keys(), (
+            f"state_dict {what}: keys {sorted(state)} came, {sorted(before)} were wanted\n{hint}"
+        )
+        for name, value in state.items():
+            close(value, before[name], f"state_dict {what}: {name}", tolerance=0, hint=hint)

@@ -1,0 +1,172 @@
+"""Precision (2.7): float32 or better after casts, x's dtype, inference before training, gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, is_tensor, requirement
+
+from .reference import DH, DTYPES, FAR, LOOSE, MASK_DTYPES, NEAR, B, L, build, named, rows, some_mask, some_x, turned
+
+# What rounding to a dtype may change, relative to the value.
+ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+def legs(rng: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """4,001 rows of dim 8 whose pairs are at most 1 long, with one leg in heads 0 and 1, with two in head 2."""
+    x = torch.zeros(1, 3, 4001, 8, dtype=torch.float64)
+    sizes = 0.75 + 0.25 * torch.rand(2, 4001, 4, generator=rng, dtype=torch.float64)
+    x[0, 0, :, :4], x[0, 1, :, 4:] = sizes[0], -sizes[1]
+    x[0, 2, :, :4], x[0, 2, :, 4:] = 0.7 * sizes[1], -0.7 * sizes[0]
+    return x.to(dtype)
+
+
+def precise(rope: Any, x: Tensor, what: str) -> None:
+    """forward is as near to float64 as the docstring asks for, in x's dtype."""
+    actual = is_tensor(rope(x), what).detach()
+
+    assert actual.dtype == x.dtype, f"{what}: the result is {named(actual.dtype)}; it has x's dtype, {named(x.dtype)}"
+    for positions, limit in ((torch.arange(64), NEAR), (torch.arange(3980, 4001), FAR)):
+        expected = turned(x[:, :, positions], positions)
+        gap = (actual[:, :, positions].double() - expected).abs()
+        excess = (gap - 1.01 * ROUNDING.get(x.dtype, 0) * expected.abs() - limit).nan_to_num(torch.inf).amax((0, 1, 3))
+        worst = int(excess.argmax())
+        assert excess[worst] <= 0, (
+            f"{what}: off by {gap[:, :, worst].max():.2g} at position {positions[worst]}; {limit:g} is asked for"
+            f"{' beside the rounding of the result' if x.dtype in ROUNDING else ''}\n"
+            "cosines and sines, and what they are made from, stay float32 or better whatever the module or x is cast to"
+            "; the result alone is rounded, once"
+        )
+
+
+@requirement("2.7")
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_the_result_has_xs_dtype(subject: Subject, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """forward and apply_rotary_pos_emb give x's dtype, not that of the table."""
+    rope = subject.RotaryPositionEmbedding(DH)
+    x = rows(rng, L, dtype)
+
+    tables = (torch.float32, torch.float64) if dtype in (torch.float32, torch.float64) else (torch.float32,)
+    results = {"forward(x)": rope(x)} | {
+        f"apply_rotary_pos_emb(x, cos and sin in {named(table)})": rope.apply_rotary_pos_emb(
+            x, torch.zeros(L, DH, dtype=table), torch.ones(L, DH, dtype=table)
+        )
+        for table in tables
+    }
+
+    for what, result in results.items():
+        came = is_tensor(result, what).dtype
+        assert came == dtype, (
+            f"{what} of {named(dtype)}: {named(came)} came, {named(dtype)} was wanted\ncast the result, not the table"
+        )
+
+
+@requirement("2.7")
+@pytest.mark.parametrize(
+    "casts",
+    [(), (torch.bfloat16, torch.float32), (torch.bfloat16,), (torch.float16,), (torch.float64,)],
+    ids=lambda casts: " then ".join(map(named, casts)) or "no cast",
+)
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called before"])
+def test_a_float32_call_is_precise(
+    subject: Subject, rng: torch.Generator, casts: tuple[torch.dtype, ...], called: bool
+) -> None:
+    """A float32 call keeps its precision after every cast of the module, before and after its first call."""
+    rope, x = subject.RotaryPositionEmbedding(8, 4096), legs(rng, torch.float32)
+    if called:
+        rope(x[:, :, :5])
+
+    for dtype in casts:
+        rope = rope.to(dtype)
+
+    precise(rope, x, f"forward in float32{''.join(f' after .to({named(dtype)})' for dtype in casts)}")
+
+
+@requirement("2.7")
+@pytest.mark.parametrize("cast", [False, True], ids=["module not cast", "module cast"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=named)
+def test_a_half_precision_call_is_precise(
+    subject: Subject, rng: torch.Generator, dtype: torch.dtype, cast: bool
+) -> None:
+    """In half precision only the rounding of the result is lost."""
+    rope = subject.RotaryPositionEmbedding(8, 4096)
+
+    precise(rope.to(dtype) if cast else rope, legs(rng, dtype), f"forward in {named(dtype)}")
+
+
+@requirement("2.7")
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
+@pytest.mark.parametrize("expected_positions", [4, 64])
+def test_inference_first_training_later(
+    subject: Subject, close: Close, rng: torch.Generator, mode: Callable[[], Any], expected_positions: int
+) -> None:
+    """What the first call keeps, made in inference_mode, serves training."""
+    rope = subject.RotaryPositionEmbedding(DH, expected_positions)
+    with mode():
+        rope(rows(rng, 9))
+
+    differentiates(
+        close,
+        rope,
+        rng,
+        9,
+        hint=f"the first call was in {mode.__name__}: a tensor made there must not be kept for training",
+    )
+
+
+@requirement("2.7")
+def test_attention_infers_first_and_trains_later(subject: Subject, rng: torch.Generator) -> None:
+    """So does the attention layer."""
+    attention, x, causal = build(subject, 4), some_x(rng, 9), torch.ones(1, 1, 9, 9).tril()
+    with torch.inference_mode():
+        attention.eval()(x, causal)
+
+    is_tensor(attention.train()(x, causal), "attention(x, mask)").sum().backward()
+
+    some = any(parameter.grad is not None for parameter in attention.parameters())
+    assert some, "attention(x, mask), first in inference_mode, then in training: no weight gets a gradient"
+
+
+@requirement("2.7")
+def test_gradients_flow_step_after_step(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The gradient is the probe turned back; a second step works like the first."""
+    rope = subject.RotaryPositionEmbedding(DH)
+
+    for hint in ("in the first step: is x detached?", "in the second step: is a graph kept between calls?"):
+        differentiates(close, rope, rng, L, hint=hint)
+    for dtype in DTYPES:
+        differentiates(close, rope, rng, L, hint=f"x is {named(dtype)}: is it detached?", dtype=dtype)
+    rope.eval()
+    differentiates(close, rope, rng, L, hint="in eval mode; only no_grad switches gradients off")
+
+
+def differentiates(
+    close: Close, rope: Any, rng: torch.Generator, length: int, hint: str, dtype: torch.dtype = torch.float64
+) -> None:
+    """The gradient that reaches x is the one that was sent, turned back."""
+    x, probe = rows(rng, length, dtype).requires_grad_(), rows(rng, length, dtype)
+    expected = turned(probe, -torch.arange(length))
+
+    output = is_tensor(rope(x), "forward(x)")
+    assert output.requires_grad, f"forward(x): the result carries no gradient\n{hint}"
+    (output * probe).sum().backward()
+
+    gradient = is_tensor(x.grad, "x.grad", hint).double()
+    close(gradient, expected, "backward: gradient of x", tolerance=LOOSE.get(dtype, NEAR), hint=hint)
+
+
+@requirement("2.7")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=named)
+def test_attention_keeps_xs_dtype(subject: Subject, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """A layer cast to a dtype takes it and gives it, with every mask: the mask's dtype is no matter."""
+    attention, x, pairs = build(subject).to(dtype), some_x(rng).to(dtype), some_mask((B, 1, L, L), rng)
+
+    for masked in (None, *MASK_DTYPES):
+        output = is_tensor(attention(x, *([pairs.to(masked)] if masked else [])), "attention(x)")
+
+        what = f"attention(x{f', mask of {named(masked)}' if masked else ''}) in {named(dtype)}"
+        assert output.dtype == dtype, f"{what}: {named(output.dtype)} came, {named(dtype)} was wanted"
+        assert output.isfinite().all(), f"{what}: not finite"
