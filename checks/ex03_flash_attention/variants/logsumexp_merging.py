@@ -2,15 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakSet, finalize
 
 import torch
-from torch import Tensor, UntypedStorage, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
 
 def hidden(
@@ -148,40 +145,3 @@ def benchmark_attention(seq_lengths: Sequence[int], d_model: int = 512, num_head
         row["max_abs_error"] = float((outputs[0] - outputs[1]).abs().max())
         rows.append(row)
     return rows
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes of tensor storage that `function()` holds at once, of those that it makes itself.
-
-    Given; no need to change.
-    """
-    with _Allocations() as seen:
-        function()
-    return seen.peak
-
-
-class _Allocations(TorchDispatchMode):
-    """Follows every storage that is made while it is on, for as long as the storage lives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known: WeakSet[UntypedStorage] = WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._known.update(_storages((args, kwargs)))
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if storage not in self._known:
-                self._known.add(storage)
-                self.alive += storage.nbytes()
-                self.peak = max(self.peak, self.alive)
-                finalize(storage, self._forget, storage.nbytes()).atexit = False
-        return result
-
-    def _forget(self, size: int) -> None:
-        self.alive -= size
-
-
-def _storages(values: Any) -> list[UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -1,0 +1,140 @@
+"""Too much memory (3.1) and too much work (3.5)."""
+
+from harness.model.bank import Mistake
+
+OUTPUT = "        output = torch.zeros_like(q, dtype=work)  # [BH, N, Dh]\n"
+LOWEST = "            maximum = torch.full_like(total, torch.finfo(work).min)\n"
+WEIGHTS = "                weights = scores.sub_(new_maximum).exp2_()\n"
+DIAGONAL = "        self.diagonal = self.m - self.n if causal else None\n"
+EXPANDED = "        self.mask = None if mask is None else mask.expand(*self.leading, self.n, self.m)\n"
+ROWS = "        return self._slices(self.n)\n"
+COLUMNS = "        return self._slices(self.m if self.diagonal is None else min(self.m, rows.stop + self.diagonal))\n"
+BUFFER = "        return torch.empty(self.leading.numel() * n * m, dtype=dtype, device=self.device)\n"
+
+MISTAKES = [
+    # 3.1: memory
+    Mistake(
+        "standard_attention",
+        "3.1",
+        "N·M is",
+        (
+            "        return _BlockwiseAttention.apply(Q, K, V, mask, causal, self.scale, self.block_size)\n",
+            """\
+        scores = (Q @ K.mT * self.scale).to(torch.promote_types(Q.dtype, torch.float32))
+        allowed = torch.ones(Q.size(2), K.size(2), dtype=torch.bool, device=Q.device)
+        if causal:
+            allowed = allowed.tril(K.size(2) - Q.size(2))
+        if mask is not None:
+            allowed = allowed & (mask != 0)
+        weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1) * allowed
+        logsumexp = scores.masked_fill(~allowed, -math.inf).logsumexp(-1)
+        return (weights @ V.to(weights.dtype)).to(Q.dtype), logsumexp.detach()
+""",
+        ),
+    ),
+    Mistake(
+        "mask_expanded_in_memory",
+        "3.1",
+        "an expanded view costs nothing",
+        (EXPANDED, EXPANDED.replace("self.m)\n", "self.m).contiguous()\n")),
+    ),
+    Mistake(
+        "mask_as_full_bias",
+        "3.1",
+        "an expanded view costs nothing",
+        (EXPANDED, EXPANDED.replace("self.m)\n", "self.m) != 0\n")),
+    ),
+    Mistake(
+        "causal_mask_of_all_pairs",
+        "3.1",
+        "causal",
+        (
+            DIAGONAL,
+            DIAGONAL
+            + """\
+        if causal:
+            tril = torch.ones(self.n, self.m, device=Q.device).tril(self.m - self.n)
+            mask = tril if mask is None else mask * tril
+""",
+        ),
+    ),
+    Mistake(
+        "query_blocks_times_all_keys",
+        "3.1",
+        "block_size·M is",
+        (
+            COLUMNS,
+            """\
+        stop = self.m if self.diagonal is None else min(self.m, rows.stop + self.diagonal)
+        return iter([slice(0, stop)] if stop > 0 else [])
+""",
+        ),
+        (BUFFER, BUFFER.replace("n * m", "n * self.m")),
+        only=True,
+    ),
+    Mistake(
+        "all_queries_times_key_blocks",
+        "3.1",
+        "at most 2048",
+        (ROWS, "        return iter([slice(0, self.n)])\n"),
+        (BUFFER, BUFFER.replace("n * m", "self.n * m")),
+    ),
+    Mistake("block_size_ignored", "3.1", "block_size = 2", (DIAGONAL, "        self.size = 128\n" + DIAGONAL)),
+    Mistake(
+        "weights_kept_at_inference",
+        "3.1",
+        "2.2 times",
+        (OUTPUT, OUTPUT + "        kept = []\n"),
+        (WEIGHTS, WEIGHTS + "                kept.append(weights.clone())\n"),
+    ),
+    Mistake(
+        "mask_converted_whole",
+        "3.1",
+        "flash_attention_forward, mask: a tensor",
+        ("mask.expand", "mask.bool().expand"),
+        only=True,
+    ),
+    # 3.5: work
+    Mistake(
+        "causal_computes_every_block",
+        "3.5",
+        "1.00 of the exponentials",
+        (COLUMNS, "        return self._slices(self.m)\n"),
+        only=True,
+    ),
+    Mistake(
+        "row_by_row",
+        "3.5",
+        "loop over its rows",
+        (ROWS, "        return (slice(i, i + 1) for i in range(self.n))\n"),
+        only=True,
+    ),
+    Mistake(
+        "key_by_key",
+        "3.5",
+        "loop over its rows",
+        (
+            COLUMNS,
+            """\
+        stop = self.m if self.diagonal is None else min(self.m, rows.stop + self.diagonal)
+        return (slice(j, j + 1) for j in range(stop))
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "earlier_blocks_visited_again",
+        "3.5",
+        "visit each pair of blocks once",
+        (
+            LOWEST,
+            LOWEST
+            + """\
+            for _ in range(rows.start // blocks.size * 4):
+                for columns in blocks.columns(rows):
+                    q_rows @ k[:, columns].to(work).mT
+""",
+        ),
+        only=True,
+    ),
+]

@@ -1,0 +1,130 @@
+"""Memory (3.1): no tensor of all pairs, a peak that grows linearly; work (3.5): exponentials and operations counted."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, Trace, requirement
+
+from .reference import BLOCK, CALL, EXACT, SLIM, WIDE, _Elements, attend, call, reference, standard, wide
+
+# 3.1 memory
+
+
+@requirement("3.1")
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "key_mask", "query_mask"])
+def test_no_block_is_larger_than_asked_for(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+    """At inference nothing larger than a block of scores is made, from masks neither."""
+    block, blocks = (2, (3, 3)) if kind == "plain" else (WIDE, {"key_mask": (1, 9), "query_mask": (9, 1)}.get(kind))
+    n, m = (block * number for number in blocks or (3, 3))
+    attention, given = wide(subject, rng, n, m, block)
+    pairs = (torch.arange(n).view(1, 1, n, 1) + torch.arange(m)) % 3 != 1
+    masks = {"mask": pairs.float(), "key_mask": pairs[:, :, :1], "query_mask": torch.ones(1, 1, n, 1)}
+    expected = reference(given, mask=masks.get(kind), causal=kind == "causal")[0].float()
+
+    with torch.no_grad(), Trace() as seen:
+        output, _ = attend(attention, given, masks.get(kind), kind == "causal")
+
+    close(output, expected, f"{CALL}: output", tolerance=EXACT)
+    most = 8 * block**2
+    assert seen.largest <= most, (
+        f"{CALL}, {kind}: a tensor of {seen.largest} elements is made for N = {n}, M = {m}, block_size = {block}, "
+        f"at most {most} are asked for; N·M is {n * m}, block_size·M is {block * m}\n"
+        "cut queries, keys and mask into blocks of about block_size; an expanded view costs nothing, its copy does"
+    )
+
+
+@requirement("3.1")
+def test_forward_makes_no_tensor_of_all_pairs(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """At inference the module makes no tensor of N·N elements, from its mask neither."""
+    n = 3 * WIDE
+    attention = wide(subject, rng, 1, 1)[0]
+    x = torch.randn(1, n, SLIM, generator=rng)
+    mask = torch.arange(n).view(1, 1, 1, n) % 3 != 1
+    expected = standard(attention, x, mask, causal=True).detach().float()
+
+    with torch.no_grad(), Trace() as seen:
+        output = call(attention, x, mask, causal=True)
+
+    close(output, expected, "forward", tolerance=EXACT)
+    assert seen.largest < n * n, (
+        f"forward, N = {n}, causal and masked: a tensor of {seen.largest} elements is made; N·N is {n * n}"
+    )
+
+
+@requirement("3.1")
+def test_the_peak_grows_linearly(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """At inference twice the length takes about twice the memory."""
+    attention = wide(subject, rng, 1, 1)[0]
+    peaks = []
+    for n in (2 * WIDE, 4 * WIDE):
+        x = torch.randn(1, n, SLIM, generator=rng)
+        expected = standard(attention, x).detach().float()
+        with torch.no_grad(), Trace() as seen:
+            output = call(attention, x)
+        close(output, expected, "forward", tolerance=EXACT)
+        peaks.append(seen.peak_bytes)
+
+    assert peaks[1] < 2.2 * peaks[0], (
+        f"forward: at most {peaks[0]} bytes are alive for N = {n // 2} and {peaks[1]} for N = {n}, "
+        f"{peaks[1] / peaks[0]:.2f} times as many; less than 2.2 times are asked for\n"
+        "hold one block of scores at a time, and let it go"
+    )
+
+
+# 3.5 work
+
+# Whatever computes an exponential per element. An implementation that uses none of them is judged by all its elements.
+EXPONENTIALS = ("exp", "exp_", "exp2", "exp2_", "expm1", "expm1_", "_softmax", "_safe_softmax", "_log_softmax")
+
+
+def exponentials(close: Close, attention: Any, given: list[Tensor], causal: bool) -> tuple[int, int]:
+    """How many exponentials, and how many elements at all, flash_attention_forward computes at inference."""
+    expected = reference(given, causal=causal)[0].float()
+    with torch.no_grad(), _Elements() as seen:
+        output, _ = attend(attention, given, causal=causal)
+    close(output, expected, f"{CALL}, causal = {causal}: output", tolerance=EXACT)
+    return sum(seen.of[name] for name in EXPONENTIALS), seen.of.total()
+
+
+@requirement("3.5")
+def test_causal_computes_fewer_exponentials(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Over 16 by 16 blocks, causal attention computes at most 0.65 of the exponentials of full attention."""
+    n = 16
+    attention, (q, k, v) = wide(subject, rng, n, n, block=1)
+    one_query = exponentials(close, attention, [q[:, :, :1], k, v], causal=False)
+
+    causal = exponentials(close, attention, [q, k, v], causal=True)
+
+    index = 0 if one_query[0] >= n else 1
+    share = causal[index] / (n * one_query[index])
+    assert share <= 0.65, (
+        f"{CALL} over {n}·{n} blocks: causal computes {share:.2f} of the exponentials of full attention, at most 0.65 "
+        "are asked for\nleave out the blocks in which no query may see a key"
+    )
+
+
+@requirement("3.5")
+def test_operations_grow_with_block_pairs(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A larger block takes no more operations; twice the blocks on both sides take at most four times as many."""
+
+    def operations(n: int, block: int) -> int:
+        attention, given = wide(subject, rng, n, n, block)
+        expected = reference(given)[0].float()
+        with torch.no_grad(), Trace() as seen:
+            output, _ = attend(attention, given)
+        close(output, expected, f"{CALL}: output", tolerance=EXACT)
+        return int(seen.operations.total())
+
+    small, large = operations(4, 4), operations(16, 16)
+    assert large <= 1.5 * small, (
+        f"{CALL}: {small} operations for N = M = block_size = 4, {large} for N = M = block_size = 16, one block each\n"
+        "compute a block by operations on the whole block, not by a loop over its rows"
+    )
+    few, many = operations(2 * BLOCK, BLOCK), operations(4 * BLOCK, BLOCK)
+    assert many <= 4.4 * few, (
+        f"{CALL}: {few} operations for 2·2 blocks, {many} for 4·4 blocks, {many / few:.1f} times as many; at most 4.4 "
+        "times are asked for\nvisit each pair of blocks once"
+    )

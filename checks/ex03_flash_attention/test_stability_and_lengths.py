@@ -1,0 +1,275 @@
+"""Numerical stability (3.2): extreme scores, masked blocks and rows; lengths (3.3): any N, M and block_size."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, requirement
+
+from .reference import (
+    BLOCK,
+    CALL,
+    DH,
+    EXACT,
+    INF,
+    B,
+    D,
+    H,
+    N,
+    agree,
+    attend,
+    build,
+    call,
+    inputs,
+    reference,
+    some_mask,
+    standard,
+)
+
+# 3.2 numerical stability
+
+
+def towards(rng: torch.Generator, offsets: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Q, K and V in which the scores with key j are offsets[j] and some noise."""
+    q, k, v = inputs(rng, m=len(offsets))
+    q[..., 0] = DH**0.5
+    k[..., 0] = offsets
+    return [q.to(dtype), k.to(dtype), v.to(dtype)]
+
+
+@requirement("3.2")
+def test_a_maximum_that_changes_from_block_to_block(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Scores that rise or fall from key to key give the formula's results."""
+    attention = build(subject)
+
+    for step in (2, -2, 300, -300):
+        hint = f"scores change by {step} from key to key: when the maximum rises, sum and accumulator are multiplied by"
+        given = towards(rng, step * torch.arange(3.0 * BLOCK))
+        agree(close, attention, given, hint=f"{hint} exp(old - new)")
+
+
+@requirement("3.2")
+@pytest.mark.parametrize(
+    ("dtype", "factor", "tolerance"),
+    [(torch.float64, 400, 1e-9), (torch.float32, 40, 1e-3)],
+    ids=["float64", "float32"],
+)
+def test_large_logits(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, factor: int, tolerance: float
+) -> None:
+    """Logits of hundreds in float32 and thousands in float64, of both signs, give the formula's results."""
+    q, k, v = inputs(rng, dtype=dtype)
+
+    hint = f"logits times {factor}: subtract the running maximum before the exponential"
+    agree(close, build(subject, dtype=dtype), [factor * q, k, v], hint=hint, tolerance=tolerance)
+
+
+@requirement("3.2")
+def test_scores_that_are_all_far_from_zero(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Scores that all lie around -100000, or 100000, give the formula's results."""
+    attention = build(subject)
+
+    for offset in (-1e5, 1e5):
+        hint = f"all scores are about {offset:g}: the maximum starts below any score"
+        agree(close, attention, towards(rng, torch.full((N,), offset)), hint=hint)
+
+
+@requirement("3.2")
+def test_a_masked_block(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A block in which a row may attend to nothing, before, between or after others, leaves the row right."""
+    given, attention = inputs(rng, m=3 * BLOCK), build(subject)
+
+    for number, where in enumerate(("first", "middle", "last")):
+        mask = some_mask((B, 1, N, 3 * BLOCK), rng)
+        mask[0, 0, 2:, number * BLOCK : (number + 1) * BLOCK] = False
+        hint = (
+            f"for some rows the {where} block is masked: there -inf - -inf must not become NaN, nor a masked key have"
+        )
+        agree(close, attention, given, mask, hint=f"{hint} weight")
+
+
+@requirement("3.2")
+def test_a_row_that_may_attend_to_nothing(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """It has output 0 and logsumexp -inf; the others are right."""
+    given, attention = inputs(rng), build(subject)
+
+    for shape in ((B, 1, N, N), (B, 1, N, 1), (B, H, 1, 1)):
+        mask = some_mask(shape, rng)
+        mask[0, 0, -1] = False
+        mask[1, 0, 0] = False
+        hint = "a row that may attend to nothing has output 0 and logsumexp -inf: its sum is 0"
+        agree(close, attention, given, mask, hint=f"a mask of shape {shape}: {hint}")
+
+
+@requirement("3.2")
+def test_nothing_may_be_attended_to(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """With a mask that allows nothing at all every output is 0 and every logsumexp -inf."""
+    given, attention = inputs(rng), build(subject)
+
+    for causal in (False, True):
+        hint = f"the mask allows nothing at all, causal = {causal}: output 0, logsumexp -inf"
+        agree(close, attention, given, torch.zeros(1, 1, 1, N, dtype=torch.bool), causal, hint=hint)
+
+
+@requirement("3.2")
+def test_causal_queries_before_the_first_key(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """With more queries than keys, the first causal ones may attend to nothing."""
+    n = 3 * BLOCK
+    given = inputs(rng, n, BLOCK)
+    expected, _ = reference(given, causal=True)
+
+    output, logsumexp = attend(build(subject), given, causal=True)
+
+    assert output.shape == expected.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
+    if not torch.allclose(output[:, :, -BLOCK:].double(), expected[:, :, -BLOCK:]):
+        return  # The queries and keys are not aligned; 3.3 says so.
+    hint = f"query i sees the keys j <= i + M - N: with N = {n} and M = {BLOCK} the first {n - BLOCK} see none"
+    close(output, expected, f"{CALL}, causal: output", hint=hint)
+    close(logsumexp[:, :, :-BLOCK].double(), torch.full((B, H, n - BLOCK), -INF, dtype=torch.float64),
+          f"{CALL}, causal: logsumexp of the first {n - BLOCK} queries", hint=hint)  # fmt: skip
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("kind", ["some_rows", "all_rows", "causal"])
+def test_gradients_of_rows_that_may_attend_to_nothing(subject: Subject, rng: torch.Generator, kind: str) -> None:
+    """A row that may attend to nothing sends no NaN back; neither it nor a key that nobody sees gets a gradient."""
+    n, m = (9, 6) if kind == "causal" else (N, N)
+    given = [x.requires_grad_() for x in inputs(rng, n, m)]
+    mask = None if kind == "causal" else some_mask((B, 1, N, N), rng) & (kind == "some_rows")
+    if mask is not None:
+        mask[0, 0, 3] = mask[1, 0, :BLOCK] = mask[..., 5:] = False
+
+    output, _ = attend(build(subject), given, mask, kind == "causal")
+    if not output.requires_grad:
+        return  # 3.6 says so.
+    grads = torch.autograd.grad(output.square().sum() + output.sum(), given)
+
+    for name, grad in zip("QKV", grads, strict=True):
+        assert grad.isfinite().all(), (
+            f"backward, {kind} may attend to nothing: the gradient of {name} is not finite\n"
+            "the logsumexp of such a row is -inf: -inf - -inf must not become NaN"
+        )
+    if mask is not None:
+        hidden = ~mask.any(-1).expand(B, H, N)
+        assert not grads[0][hidden].any(), "backward: rows of Q that may attend to nothing get a gradient"
+        assert not grads[1][:, :, 5:].any(), "backward: rows of K that no query sees get a gradient"
+        assert not grads[2][:, :, 5:].any(), "backward: rows of V that no query sees get a gradient"
+
+
+@requirement("3.2")
+def test_gradients_of_large_scores_are_finite(subject: Subject, rng: torch.Generator) -> None:
+    """Scores around 2000 overflow nothing in backward."""
+    attention = build(subject)
+
+    for offset in (-2000.0, 2000.0):
+        given = [x.requires_grad_() for x in towards(rng, torch.full((N,), offset))]
+        output, _ = attend(attention, given)
+        if not output.requires_grad:
+            return  # 3.6 says so.
+        grads = torch.autograd.grad(output.square().sum(), given)
+        for name, grad in zip("QKV", grads, strict=True):
+            assert grad.isfinite().all(), (
+                f"backward, scores about {offset:g}: the gradient of {name} is not finite\n"
+                "P = exp(S - logsumexp), in one step"
+            )
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_padded_keys_change_nothing(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Masked keys give what their absence gives, even with values of 1e6."""
+    q, k, v = inputs(rng, m=3 * BLOCK, dtype=dtype)
+    kept = BLOCK + 1
+    mask = (torch.arange(3 * BLOCK) < kept).view(1, 1, 1, -1)
+    expected = reference([q, k[:, :, :kept], v[:, :, :kept]])[0].to(dtype)
+    k[:, :, kept:] = v[:, :, kept:] = 1e6
+
+    output, _ = attend(build(subject, dtype=dtype), [q, k, v], mask)
+
+    close(output, expected, f"{CALL}: output", tolerance=EXACT if dtype == torch.float32 else None,
+          hint="masked keys hold 1e6 and reach the output: make their scores -inf before the maximum")  # fmt: skip
+
+
+# 3.3 lengths
+
+
+@requirement("3.3")
+def test_any_lengths(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Any numbers of queries and keys give the formula's results."""
+    attention = build(subject)
+
+    for n, m in ((1, 1), (1, 3), (3, 1), (2, 3), (4, 5), (5, 4), (9, 14), (14, 9), (1, 11), (11, 1)):
+        hint = f"N = {n}, M = {m}, block_size = {BLOCK}: the last block may be smaller, and N and M are unrelated"
+        agree(close, attention, inputs(rng, n, m), hint=hint)
+
+
+@requirement("3.3")
+def test_any_block_size(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Blocks of any size give the formula's results, causal or not."""
+    given = inputs(rng, 4, 6)
+
+    for block_size in (1, 2, 3, 7, 64):
+        attention = build(subject, block_size)
+        for causal in (False, True):
+            hint = f"N = 4, M = 6, block_size = {block_size}, causal = {causal}: j <= i + M - N"
+            agree(close, attention, given, causal=causal, hint=hint)
+
+
+@requirement("3.3")
+def test_causal_aligns_the_last_query_with_the_last_key(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """With more keys than queries, query i sees the keys up to i + M - N."""
+    attention = build(subject)
+
+    for n, m in ((3, 7), (8, 12), (1, 6), (5, 18)):
+        hint = f"N = {n}, M = {m}: query i sees the keys j <= i + M - N, so the last query sees all"
+        agree(close, attention, inputs(rng, n, m), causal=True, hint=hint)
+
+
+@requirement("3.3")
+def test_causal_with_more_queries_than_keys(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The last M queries see 1, 2, … M keys."""
+    attention = build(subject)
+
+    for n, m in ((8, 5), (9, 4)):
+        given = inputs(rng, n, m)
+        actual, expected = attend(attention, given, causal=True), reference(given, causal=True)
+        hint = f"N = {n}, M = {m}: query i sees the keys j <= i + M - N, so the last query sees all"
+        for came, wanted, name in zip(actual, expected, ("output", "logsumexp"), strict=True):
+            assert came.shape == wanted.shape, f"{CALL}: {name} of shape {tuple(came.shape)} came"
+            last = slice(n - m, n)
+            close(came[:, :, last].double(), wanted[:, :, last], f"{CALL}: {name} of the last {m} queries", hint=hint)
+
+
+@requirement("3.3")
+def test_masks_at_any_lengths(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A mask is cut where the blocks are, and may be combined with causal."""
+    attention = build(subject)
+
+    for n, m in ((7, 10), (6, 3), (1, 3)):
+        given = inputs(rng, n, m)
+        for shape in ((B, H, n, m), (B, 1, 1, m), (1, 1, n, m)):
+            causal = shape[1] == 1 and m > n
+            hint = f"N = {n}, M = {m}, a mask of shape {shape}, block_size = {BLOCK}, causal = {causal}"
+            agree(close, attention, given, some_mask(shape, rng), causal, hint=hint)
+
+
+@requirement("3.3")
+def test_one_module_serves_lengths_in_any_order(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A call leaves nothing behind that changes the next one, nor do later calls change what earlier ones gave."""
+    attention = build(subject)
+
+    for n in (9, 1, 9):
+        x, given = torch.randn(B, n, D, generator=rng, dtype=torch.float64), inputs(rng, n, n)
+        kinds: list[tuple[Tensor | None, bool]] = [(None, False), (None, True)]
+        kinds += [(some_mask((B, 1, 1, n), rng), False) for _ in range(2)]
+        hint = f"with N = {n}, plain, causal and with two masks in turn, after other lengths"
+        with torch.no_grad():
+            outputs = [attend(attention, given, *kind) for kind in kinds]
+            agree(close, attention, given, hint=hint)
+        for output, kind in zip(outputs, kinds, strict=True):
+            for came, wanted in zip(output, reference(given, *kind), strict=True):
+                close(came.double(), wanted, f"{CALL}, when later calls have been made", hint=hint)
+        for causal in (False, True):
+            close(
+                call(attention, x, causal=causal), standard(attention, x, causal=causal).detach(), "forward", hint=hint
+            )

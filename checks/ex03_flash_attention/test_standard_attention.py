@@ -1,0 +1,309 @@
+"""Standard attention (3.4): its results, masks, state_dict and weights, for any strides and on any device."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+from harness.testing import Close, Subject, Where, refuses, requirement
+
+from .reference import (
+    BLOCK,
+    CALL,
+    DH,
+    EXACT,
+    WEIGHTS,
+    B,
+    D,
+    H,
+    N,
+    agree,
+    attend,
+    build,
+    call,
+    inputs,
+    pytorch,
+    reference,
+    some_mask,
+    standard,
+)
+
+MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
+FACTORIES = _device_constructors()
+
+
+@requirement("3.4")
+def test_two_keys_by_hand(subject: Subject, close: Close) -> None:
+    """One feature, keys log 3 and 0, values 4 and 8: query 1 has weights 3/4 and 1/4, query 0 has 1/2 and 1/2."""
+    attention = subject.FlashAttention(1, 1, 2)
+    q, k, v = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 1.0]).log(), torch.tensor([4.0, 8.0])
+
+    output, logsumexp = attend(attention, [x.view(1, 1, 2, 1) for x in (q, k, v)])
+
+    what = f"{CALL}(Q = (1, 0), K = (log 3, 0), V = (4, 8))"
+    close(output, torch.tensor([5.0, 6.0]).view(1, 1, 2, 1), f"{what}: output", tolerance=1e-5,
+          hint="3/4 of 4 and 1/4 of 8, then half of each")  # fmt: skip
+    close(logsumexp.float(), torch.tensor([4.0, 2.0]).log().view(1, 1, 2), f"{what}: logsumexp", tolerance=1e-5,
+          hint="log(exp(log 3) + exp(0)) and log(exp(0) + exp(0)), with the natural logarithm")  # fmt: skip
+
+
+@requirement("3.4")
+def test_agrees_with_the_formula(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Output and logsumexp are the formula's, in one block and in several."""
+    attention = build(subject)
+    hints = {(1, 1): "softmax(Q Kᵀ / √Dh) V", (1, 3): "a block's sum and accumulator refer to its own maximum"}
+
+    for rows, columns in ((1, 1), (1, 3), (3, 1), (3, 3)):
+        n, m = rows * BLOCK, columns * BLOCK
+        hint = f"N = {n}, M = {m}, block_size = {BLOCK}: {hints.get((rows, columns), '')}"
+        agree(close, attention, inputs(rng, n, m), hint=hint)
+
+
+@requirement("3.4")
+def test_causal(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A causal query sees itself and what came before it, also across blocks."""
+    attention = build(subject)
+
+    for blocks in (1, 3):
+        given = inputs(rng, blocks * BLOCK, blocks * BLOCK)
+        hint = f"causal in {blocks}·{blocks} blocks: query i sees key j <= i, where i and j count from the first block"
+        agree(close, attention, given, causal=True, hint=hint)
+
+
+@requirement("3.4")
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_agrees_with_pytorch(subject: Subject, close: Close, rng: torch.Generator, on: Where, causal: bool) -> None:
+    """The output is that of torch's own attention, on every device and in every dtype that is judged."""
+    given = [x.to(on.device, on.dtype) for x in inputs(rng)]
+    expected = pytorch(given, causal)
+
+    output, _ = attend(build(subject).to(on.device, on.dtype), given, causal=causal)
+
+    close(output, expected, f"{CALL}, causal = {causal}: output")
+
+
+@requirement("3.4")
+def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Boolean and 0/1 masks of every dtype mean the same."""
+    given, attention = inputs(rng), build(subject)
+
+    for dtype in MASK_DTYPES:
+        mask = some_mask((B, 1, N, N), rng).to(dtype)
+        agree(close, attention, given, mask, hint=f"a mask of {dtype}: true or 1 means may attend")
+
+
+@requirement("3.4")
+def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Masks per batch row, per head, per query and per key all work."""
+    given, attention = inputs(rng), build(subject)
+
+    for shape in ((1, 1, 1, N), (B, 1, 1, N), (1, H, 1, N), (1, 1, N, N), (B, 1, N, N), (B, H, N, N)):
+        agree(close, attention, given, some_mask(shape, rng), hint=f"a mask of shape {shape}")
+    for shape in ((B, 1, N, 1), (B, H, 1, 1), (1, 1, 1, 1)):
+        hint = f"a mask of shape {shape}, all true: its one column serves every block of keys"
+        agree(close, attention, given, torch.ones(shape, dtype=torch.bool), hint=hint)
+
+
+@requirement("3.4")
+def test_a_mask_with_causal(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """With both, a query sees what both allow."""
+    given, attention = inputs(rng), build(subject)
+
+    for shape in ((B, 1, 1, N), (1, H, N, N)):
+        hint = f"a mask of shape {shape} and causal = True: what both allow may be seen"
+        agree(close, attention, given, some_mask(shape, rng), causal=True, hint=hint)
+
+
+@requirement("3.4")
+def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Q, K, V and mask are afterwards what they were."""
+    attention = build(subject)
+
+    for causal, dtype in ((False, torch.float64), (True, torch.bool)):
+        given = [*inputs(rng), some_mask((B, H, N, N), rng).to(dtype)]
+        before = [x.clone() for x in given]
+        attend(attention, given[:3], given[3], causal)
+        for name, x, kept in zip(("Q", "K", "V", "mask"), given, before, strict=True):
+            close(x, kept, f"{name} after {CALL}", tolerance=0, hint="an input is written to")
+        agree(close, attention, given[:3], given[3], causal)
+
+
+@requirement("3.4")
+def test_strided_inputs(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Views of one storage, transposed and expanded ones too, are as good as copies."""
+    base = torch.randn(3, N, B, H, DH, generator=rng, dtype=torch.float64).permute(0, 2, 3, 1, 4)
+    row = torch.randn(1, 1, N, DH, generator=rng, dtype=torch.float64).expand(B, H, N, DH)
+    mask = some_mask((B, H, N, N), rng).mT.contiguous().mT
+    attention = build(subject)
+
+    agree(close, attention, list(base), mask, hint="Q, K and V are transposed views here")
+    agree(close, attention, [base[0], row, base[1].flip(-1)], hint="K is an expanded view here")
+    agree(close, attention, [row, row, row], hint="Q, K and V are one tensor here")
+
+
+@requirement("3.4")
+def test_state_dict(subject: Subject) -> None:
+    """The state_dict holds the weights of the four projections and the last one's bias, and nothing else."""
+    expected = {name: (D, D) if name.endswith("weight") else (D,) for name in WEIGHTS}
+
+    attention = build(subject)
+    attention(torch.ones(1, N, D, dtype=torch.float64), causal=True)
+
+    came = {name: tuple(value.shape) for name, value in attention.state_dict().items()}
+    assert came == expected, f"state_dict: {came} came, {expected} was wanted"
+
+
+@requirement("3.4")
+def test_forward_is_standard_attention(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """With weights loaded from a standard layer, forward gives that layer's results."""
+    weights = {f"{name}_proj.weight": torch.randn(D, D, generator=rng, dtype=torch.float64) / 3 for name in "qkvo"}
+    weights["o_proj.bias"] = torch.randn(D, generator=rng, dtype=torch.float64)
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject)
+    attention.load_state_dict(weights)
+    hint = "project, view as [B, N, H, Dh] and transpose, attend, transpose back and join, o_proj"
+
+    for mask in (None, some_mask((B, 1, 1, N), rng)):
+        for causal in (False, True):
+            what = f"forward, {'with a mask' if mask is not None else 'no mask'}, causal = {causal}"
+            expected = standard(attention, x, mask, causal).detach()
+            close(call(attention, x, mask, causal), expected, what, hint=hint)
+
+
+@requirement("3.4")
+def test_arguments_may_be_given_by_position(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """mask and causal are the arguments after Q, K, V and after x."""
+    given, x = inputs(rng), torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    mask = some_mask((B, 1, 1, N), rng)
+    attention = build(subject)
+
+    close(attention.flash_attention_forward(*given, mask, True)[0], reference(given, mask=mask, causal=True)[0],
+          f"{CALL}(Q, K, V, mask, True): output")  # fmt: skip
+    close(attention(x, mask, True), standard(attention, x, mask, True).detach(), "forward(x, mask, True)")
+    close(attention(x, None), standard(attention, x).detach(), "forward(x, None)")
+
+
+@requirement("3.4")
+def test_forward_takes_every_mask(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """forward takes a mask with any of its sizes 1."""
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject)
+
+    for shape in ((1, H, 1, N), (B, 1, N, 1), (1, 1, 1, 1), (B, H, N, N)):
+        mask = some_mask(shape, rng).int()
+        expected = standard(attention, x, mask).detach()
+        close(call(attention, x, mask), expected, "forward", hint=f"a mask of shape {shape}, int32")
+
+
+@requirement("3.4")
+def test_a_mask_of_a_bad_shape_is_refused(subject: Subject, rng: torch.Generator) -> None:
+    """forward refuses a mask without 4 dimensions, or whose sizes do not fit, with both shapes."""
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject)
+    shapes = [(N, N), (B, N), (B, N, N), (1, B, 1, 1, N)]
+    shapes += [(B, 1, 1, N + 1), (B + 1, 1, 1, N), (B, H - 1, 1, N), (B, 1, 5, N)]
+
+    for shape in shapes:
+        named = [", ".join(map(str, sizes)) for sizes in (shape, (B, H, N, N))]
+        mask = torch.ones(shape)
+        refuses(ValueError, partial(attention, x, mask), f"forward with a mask of shape {shape}", *named)
+
+
+@requirement("3.4")
+def test_a_mask_that_would_enlarge_the_scores_is_refused(subject: Subject, rng: torch.Generator) -> None:
+    """forward refuses a mask that is larger than 1 where the scores are 1."""
+    attention = build(subject)
+
+    for shape, n in (((B, 1, 1, N), N), ((1, 1, N, 1), 1)):
+        x = torch.randn(1, n, D, generator=rng, dtype=torch.float64)
+        what = f"forward(x of shape {tuple(x.shape)}) with a mask of shape {shape}"
+        refuses(ValueError, partial(attention, x, torch.ones(shape)), what, f"1, {H}, {n}, {n}")
+
+
+@requirement("3.4")
+def test_a_batch_row_gives_what_it_gives_alone(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The rows of a batch, and the heads, do not see each other."""
+    given = inputs(rng)
+    expected = [reference(x[row : row + 1] for x in given)[0] for row in range(B)]
+
+    output, _ = attend(build(subject), given)
+
+    for row in range(B):
+        close(
+            output[row : row + 1], expected[row], f"{CALL}: output", hint=f"batch row {row} alone gives something else"
+        )
+
+
+@requirement("3.4")
+def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A call after the weights have changed, in place, by loading or by replacing a layer, uses the new ones."""
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject)
+    call(attention, x)
+
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.mul_(-0.7)
+    close(call(attention, x), standard(attention, x).detach(), "forward", hint="the weights were changed in place")
+    attention.load_state_dict({name: value * 1.3 for name, value in attention.state_dict().items()})
+    close(call(attention, x), standard(attention, x).detach(), "forward", hint="the weights were loaded anew")
+    attention.k_proj = nn.Linear(D, D, bias=False, dtype=torch.float64)
+    close(call(attention, x), standard(attention, x).detach(), "forward", hint="k_proj was replaced")
+
+
+@requirement("3.4")
+def test_a_module_may_be_cast_between_calls(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """After .float() and .double() each call works in the new dtype, with its precision."""
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject)
+    call(attention, x)
+
+    attention.float()
+    close(call(attention, x.float()), standard(attention, x).detach().float(), "forward in float32", tolerance=EXACT)
+    attention.double()
+    close(call(attention, x), standard(attention, x).detach(), "forward in float64 after a call in float32")
+
+
+class _Elsewhere(TorchFunctionMode):
+    """While on, a tensor for which no device is named is made on another one than the inputs' (numbers may mix)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in FACTORIES and (kwargs or {}).get("device") is None and made.dim() > 0:
+            return made.to("meta")
+        return made
+
+
+@requirement("3.4")
+def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """What a call makes is made where the inputs are, or moved there."""
+    given, mask = inputs(rng), some_mask((B, 1, 1, N), rng)
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject)
+    expected = standard(attention, x, causal=True).detach()
+    hint = "on another device, what is made without device=… is left behind on the CPU: make it where Q is"
+
+    agree(close, attention, given, mask, causal=True)
+    close(call(attention, x, causal=True), expected, "forward")
+    try:
+        with torch.no_grad(), _Elsewhere():
+            agree(close, attention, given, mask, causal=True, hint=hint)
+            output = call(attention, x, causal=True)
+        close(output, expected, "forward", hint=hint)
+    except NotImplementedError:  # It is moved explicitly: to where the inputs are?
+        _moved(build(subject).to("meta"), hint)
+    except RuntimeError as error:
+        raise AssertionError(f"forward, {error}\n{hint}") from error
+
+
+def _moved(attention: Any, hint: str) -> None:
+    try:
+        output = call(attention, torch.ones(B, N, D, dtype=torch.float64, device="meta"), causal=True)
+    except RuntimeError as error:
+        assert "device" not in str(error), f"forward on another device: {error}\n{hint}"
+        return  # Values cannot be asked for there; not everything that is right works without.
+    assert output.device.type == "meta", f"forward on another device: the output is on {output.device}"

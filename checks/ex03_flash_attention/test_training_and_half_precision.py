@@ -1,0 +1,340 @@
+"""Training (3.6): gradients in linear memory; half precision (3.7): errors in bfloat16 and float16."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, Trace, halfway, requirement
+
+from .reference import (
+    BLOCK,
+    CALL,
+    DH,
+    EXACT,
+    HALVES,
+    WEIGHTS,
+    WIDE,
+    B,
+    D,
+    H,
+    N,
+    _Elements,
+    attend,
+    build,
+    call,
+    inputs,
+    pytorch,
+    reference,
+    some_mask,
+    standard,
+    wide,
+)
+
+# 3.6 training
+
+
+def gradients(
+    close: Close,
+    attention: Any,
+    given: list[Tensor],
+    mask: Tensor | None = None,
+    causal: bool = False,
+    hint: str = "",
+) -> None:
+    """The gradients of Q, K and V equal those of the formula."""
+    leaves = [[x.detach().clone().requires_grad_() for x in given] for _ in range(2)]
+    probe = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(3), dtype=given[0].dtype)
+    expected, _ = reference(leaves[0], mask=mask, causal=causal)
+    expected.backward(probe)
+
+    output, _ = attend(attention, leaves[1], mask, causal)
+
+    assert output.requires_grad, f"{CALL}: Q, K and V require gradients, the output does not"
+    assert output.shape == probe.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
+    output.backward(probe)
+    for name, formula in zip("VQK", (2, 0, 1), strict=True):
+        wanted, came = leaves[0][formula].grad, leaves[1][formula].grad
+        assert wanted is not None, "the check's own set-up holds"
+        formulas = {"V": "dV = Pᵀ dO", "Q": "dQ = dS K / √Dh", "K": "dK = dSᵀ Q / √Dh"}
+        close(
+            came,
+            wanted,
+            f"backward: gradient of {name}",
+            hint=f"{formulas[name]}, {ratio(came, wanted)}\n{hint}".strip(),
+        )
+
+
+def ratio(came: Tensor | None, wanted: Tensor) -> str:
+    """By which factor a gradient is off, if it is one factor."""
+    if came is None or came.shape != wanted.shape or not wanted.any():
+        return "P = exp(S - logsumexp), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))"
+    factor = float((came.to(wanted) * wanted).sum() / wanted.square().sum())
+    if torch.allclose(came.to(wanted), factor * wanted, atol=1e-6):
+        return f"it is {factor:.4g} times what is wanted"
+    return "P = exp(S - logsumexp), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))"
+
+
+@halfway
+@requirement("3.6")
+def test_gradients_by_hand(subject: Subject, close: Close) -> None:
+    """Weights 3/4 and 1/4, values 4 and 8, dO = 1: dV = (3/4, 1/4), dS = (-3/4, 3/4), dQ = -3/4 log 3, dK = dS."""
+    q, k, v = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 1.0]).log(), torch.tensor([4.0, 8.0])
+    given = [x.view(1, 1, 2, 1).requires_grad_() for x in (q, k, v)]
+
+    output, _ = attend(subject.FlashAttention(1, 1, 2), given)
+    assert output.requires_grad, f"{CALL}: Q, K and V require gradients, the output does not"
+    output.backward(torch.tensor([1.0, 0.0]).view(1, 1, 2, 1))
+
+    expected = {"V": (0.75, 0.25), "K": (-0.75, 0.75), "Q": (-0.75 * math.log(3), 0.0)}
+    for name, numbers in expected.items():
+        what = f"backward, Q = (1, 0), K = (log 3, 0), V = (4, 8), dO = (1, 0): gradient of {name}"
+        close(given["QKV".index(name)].grad, torch.tensor(numbers).view(1, 1, 2, 1), what, tolerance=1e-5,
+              hint="first row: P = (3/4, 1/4), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)) = (-3/4, 3/4)")  # fmt: skip
+
+
+@requirement("3.6")
+def test_gradients(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The gradients of Q, K and V equal the formula's, in one block and in several."""
+    attention = build(subject)
+
+    for blocks in (1, 3):
+        given = inputs(rng, blocks * BLOCK, blocks * BLOCK)
+        gradients(close, attention, given, hint=f"in {blocks}·{blocks} blocks")
+
+
+@requirement("3.6")
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+def test_gradients_with_masks_and_causal(subject: Subject, close: Close, rng: torch.Generator, masked: bool) -> None:
+    """So they do with causal, with a mask, and with both, whatever the mask's dtype."""
+    given = inputs(rng)
+
+    for causal, dtype in (
+        ((False, torch.int32), (True, torch.bool), (True, torch.float32)) if masked else ((True, None),)
+    ):
+        mask = some_mask((B, H, N, N), rng).to(dtype) if masked else None
+        hint = f"causal = {causal}, {f'a mask of {dtype}' if masked else 'no mask'}"
+        gradients(close, build(subject), given, mask, causal, hint=hint)
+
+
+@requirement("3.6")
+def test_gradients_at_any_lengths(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """So they do at lengths that fill no whole blocks, wherever the output is right."""
+    attention = build(subject)
+
+    for n, m, causal in ((6, 11, False), (6, 11, True), (9, 5, False), (9, 5, True), (1, 3, False)):
+        given = inputs(rng, n, m)
+        output, expected = attend(attention, given, causal=causal)[0], reference(given, causal=causal)[0]
+        if output.shape != expected.shape or not torch.allclose(output.double(), expected):
+            continue  # The output is wrong; 3.3 says so.
+        hint = f"N = {n}, M = {m}, block_size = {BLOCK}, causal = {causal}"
+        gradients(close, attention, given, causal=causal, hint=hint)
+
+
+@requirement("3.6")
+def test_gradients_of_a_strided_output(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """An expanded or transposed gradient of the output is as good as a copy, and is not written to."""
+    given, attention = [x.requires_grad_() for x in inputs(rng)], build(subject)
+    transposed = torch.randn(B, N, H, DH, generator=rng, dtype=torch.float64).transpose(1, 2)
+    expanded = torch.randn(1, 1, 1, 1, generator=rng, dtype=torch.float64).expand(B, H, N, DH)
+
+    for kind, probe in (("transposed", transposed), ("expanded", expanded)):
+        kept, expected = probe.clone(), torch.autograd.grad(reference(given)[0], given, probe)
+        came = torch.autograd.grad(attend(attention, given)[0], given, probe)
+        close(probe, kept, "the gradient of the output after backward", tolerance=0, hint="backward writes to it")
+        for index, name in enumerate("QKV"):
+            close(came[index], expected[index], f"backward: gradient of {name}", hint=f"dO is an {kind} view")
+
+
+@requirement("3.6")
+def test_one_input_may_be_trained_alone(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """If one of Q, K and V alone requires a gradient, it gets it."""
+    given = inputs(rng)
+    probe = torch.randn(B, H, N, DH, generator=rng, dtype=torch.float64)
+
+    for index, name in enumerate("QKV"):
+        alone = [x.clone().requires_grad_(which == index) for which, x in enumerate(given)]
+        expected = torch.autograd.grad(reference(alone)[0], alone[index], probe)[0]
+        output, _ = attend(build(subject), alone)
+        assert output.requires_grad, f"{CALL}: {name} requires a gradient, the output does not"
+        close(torch.autograd.grad(output, alone[index], probe)[0], expected, f"backward: gradient of {name} alone")
+
+
+@requirement("3.6")
+def test_backward_may_run_twice(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A second backward through the same output, and one after another call, give the right gradients again."""
+    given = [x.requires_grad_() for x in inputs(rng)]
+    probe = torch.randn(B, H, N, DH, generator=rng, dtype=torch.float64)
+    expected = torch.autograd.grad(reference(given)[0], given, probe)
+    attention = build(subject)
+
+    output, _ = attend(attention, given)
+    attend(attention, [2 * x for x in given])
+    first = torch.autograd.grad(output, given, probe, retain_graph=True)
+    second = torch.autograd.grad(output, given, probe)
+
+    for index, name in enumerate("QKV"):
+        close(first[index], expected[index], f"backward after another call: gradient of {name}",
+              hint="what backward needs belongs to the call, not to the module")  # fmt: skip
+        close(second[index], expected[index], f"second backward: gradient of {name}",
+              hint="backward changes what forward saved for it")  # fmt: skip
+
+
+@requirement("3.6")
+@pytest.mark.parametrize(("causal", "training"), [(False, True), (True, False)], ids=["plain-train", "causal-eval"])
+def test_the_module_trains(subject: Subject, close: Close, rng: torch.Generator, causal: bool, training: bool) -> None:
+    """x and every parameter get the gradients of standard attention, in training and in eval."""
+    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64).requires_grad_()
+    probe = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
+    attention = build(subject).train(training)
+    parameters = dict(attention.named_parameters())
+    trained = {"x": x, **{name: parameters[name] for name in WEIGHTS}}
+    loss = (standard(attention, x, causal=causal) * probe).sum()
+    expected = torch.autograd.grad(loss, list(trained.values()))
+
+    output = call(attention, x, causal=causal)
+    assert output.requires_grad, "forward: the output carries no gradient"
+    (output * probe).sum().backward()
+
+    for (name, tensor), wanted in zip(trained.items(), expected, strict=True):
+        assert tensor.grad is not None, f"backward: {name} gets no gradient"
+        close(tensor.grad, wanted, f"backward: gradient of {name}")
+
+
+@requirement("3.6")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_little_stays_alive_after_forward(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype
+) -> None:
+    """What forward leaves for backward is at most 1.5 times (Q, K, V, output, logsumexp)."""
+    n = 3 * WIDE
+    attention, given = wide(subject, rng, n, n)
+    given = [x.to(dtype).requires_grad_() for x in given]
+    expected = reference(given)[0].detach().float()
+
+    with Trace() as seen:
+        output, logsumexp = attend(attention.to(dtype), given)
+        kept = seen.alive_bytes
+
+    close(output.float(), expected, f"{CALL}: output", tolerance=EXACT if dtype == torch.float32 else 5e-2)
+    assert output.requires_grad, f"{CALL}: the output carries no gradient"
+    unit = sum(x.numel() * x.element_size() for x in (*given, output, logsumexp))
+    assert kept <= 1.5 * unit, (
+        f"{CALL} in {dtype}: {kept} bytes stay alive for backward, {kept / unit:.1f} times (Q, K, V, output, "
+        "logsumexp); at most 1.5 times is asked for\n"
+        "keep no block of weights, not on ctx either: backward computes them anew"
+    )
+
+
+@requirement("3.6")
+@pytest.mark.parametrize(("causal", "lengths"), [(False, (2, 4)), (True, (3,))], ids=["plain", "causal_mask"])
+def test_the_peak_of_training_grows_linearly(
+    subject: Subject, close: Close, rng: torch.Generator, causal: bool, lengths: tuple[int, ...]
+) -> None:
+    """Over forward and backward no tensor of N·M elements is made, and twice the length takes twice the memory."""
+    peaks = []
+    for n in (blocks * WIDE for blocks in lengths):
+        attention, given = wide(subject, rng, n, n)
+        given = [x.requires_grad_() for x in given]
+        mask = (torch.arange(n) % 3 != 1).view(1, 1, 1, n) if causal else None
+        expected = torch.autograd.grad(reference(given, mask=mask, causal=causal)[0].sum(), given)
+        with Trace() as seen:
+            attend(attention, given, mask, causal)[0].sum().backward()
+        for name, x, wanted in zip("QKV", given, expected, strict=True):
+            close(x.grad, wanted, f"backward: gradient of {name}", tolerance=EXACT)
+        peaks.append(seen.peak_bytes)
+
+    assert seen.largest < n * n, f"backward, N = M = {n}: a tensor of {seen.largest} elements is made; N·M is {n * n}"
+    assert peaks[-1] < 2.2 * peaks[0], (
+        f"forward and backward: at most {peaks[0]} bytes are alive for N = {n // 2} and {peaks[-1]} for N = {n}, "
+        f"{peaks[-1] / peaks[0]:.2f} times as many; less than 2.2 times are asked for\n"
+        "compute each block of weights anew in backward, use it, and let it go"
+    )
+
+
+# 3.7 half precision
+
+HALF = pytest.mark.parametrize("dtype", HALVES, ids=str)
+
+
+def sharp(rng: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
+    """Q, K and V of many blocks of keys whose softmax is sharp, so that rounded scores and sums show."""
+    q, k, v = inputs(rng, N, 20 * BLOCK)
+    return [(2 * q).to(dtype), k.to(dtype), v.to(dtype)]
+
+
+def worst(came: Tensor, exact: Tensor) -> float:
+    """The largest error."""
+    return float((came.detach().double() - exact).abs().max())
+
+
+@requirement("3.7")
+@pytest.mark.parametrize(("dtype", "masked"), [(HALVES[0], False), (HALVES[1], False), (HALVES[0], True)], ids=str)
+def test_errors_in_half_precision(subject: Subject, rng: torch.Generator, dtype: torch.dtype, masked: bool) -> None:
+    """The output's error is at most twice that of torch's own attention, the logsumexp is as exact as float32."""
+    given = sharp(rng, dtype)
+    n, m = given[0].size(2), given[1].size(2)
+    mask = some_mask((B, 1, n, m), rng) if masked else None
+    exact, exact_logsumexp = reference(given, mask=mask)
+    theirs = worst(pytorch(given, mask=mask), exact)
+
+    output, logsumexp = attend(build(subject, dtype=dtype), given, mask)
+
+    assert output.dtype == dtype, f"{CALL} in {dtype}: the output has {output.dtype}"
+    assert output.shape == exact.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
+    ours = worst(output, exact)
+    assert ours <= 2 * theirs, (
+        f"{CALL} in {dtype}: the output's largest error is {ours:.2g}, {ours / theirs:.1f} times that of "
+        f"F.scaled_dot_product_attention, {theirs:.2g}; at most 2 times is asked for\n"
+        "convert each block to float32 before scaling and multiplying it; keep scores, sum and accumulator in float32"
+    )
+    assert logsumexp.dtype in (torch.float32, torch.float64), (
+        f"{CALL} in {dtype}: logsumexp has {logsumexp.dtype}, float32 or better was wanted"
+    )
+    assert logsumexp.shape == exact_logsumexp.shape, f"{CALL}: logsumexp of shape {tuple(logsumexp.shape)} came"
+    assert worst(logsumexp, exact_logsumexp) < 1e-4, (
+        f"{CALL} in {dtype}: logsumexp is off by {worst(logsumexp, exact_logsumexp):.2g}, at most 1e-4 is asked for\n"
+        "convert the blocks to float32 before scaling and multiplying them, not the scores afterwards"
+    )
+
+
+@requirement("3.7")
+@HALF
+def test_gradients_in_half_precision(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Where they are right in float64, gradients in half precision have its dtype and are right within 5e-2."""
+    causal = dtype == torch.float16
+    given = [x.to(dtype).requires_grad_() for x in inputs(rng)]
+    probe = torch.randn(B, H, N, DH, generator=rng).to(dtype)
+    expected = torch.autograd.grad(reference(given, causal=causal)[0], given, probe.double())
+    exact = [x.detach().double().requires_grad_() for x in given]
+    output, _ = attend(build(subject), exact, causal=causal)
+    if not output.requires_grad:
+        return  # 3.6 says so.
+    grads = torch.autograd.grad(output, exact, probe.double(), allow_unused=True)
+    if any(grad is None or worst(grad, wanted.double()) > 0.1 for grad, wanted in zip(grads, expected, strict=True)):
+        return  # The gradients are wrong in float64 too; 3.6 says so.
+
+    with _Elements() as seen:
+        came = torch.autograd.grad(attend(build(subject, dtype=dtype), given, causal=causal)[0], given, probe)
+
+    assert not seen.half_products, (
+        f"{CALL} and backward in {dtype}: {', '.join(sorted(seen.half_products))} multiplies in half precision\n"
+        "convert each block to float32 before its product"
+    )
+    for index, name in enumerate("QKV"):
+        close(came[index], expected[index], f"backward in {dtype}: gradient of {name}", tolerance=5e-2)
+
+
+@requirement("3.7")
+@HALF
+def test_a_module_in_half_precision(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """forward keeps the dtype and is right within 5e-2; a mask overflows nothing."""
+    x = torch.randn(B, N, D, generator=rng).to(dtype)
+    attention = build(subject, dtype=dtype)
+    expected = standard(attention, x).detach().to(dtype)
+
+    close(call(attention, x), expected, f"forward in {dtype}", tolerance=5e-2)
+    masked = call(attention, x, some_mask((B, 1, 1, N), rng))
+    assert masked.isfinite().all(), f"forward in {dtype} with a mask: the output is not finite"
