@@ -6,57 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-
-class SimpleAttention(nn.Module):
-    """Causal self-attention whose four projections are plain linear layers, which are called."""
-
-    def __init__(self, d_model: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj = nn.Linear(d_model, d_model)
-        self.k_proj = nn.Linear(d_model, d_model)
-        self.v_proj = nn.Linear(d_model, d_model)
-        self.out_proj = nn.Linear(d_model, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected)  # [B, H, L, Dh]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(attended.transpose(1, 2).flatten(start_dim=2))  # [B, L, D]
-
-
-class PrebuiltAttention(nn.Module):
-    """Self-attention by nn.MultiheadAttention, which reads the weight of its out_proj in place of calling it."""
-
-    def __init__(self, d_model: int = 16, num_heads: int = 2) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(d_model, num_heads, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        attended, _ = self.attention(x, x, x, need_weights=False)
-        return attended
-
-
-class SimpleTransformer(nn.Module):
-    """A small language model: tokens below `vocabulary`, [B, L] -> logits [B, L, vocabulary]."""
-
-    def __init__(self, vocabulary: int = 29, d_model: int = 16, num_heads: int = 2, num_layers: int = 2) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, d_model)
-        self.attentions = nn.ModuleList(SimpleAttention(d_model, num_heads) for _ in range(num_layers))
-        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(num_layers))
-        self.head = nn.Linear(d_model, vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, L] -> [B, L, vocabulary]."""
-        x = self.embedding(tokens)
-        for norm, attention in zip(self.norms, self.attentions, strict=True):
-            x = x + attention(norm(x))
-        return self.head(x)
 
 
 class LoRALinear(nn.Module):

@@ -4,58 +4,8 @@ import math
 import time
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class SimpleAttention(nn.Module):
-    """Causal self-attention whose four projections are plain linear layers, which are called."""
-
-    def __init__(self, d_model: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj = nn.Linear(d_model, d_model)
-        self.k_proj = nn.Linear(d_model, d_model)
-        self.v_proj = nn.Linear(d_model, d_model)
-        self.out_proj = nn.Linear(d_model, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected)  # [B, H, L, Dh]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(attended.transpose(1, 2).flatten(start_dim=2))  # [B, L, D]
-
-
-class PrebuiltAttention(nn.Module):
-    """Self-attention by nn.MultiheadAttention, which reads the weight of its out_proj in place of calling it."""
-
-    def __init__(self, d_model: int = 16, num_heads: int = 2) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(d_model, num_heads, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        attended, _ = self.attention(x, x, x, need_weights=False)
-        return attended
-
-
-class SimpleTransformer(nn.Module):
-    """A small language model: tokens below `vocabulary`, [B, L] -> logits [B, L, vocabulary]."""
-
-    def __init__(self, vocabulary: int = 29, d_model: int = 16, num_heads: int = 2, num_layers: int = 2) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, d_model)
-        self.attentions = nn.ModuleList(SimpleAttention(d_model, num_heads) for _ in range(num_layers))
-        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(num_layers))
-        self.head = nn.Linear(d_model, vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, L] -> [B, L, vocabulary]."""
-        x = self.embedding(tokens)
-        for norm, attention in zip(self.norms, self.attentions, strict=True):
-            x = x + attention(norm(x))
-        return self.head(x)
+from torch.nn import functional as F
 
 
 class LoRALinear(nn.Module):
@@ -119,18 +69,6 @@ class LoRALinear(nn.Module):
         if self.merged:
             self.original_layer.weight = self.kept.pop()
         self.merged = False
-
-
-class LoRAConfig:
-    """What to adapt."""
-
-    def __init__(
-        self, rank: int = 4, alpha: float = 8.0, target_modules: list[str] | None = None, dropout: float = 0.1
-    ) -> None:
-        self.rank = rank
-        self.alpha = alpha
-        self.target_modules = ["q_proj", "v_proj"] if target_modules is None else target_modules
-        self.dropout = dropout
 
 
 def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:

@@ -1,0 +1,140 @@
+"""The comparison with full fine-tuning (5.6): who trains what, and whether the numbers are those that were seen."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from harness.testing import Subject, requirement
+
+
+@dataclass
+class Seen:
+    """What an optimizer was seen to hold after its last step, and the model that it trains."""
+
+    adamw: bool
+    steps: int = 0
+    trainable_parameters: int = 0
+    optimizer_bytes: int = 0
+    gradient_bytes: int = 0
+    all_parameters: int = 0
+    adapter_parameters: int = 0
+    adapted: bool = False
+
+
+@contextlib.contextmanager
+def optimizers(kind: type[nn.Module]) -> Iterator[dict[Optimizer, Seen]]:
+    """Notes what each optimizer holds, after each of its steps, and on which model of `kind`, whoever made them."""
+    seen: dict[Optimizer, Seen] = {}
+    models: list[nn.Module] = []
+
+    def before_forward(module: nn.Module, _: Any) -> None:
+        if isinstance(module, kind) and module not in models:
+            models.append(module)
+
+    def after_step(optimizer: Optimizer, *_: Any) -> None:
+        note = seen.setdefault(optimizer, Seen(isinstance(optimizer, torch.optim.AdamW)))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state = [held for values in optimizer.state.values() for held in values.values() if isinstance(held, Tensor)]
+        note.steps += 1
+        note.trainable_parameters = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        note.optimizer_bytes = sum(held.numel() * held.element_size() for held in state)
+        note.gradient_bytes = sum(p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None)
+        trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
+        for model in [m for m in models if trained & {id(parameter) for parameter in m.parameters()}][-1:]:
+            note.all_parameters = sum(parameter.numel() for parameter in model.parameters())
+            adapters: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+            sizes = {m.data_ptr(): m.numel() for module in adapters for m in (module.lora_A, module.lora_B)}
+            note.adapted, note.adapter_parameters = bool(adapters), sum(sizes.values())
+
+    handles = [register_module_forward_pre_hook(before_forward), register_optimizer_step_post_hook(after_step)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compared(subject: Subject, steps: int) -> dict[str, tuple[dict[str, Any], Seen]]:
+    """What compare_fine_tuning says of each run, beside what was seen of it."""
+    what = f"compare_fine_tuning({steps})"
+    with optimizers(subject.SimpleTransformer) as seen:
+        result = subject.compare_fine_tuning(steps)
+
+    assert isinstance(result, dict) and all(isinstance(result.get(name), dict) for name in ("full", "lora")), (
+        f"{what}: {result!r:.80} came, a dict with the dicts 'full' and 'lora' was wanted"
+    )
+    assert seen, f"{what}: no optimizer of torch.optim made a step"
+    assert all(note.adamw for note in seen.values()), f"{what}: an optimizer that is no torch.optim.AdamW made a step"
+    notes = sorted(seen.values(), key=lambda note: note.steps)
+    runs = {"full": [n for n in notes if not n.adapted], "lora": [n for n in notes if n.adapted]}
+    assert runs["full"], f"{what}: every run trains an adapted model; one without adapters was wanted"
+    assert runs["lora"], f"{what}: no run trains an adapted SimpleTransformer; one with adapters was wanted"
+    return {name: (result[name], runs[name][-1]) for name in ("full", "lora")}
+
+
+@requirement("5.6")
+def test_one_run_trains_everything_and_one_the_adapters(subject: Subject) -> None:
+    """One run trains every parameter of a SimpleTransformer, the other adapters on one of the same sizes."""
+    runs = compared(subject, 1)
+    full, lora = (runs[name][1] for name in ("full", "lora"))
+
+    assert full.trainable_parameters == full.all_parameters, (
+        f"compare_fine_tuning(1): the full run trains {full.trainable_parameters} numbers; "
+        f"its SimpleTransformer has {full.all_parameters}, and full fine-tuning trains them all"
+    )
+    base, adapters = lora.all_parameters - lora.adapter_parameters, lora.adapter_parameters
+    assert base == full.all_parameters, (
+        f"compare_fine_tuning(1): the lora run's model has {base} numbers besides its adapters, "
+        f"the full run's has {full.all_parameters}; the same sizes are wanted"
+    )
+    # That nothing else is trained is 5.3's.
+    assert lora.trainable_parameters >= adapters, (
+        f"compare_fine_tuning(1): the lora run trains {lora.trainable_parameters} numbers; its adapters hold {adapters}"
+    )
+
+
+@requirement("5.6")
+def test_the_numbers_are_those_of_the_run(subject: Subject) -> None:
+    """What is reported equals what the optimizer held after its last step."""
+    hints = {
+        "trainable_parameters": "the numbers that the run's optimizer trains",
+        "optimizer_bytes": "every tensor in optimizer.state after the last step, the step counters too, in bytes",
+        "gradient_bytes": "the .grad of what the run trains, after the last backward, before any zero_grad, in bytes",
+    }
+    for name, (reported, seen) in compared(subject, 1).items():
+        for number, hint in hints.items():
+            what = f"compare_fine_tuning(1)[{name!r}][{number!r}]"
+            came, wanted = reported.get(number), getattr(seen, number)
+            assert isinstance(came, int | float), f"{what}: {came!r} came, a number was wanted"
+            assert came == wanted, f"{what}: {came} came, {wanted} was seen\n{hint}"
+
+
+@requirement("5.6")
+def test_every_run_makes_and_times_its_steps(subject: Subject) -> None:
+    """Each run makes at least the steps that are asked for, each time, and tells the seconds for one of them."""
+    for steps in (2, 7):
+        begin = time.perf_counter()
+        runs = compared(subject, steps)
+        elapsed = time.perf_counter() - begin
+
+        per_step: dict[str, Any] = {}
+        for name, (reported, seen) in runs.items():
+            assert seen.steps >= steps, f"compare_fine_tuning({steps}): the {name} run makes {seen.steps} steps"
+            came = reported.get("seconds_per_step")
+            what = f"compare_fine_tuning({steps})[{name!r}]['seconds_per_step']"
+            right = isinstance(came, int | float) and math.isfinite(came) and came > 0
+            assert right, f"{what}: {came!r} came, a positive number was wanted"
+            per_step[name] = came
+        # No clock decides here: a median of 7 times may be 7/4 of their mean, and no sum can pass the whole.
+        assert steps * sum(per_step.values()) <= 2 * elapsed, (
+            f"compare_fine_tuning({steps}): seconds_per_step {per_step} came; the whole call took {elapsed:.3g} s\n"
+            "seconds, for one step"
+        )

@@ -1,0 +1,255 @@
+"""The formula (5.1): rank and scale, the start, gradients."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harness.testing import Close, Subject, Where, is_tensor, refuses, requirement, seed
+
+from .reference import (
+    IN,
+    OUT,
+    TOKENS,
+    Tiny,
+    adapter_at,
+    apply,
+    build,
+    descend,
+    fresh,
+    known,
+    linear,
+    matrices,
+    randomize,
+    trainable,
+    value,
+)
+
+
+@requirement("5.1")
+def test_a_case_by_hand(subject: Subject, close: Close) -> None:
+    """Two features, rank 2, alpha 1: W x + 1/2 · B A x."""
+    layer = fresh(subject, nn.Linear(2, 2, bias=False), rank=2, alpha=1.0).layer
+    with torch.no_grad():
+        layer.original_layer.weight.copy_(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+        layer.lora_A.copy_(torch.tensor([[1.0, -1.0], [0.0, 2.0]]))
+        layer.lora_B.copy_(torch.tensor([[3.0, 1.0], [0.0, -1.0]]))
+
+    output = layer(torch.tensor([[4.0, 1.0]], dtype=torch.float64))
+
+    hint = "W x = [6, 1]; A x = [3, 2], B A x = [11, -2], times alpha/rank = 1/2: [5.5, -1]"
+    close(output, torch.tensor([[11.5, 0.0]], dtype=torch.float64), "forward([[4, 1]])", hint=hint)
+
+
+@requirement("5.1")
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 2.5), (4, 3), (4, 1.0)])
+def test_attributes(subject: Subject, rank: int, alpha: float) -> None:
+    """rank, alpha and the layer itself are kept, and scaling is alpha/rank."""
+    original = nn.Linear(IN, OUT)
+    layer = fresh(subject, original, rank=rank, alpha=alpha).layer
+
+    what = f"LoRALinear(…, rank={rank}, alpha={alpha})"
+    for name, wanted in (("rank", rank), ("alpha", alpha), ("scaling", alpha / rank)):
+        came = getattr(layer, name, None)
+        assert came == wanted, f"{what}.{name}: {came} came, {wanted} was wanted"
+    assert layer.original_layer is original, f"{what}.original_layer: not the layer that was given, maybe a copy of it"
+
+
+@requirement("5.1")
+def test_defaults(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Without arguments the rank is 4, alpha 1 and dropout 0."""
+    original = linear(rng)
+    x = torch.randn(5, IN, generator=rng)
+    adapter = known(subject.LoRALinear(original), original, 4, 1.0)
+    matrices(adapter.layer, 4, IN, OUT)
+    randomize(rng, adapter.layer.lora_A, adapter.layer.lora_B)
+
+    output = adapter.layer(x)
+
+    close(
+        output, adapter.expected(x).float(), "LoRALinear(layer)(x)", tolerance=1e-5, hint="rank 4, alpha 1, no dropout"
+    )
+
+
+@requirement("5.1")
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_the_start_is_the_original(subject: Subject, close: Close, rng: torch.Generator, rank: int) -> None:
+    """A new adapter changes nothing, because B is zero; A is not."""
+    adapter = fresh(subject, linear(rng, 23, 19), rank=rank)
+    x = torch.randn(5, 23, generator=rng, dtype=torch.float64)
+    expected = F.linear(x, adapter.weight, adapter.bias)
+
+    output = adapter.layer(x)
+
+    close(output, expected, "forward of a new adapter", hint="B starts at zero, so that nothing changes")
+    assert not adapter.layer.lora_B.any(), "lora_B of a new adapter: not all zeros"
+    a = value(adapter.layer.lora_A)
+    assert a.isfinite().all() and a.any(), "lora_A of a new adapter: all zeros; with B zero too, neither ever moves"
+    full = int(torch.linalg.matrix_rank(a))
+    assert full == rank, (
+        f"lora_A of a new adapter: its {rank} rows span {full} dimension(s); rows that are alike stay alike"
+    )
+    other = value(fresh(subject, linear(rng, 23, 19), rank=rank).layer.lora_A)
+    assert not torch.equal(a, other), "lora_A of two new adapters: the same numbers; they are random at the start"
+
+
+@requirement("5.1")
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 2.5), (4, 32.0), (16, 6), (29, -2.5), (2, 0)])
+def test_the_formula(subject: Subject, close: Close, rng: torch.Generator, rank: int, alpha: float) -> None:
+    """Any rank and alpha give x Wᵀ + b + x Aᵀ Bᵀ · alpha/rank."""
+    adapter = fresh(subject, linear(rng, 23, 19), rank=rank, alpha=alpha)
+    randomize(rng, adapter.layer.lora_A, adapter.layer.lora_B)
+    x = torch.randn(5, 23, generator=rng, dtype=torch.float64)
+    added = adapter.expected(x) - F.linear(x, adapter.weight, adapter.bias)
+
+    output = is_tensor(adapter.layer(x), "forward(x)")
+
+    what = f"forward(x), rank {rank}, alpha {alpha}"
+    hint = ""
+    if output.shape == added.shape:
+        extra = value(output) - F.linear(x, adapter.weight, adapter.bias)
+        factor = float((extra * added).sum() / added.square().sum().clamp(min=1e-12)) * alpha / rank
+        hint = f"the adapter adds about {factor:.4g} × x Aᵀ Bᵀ; alpha/rank = {alpha / rank:.4g}"
+    close(output, adapter.expected(x), what, hint=hint)
+
+
+@requirement("5.1")
+def test_agrees_with_a_merged_linear_layer(subject: Subject, close: Close, rng: torch.Generator, on: Where) -> None:
+    """Output and gradient of x equal those of a plain layer with the weight W + alpha/rank · B A."""
+    adapter = build(subject, rng, on.dtype)
+    adapter.layer.to(on.device)
+    plain = nn.Linear(IN, OUT, device=on.device, dtype=on.dtype)
+    with torch.no_grad():
+        plain.weight.copy_(adapter.merged_weight())
+        plain.bias.copy_(adapter.layer.original_layer.bias)
+    x = torch.randn(5, IN, generator=rng).to(on.device, on.dtype)
+    ours, theirs = value(x).requires_grad_(), value(x).requires_grad_()
+    expected = plain(theirs)
+    expected.sum().backward()
+
+    output = is_tensor(adapter.layer(ours), "forward(x)")
+    output.sum().backward()
+
+    close(output, expected, "forward(x)")
+    close(ours.grad, is_tensor(theirs.grad, ""), "backward: gradient of x", hint="x reaches the output by W and by A")
+
+
+@requirement("5.1")
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator, training: bool) -> None:
+    """A call after W, A or B have changed uses the new ones."""
+    adapter = build(subject, rng)
+    x = torch.randn(5, IN, generator=rng, dtype=torch.float64)
+    with torch.set_grad_enabled(training):
+        adapter.layer.train(training)(x)
+        for name in ("lora_A", "lora_B"):
+            randomize(rng, getattr(adapter.layer, name))
+
+            output = adapter.layer(x)
+
+            close(
+                output,
+                adapter.expected(x),
+                f"forward(x) after {name} has changed",
+                hint="something is kept from before",
+            )
+        for name, known_one in (("weight", adapter.weight), ("bias", adapter.bias)):
+            with torch.no_grad():
+                for tensor in (is_tensor(known_one, ""), getattr(adapter.layer.original_layer, name)):
+                    tensor.mul_(-0.7)
+            close(adapter.layer(x), adapter.expected(x), f"forward(x) after original_layer.{name} has changed")
+
+
+@requirement("5.1")
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_gradients_reach_x_and_both_matrices(
+    subject: Subject, close: Close, rng: torch.Generator, training: bool
+) -> None:
+    """One step of gradient descent moves A and B by the formula's gradients, and x gets its own."""
+    adapter = build(subject, rng)
+    x = torch.randn(2, 3, IN, generator=rng, dtype=torch.float64, requires_grad=True)
+    a, b = (value(tensor).requires_grad_() for tensor in (adapter.layer.lora_A, adapter.layer.lora_B))
+    probe = torch.randn(2, 3, OUT, generator=rng, dtype=torch.float64)
+    (F.linear(x, adapter.weight + adapter.scaling * b @ a) * probe).sum().backward()
+    given = value(x).requires_grad_()
+
+    output = is_tensor(adapter.layer.train(training)(given), "forward(x)")
+    assert output.requires_grad, "forward(x): the output carries no gradient"
+    descend(trainable(adapter.layer), (output * probe).sum())
+
+    hint = "is something detached, or wrapped in no_grad?"
+    for name, leaf in (("lora_B", b), ("lora_A", a)):
+        moved = leaf.detach() - value(getattr(adapter.layer, name))
+        close(moved, is_tensor(leaf.grad, ""), f"backward: gradient of {name}", hint=hint)
+    close(
+        given.grad, is_tensor(x.grad, ""), "backward: gradient of x", hint=f"x reaches the output by W and by A; {hint}"
+    )
+
+
+@requirement("5.1")
+def test_gradients_with_dropout(subject: Subject, rng: torch.Generator) -> None:
+    """With the same elements dropped, the output moves as its gradients say; it is linear in each of x, A and B."""
+    layer = build(subject, rng, dropout=0.4).layer.train()
+    layer.original_layer.requires_grad_(False)
+    x = torch.randn(2, 3, IN, generator=rng, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(2, 3, OUT, generator=rng, dtype=torch.float64)
+
+    def probed() -> Tensor:
+        seed(7)
+        return (is_tensor(layer(x), "forward(x) in training") * probe).sum()
+
+    tensors = {"x": x, "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    before = {name: value(tensor) for name, tensor in tensors.items()}
+    start = probed()
+    descend([x, *trainable(layer)], start)
+    steps = {name: before[name] - value(tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        along = torch.randn(tensor.shape, generator=rng, dtype=torch.float64)
+        with torch.no_grad():
+            for other, kept in before.items():
+                tensors[other].copy_(kept)
+            tensor.add_(along)
+        moved = float((probed() - start).detach())
+
+        wanted = float((steps[name] * along).sum())
+        assert abs(moved - wanted) < 1e-6 * (1 + abs(moved)), (
+            f"backward in training, dropout 0.4: gradient of {name}: the output moves by {moved:.6g}, "
+            f"the gradient says {wanted:.6g}\nis something detached, or wrapped in no_grad?"
+        )
+
+
+@requirement("5.1")
+def test_a_freshly_adapted_model_is_the_original(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """What apply_lora_to_model gives computes what the model did before."""
+    model, tokens = Tiny(rng), torch.tensor(TOKENS)
+    expected = value(model(tokens))
+
+    apply(subject, model, "q_proj", "v_proj")
+
+    adapter_at(model, "q_proj")
+    close(model(tokens), expected, "output of a freshly adapted model", tolerance=1e-5, hint="B starts at zero")
+
+
+@requirement("5.1")
+def test_the_first_two_steps(subject: Subject, rng: torch.Generator) -> None:
+    """From the start the first step moves B, whose zeros hold A's gradient back, and the second moves A."""
+    layer = fresh(subject, linear(rng)).layer
+    x = torch.randn(5, IN, generator=rng, dtype=torch.float64)
+    start = value(layer.lora_A)
+
+    descend(trainable(layer), layer(x).square().mean())
+    first = value(layer.lora_B)
+    descend(trainable(layer), layer(x).square().mean())
+
+    assert first.any(), "training: lora_B is still zero after the first step; is A zero too, or B no parameter?"
+    moved = (value(layer.lora_A) - start).abs().amax(dim=1)
+    assert moved.gt(0).all(), "training: lora_A, or a row of it, has not moved after the second step"
+
+
+@requirement("5.1")
+@pytest.mark.parametrize("rank", [0, -3])
+def test_a_rank_below_1_is_refused(subject: Subject, rng: torch.Generator, rank: int) -> None:
+    """A rank below 1 is a ValueError, at the latest from apply_lora_to_model."""
+    model = Tiny(rng)
+
+    refuses(ValueError, lambda: apply(subject, model, "q_proj", rank=rank), f"apply_lora_to_model with rank {rank}")
