@@ -1,14 +1,12 @@
 """A Function class for every call, its inner backward under the forward's autocast; the wrapper lends attributes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -62,10 +60,6 @@ class _States:
         ]
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
 class CheckpointWrapper(nn.Module):
     """A module that keeps only its inputs for backward, and is computed a second time there."""
 
@@ -88,94 +82,3 @@ class CheckpointWrapper(nn.Module):
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
             return checkpoint(self.module, *args, **kwargs)
         return self.module(*args, **kwargs)
-
-
-def _remove_own_name(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    _rename(state_dict, f"{prefix}module.", prefix)
-
-
-def _insert_own_name(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    _rename(state_dict, prefix, f"{prefix}module.")
-
-
-def _rename(state_dict: dict[str, Any], old: str, new: str) -> None:
-    # All come out before the first goes in: the wrapped module may have a child that is called "module" too.
-    taken = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(old)}
-    state_dict.update({new + key.removeprefix(old): value for key, value in taken.items()})
-
-
-class SelectiveCheckpointing:
-    """Wraps every n-th layer of a model."""
-
-    def __init__(self, checkpoint_every_n_layers: int = 2) -> None:
-        self.checkpoint_every_n_layers = checkpoint_every_n_layers
-        self.checkpointed_modules: list[str] = []
-
-    def apply_checkpointing(self, model: nn.Module, layer_pattern: str = "layer") -> None:
-        """Wraps the layers number 0, n, 2n … of `model`, in place."""
-        if self.checkpoint_every_n_layers == 0:
-            return
-        for name in list(_layer_names(model, layer_pattern))[:: self.checkpoint_every_n_layers]:
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, CheckpointWrapper(model.get_submodule(name)))
-            self.checkpointed_modules.append(name)
-
-
-def _layer_names(module: nn.Module, pattern: str, prefix: str = "", in_list: bool = False) -> Iterator[str]:
-    for attribute, child in module.named_children():
-        name = prefix + attribute
-        matches = in_list or (pattern in attribute and "norm" not in attribute)
-        is_list = isinstance(child, nn.ModuleList) or (isinstance(child, nn.Sequential) and not in_list)
-        if matches and not is_list:
-            yield name
-        else:
-            yield from _layer_names(child, pattern, f"{name}.", in_list=matches)
-
-
-def measure_memory_usage(func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
-    """Calls `func(*args, **kwargs)` and measures the tensor memory that it needs."""
-    with _StorageMeter() as meter:
-        result = func(*args, **kwargs)
-    return result, meter.peak / 2**20
-
-
-class _StorageMeter(TorchDispatchMode):
-    """Counts the bytes of the storages that are made while it is on, for as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: WeakSet[torch.UntypedStorage] = WeakSet()
-        self.alive = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.known.update(_storages((args, kwargs)))  # these existed before
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if storage not in self.known:
-                self.known.add(storage)
-                self.alive += storage.nbytes()
-                self.peak = max(self.peak, self.alive)
-                finalize(storage, self.freed, storage.nbytes())
-        return result
-
-    def freed(self, size: int) -> None:
-        self.alive -= size
-
-
-def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
-
-
-def train_step(
-    model: nn.Module,
-    batch: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    criterion: Callable[[Tensor, Tensor], Tensor],
-) -> float:
-    """Makes one step of training: old gradients off, forward, backward, the optimizer's step."""
-    optimizer.zero_grad()
-    logits = model(batch["input_ids"])  # [B, L, V]
-    loss = criterion(logits.flatten(0, 1), batch["targets"].flatten())
-    loss.backward()
-    optimizer.step()
-    return loss.item()

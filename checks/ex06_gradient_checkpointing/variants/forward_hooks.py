@@ -1,7 +1,4 @@
-"""Nothing is wrapped: hooks before and after a layer's forward put markers in place of what autograd saves.
-
-The optimizer gets a closure; the meter sweeps the storages that are alive after every operation.
-"""
+"""Nothing is wrapped: hooks around forward save markers; the optimizer gets a closure, the meter sweeps storages."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

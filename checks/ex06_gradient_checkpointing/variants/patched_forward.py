@@ -1,7 +1,4 @@
-"""No module is replaced: apply_checkpointing gives a layer another forward. What is recomputed stays with the graph.
-
-The profiler measures memory.
-"""
+"""Layers get another forward, none is replaced; the graph keeps what is recomputed; the profiler measures memory."""
 
 import functools
 from collections.abc import Callable

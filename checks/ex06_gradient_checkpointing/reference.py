@@ -1,0 +1,251 @@
+"""What several check files of ex06 use: modules to wrap, plain and wrapped twins, and the comparison of gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.testing import Close, Subject, calls, seed
+
+B, L, D, V = 3, 5, 6, 11
+NOTHING_TWICE = "a wrapped module is entered once in a training step: nothing is computed a second time"
+
+
+class Map(nn.Linear):
+    """A linear map, initialised fast."""
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.normal_(0, 0.4)
+            self.bias.normal_(0, 0.4)
+
+
+class Block(nn.Module):
+    """x + a small network with dropout. Entries are counted at `up`, which every way of calling a block reaches."""
+
+    def __init__(self, p: float = 0.0, hidden: int = 7) -> None:
+        super().__init__()
+        self.up = Map(D, hidden)
+        self.down = Map(hidden, D)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.up(x))
+        return x + self.down(functional.dropout(hidden, self.p, self.training) if self.p else hidden)
+
+
+class Scale(nn.Module):
+    """A number to multiply by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Unit(nn.Module):
+    """A layer that costs next to nothing to build."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.up(x))
+
+
+class Stack(nn.Module):
+    """A model over blocks, in a ModuleList `layers`."""
+
+    def __init__(self, number: int, p: float = 0.0, hidden: int = 7) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, D)
+        self.layers = nn.ModuleList(Block(p, hidden) for _ in range(number))
+        self.dropout = nn.Dropout(p)
+        self.head = Map(D, V)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.dropout(x))
+
+
+class Row(nn.Module):
+    """Layers one after the other."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def seeded(build: Callable[[], Any], dtype: torch.dtype = torch.float64) -> Any:
+    """A module in `dtype` with weights from a fixed seed."""
+    seed(1)
+    torch.set_default_dtype(dtype)
+    try:
+        return build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def ups(module: nn.Module) -> list[nn.Module]:
+    """Where the entries of the blocks inside `module` are counted."""
+    return [part.up for part in module.modules() if isinstance(part, Block | Unit)]
+
+
+def tokens(rng: torch.Generator) -> Tensor:
+    """Input ids."""
+    return torch.randint(V, (B, L), generator=rng)
+
+
+def wrap_layers(subject: Subject, model: nn.Module, n: int = 1, **options: str) -> Any:
+    """Wraps every n-th layer of `model`; returns what did it."""
+    selective = subject.SelectiveCheckpointing(n)
+    selective.apply_checkpointing(model, **options)
+    return selective
+
+
+def gradients(model: nn.Module, plain: nn.Module, before: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    """A wrapped model's gradients by the plain model's names: by its state_dict, or `before` if its keys differ."""
+    state = model.state_dict()
+    if set(state) != set(plain.state_dict()):
+        return {name: parameter.grad for name, parameter in before.items()}
+    grads = {parameter.data_ptr(): parameter.grad for parameter in model.parameters()}
+    return {name: grads.get(value.data_ptr()) for name, value in state.items()}
+
+
+class Pair:
+    """A plain model, and its twin whose every n-th layer is wrapped: the same steps for both, and the comparison."""
+
+    def __init__(
+        self, subject: Subject, build: Callable[[], Any], n: int = 1, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.plain, self.wrapped = seeded(build, dtype), seeded(build, dtype)
+        self.ups = ups(self.wrapped)
+        self.before = dict(self.wrapped.named_parameters())
+        wrap_layers(subject, self.wrapped, n)
+        self.streams: list[Tensor] = []
+
+    def step(self, run: Callable[[Any], None]) -> None:
+        """Runs a step on both, from the same seed, and notes where the random stream is then."""
+        self.streams.clear()
+        for model in (self.plain, self.wrapped):
+            seed(5)
+            with calls(*self.ups) as entered:
+                run(model)
+            self.streams.append(torch.get_rng_state())
+        assert max(entered.values()) > 1, f"training step: {NOTHING_TWICE}"
+
+    def agree(self, close: Close, what: str, hint: str = "") -> None:
+        """Every parameter of the wrapped model has the plain model's gradient."""
+        came = gradients(self.wrapped, self.plain, self.before)
+        for name, parameter in self.plain.named_parameters():
+            same_gradient(close, came[name], parameter.grad, f"{what}: gradient of {name}", hint)
+
+
+def same_gradient(
+    close: Close, came: Any, wanted: Tensor | None, what: str, hint: str = "", tolerance: float | None = None
+) -> None:
+    """The gradient is the wanted one; where none is wanted, zeros are as good."""
+    if wanted is None:
+        assert came is None or not came.any(), f"{what}: one came, none was wanted\n{hint}"
+        return
+    assert came is not None, (
+        f"{what}: none came\n{hint or 'autograd.grad on the inputs alone leaves the parameters without'}"
+    )
+    close(came, wanted, what, tolerance=tolerance, hint=hint)
+
+
+def units(number: int) -> nn.ModuleList:
+    """A list of layers."""
+    return nn.ModuleList(Unit() for _ in range(number))
+
+
+def tree(**children: nn.Module) -> Any:
+    """A module with these children."""
+    module = nn.Module()
+    for name, child in children.items():
+        module.add_module(name, child)
+    return module
+
+
+def nested_wrapper(subject: Subject, *layers: nn.Module) -> Any:
+    """A wrapper of a wrapper around wrapped layers in a row."""
+    inner = nn.Sequential(*(subject.CheckpointWrapper(layer) for layer in layers))
+    return subject.CheckpointWrapper(subject.CheckpointWrapper(inner))
+
+
+def recomputes(subject: Subject, x: Tensor) -> None:
+    """In training, with gradients, the same wrapper does compute twice."""
+    block = seeded(Block)
+    with calls(block.up) as entered:
+        subject.CheckpointWrapper(block)(x).sum().backward()
+    assert entered[block.up] > 1, f"training step of a wrapper: {NOTHING_TWICE}"
+
+
+class Precision(nn.Module):
+    """A linear map that notes in which dtype each of its entries multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = Map(D, D)
+        self.seen: list[torch.dtype] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append((x @ x.mT).dtype)
+        return torch.tanh(self.linear(x))
+
+
+STATES = {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def autocast(state: str) -> Any:
+    """Autocast in a state, off too."""
+    return torch.autocast("cpu", STATES[state] or torch.bfloat16, enabled=STATES[state] is not None)
+
+
+def precision_step(module: Any, leaf: Tensor, forward: str, backward: str) -> None:
+    """A step with forward and backward under their states."""
+    with autocast(forward):
+        output = module(leaf)
+    with autocast(backward):
+        output.float().square().sum().backward()
+
+
+class Rich(nn.Module):
+    """Takes and gives whatever there is; what it does with it is said by `mode`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.memory = Map(D, D)
+
+    def forward(self, x: Any, other: Any = None, mode: str = "plain", *, scale: float = 1.0, mask: Any = None) -> Any:
+        if mode == "structures":
+            first, rest = x
+            a, (b, number) = rest["a"], rest["b"]
+            mixed = self.block(first * a) + number * self.memory(b[0])
+            return {"out": [mixed, (torch.tanh(mixed), None)], "size": 7, "ok": True}
+        hidden = self.block(x) * scale
+        if other is not None:
+            hidden = hidden + torch.sigmoid(self.memory(other))
+        if mask is not None:
+            hidden = hidden.masked_fill(mask == 0, 0.5) if mask.dtype == torch.bool else hidden + mask.tanh()
+        if mode == "outputs":
+            return hidden, torch.sin(hidden), hidden.argmax(-1), mask, "text", 3, None
+        return [hidden.sum(), {"h": hidden, "x": x}] if mode == "list" else hidden
+
+
+def randoms(rng: torch.Generator, number: int, grad: bool = True) -> list[Tensor]:
+    """Inputs that all differ."""
+    return [torch.randn(B, D, generator=rng, dtype=torch.float64).requires_grad_(grad) for _ in range(number)]

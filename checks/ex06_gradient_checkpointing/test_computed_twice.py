@@ -1,0 +1,269 @@
+"""Computed twice (6.2, 6.3): what stays alive and what is entered twice, and under which autocast state."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.testing import Close, Subject, Trace, calls, is_tensor, requirement, seed
+
+from .reference import (
+    NOTHING_TWICE,
+    STATES,
+    B,
+    Block,
+    D,
+    Pair,
+    Precision,
+    Row,
+    Stack,
+    autocast,
+    precision_step,
+    recomputes,
+    same_gradient,
+    seeded,
+    tokens,
+    units,
+    ups,
+    wrap_layers,
+)
+
+# 6.2 memory against computation
+
+
+@requirement("6.2")
+def test_chosen_layers_are_entered_exactly_twice(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A training step enters each chosen layer twice, every other module once."""
+    for n, wanted in ((1, [2, 2, 2, 2]), (3, [2, 1, 1, 2])):
+        model, plain = seeded(lambda: Stack(4)), seeded(lambda: Stack(4))
+        layers, input_ids = ups(model), tokens(rng)
+        wrap_layers(subject, model, n)
+
+        with calls(*layers, model.embedding, model.head) as entered:
+            output = model(input_ids)
+            output.square().sum().backward()
+
+        close(output, plain(input_ids), "forward of a wrapped model")
+        counts = [entered[up] for up in layers]
+        assert counts == wanted, f"training step, n = {n}: the layers are entered {counts} times; {wanted} were wanted"
+        around = [entered[model.embedding], entered[model.head]]
+        assert around == [1, 1], (
+            f"training step, n = {n}: embedding and head are entered {around} times; recompute chosen layers only"
+        )
+
+
+def alive_after_forward(model: nn.Module, x: Tensor) -> tuple[int, Tensor]:
+    """Bytes that only the output keeps alive after forward, without what is smaller than the input: random states."""
+    with Trace(at_least=x.numel()) as seen:
+        output = model(x)
+    return seen.alive_bytes, output
+
+
+@requirement("6.2")
+def test_less_is_alive_the_more_layers_are_chosen(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """From none over every 4th and every 2nd to every layer, what is alive after forward falls."""
+    x = torch.randn(200, D, generator=rng, dtype=torch.float64).requires_grad_()
+    alive: dict[int, int] = {}
+    expected: Tensor | None = None
+    for n in (0, 4, 2, 1):
+        model = seeded(lambda: Row(*units(8)))
+        expected = model(x) if expected is None else expected
+        wrap_layers(subject, model, n)
+        alive[n], output = alive_after_forward(model, x)
+        close(output, expected, f"forward of 8 layers, n = {n}")
+
+    assert alive[0] > alive[4] > alive[2] > alive[1], (
+        f"forward of 8 layers, bytes alive afterwards by n (0: none): {alive}\n"
+        "the more layers are chosen, the less is alive"
+    )
+
+
+@requirement("6.2")
+def test_every_encoder_layer_leaves_less_than_a_quarter(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """With every one of 8 encoder layers chosen, less than 0.25 of what none leaves is alive after forward."""
+
+    def build() -> Any:
+        return Row(*(nn.TransformerEncoderLayer(20, 2, 50, dropout=0.0, batch_first=True) for _ in range(8)))
+
+    x = torch.randn(3, 23, 20, generator=rng, dtype=torch.float64).requires_grad_()
+    model = seeded(build)
+    none, expected = alive_after_forward(model, x)
+    wrap_layers(subject, model)
+
+    every, output = alive_after_forward(model, x)
+
+    close(output, expected, "forward of 8 encoder layers")
+    assert output.requires_grad, "forward of 8 encoder layers: the output carries no gradient"
+    assert every < 0.25 * none, (
+        f"forward of 8 encoder layers: {every} bytes stay alive, {every / none:.2f} of what plain layers leave; "
+        "less than 0.25 is asked for\nsomething holds the activations: a closure, a context, a list"
+    )
+
+
+@requirement("6.2")
+def test_nothing_is_computed_twice_without_need(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Where nothing is to be recomputed, a wrapped block gives the plain output and is entered once."""
+    x = torch.randn(2, D, generator=rng, dtype=torch.float64).requires_grad_()
+    modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    for case in ("eval", "no_grad", "inference_mode", "use_checkpoint=False", "module in eval"):
+        plain, block = (seeded(lambda: Block(p=0.5)) for _ in range(2))
+        plain.train(case not in ("eval", "module in eval"))
+        block.train(case != "module in eval")
+        wrapper = subject.CheckpointWrapper(block, use_checkpoint=case != "use_checkpoint=False")
+        if case == "eval":
+            wrapper.train().eval()
+
+        with modes.get(case, nullcontext)(), calls(block.up) as entered:
+            seed(3)
+            output = is_tensor(wrapper(x), f"forward of a wrapper, {case}")
+            if output.requires_grad:
+                output.sum().backward()
+
+        seed(3)
+        with modes.get(case, nullcontext)():
+            close(output, plain(x), f"forward of a wrapper, {case}")
+        assert output.requires_grad == (case not in modes), (
+            f"forward of a wrapper, {case}: requires_grad is {output.requires_grad}"
+        )
+        assert entered[block.up] == 1, (
+            f"forward and backward of a wrapper, {case}: its module is entered {entered[block.up]} times, not once"
+        )
+    recomputes(subject, x)
+
+
+@requirement("6.2")
+def test_the_mode_may_change_after_wrapping(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """train() and eval() on a wrapped model reach the wrapped layers, also their dropout."""
+    input_ids = tokens(rng)
+    model, plain = seeded(lambda: Stack(2, p=0.5)), seeded(lambda: Stack(2, p=0.5)).eval()
+    layers = ups(model)
+    wrap_layers(subject, model.eval())
+
+    for training, times in ((False, 1), (True, 2), (False, 1)):
+        with calls(*layers) as entered:
+            output = model.train(training)(input_ids)
+            output.sum().backward()
+
+        mode = "train" if training else "eval"
+        counts = [entered[up] for up in layers]
+        assert counts == [times] * 2, (
+            f"step of a model wrapped in eval, now in {mode}: layers are entered {counts} times, not {times}"
+        )
+        if not training:
+            close(
+                output,
+                plain(input_ids),
+                "forward of a wrapped model in eval",
+                hint="eval() must reach the wrapped layer's dropout",
+            )
+
+
+@requirement("6.2")
+def test_a_layer_in_eval_stays_in_eval(subject: Subject, rng: torch.Generator) -> None:
+    """A wrapper takes over its module's training flag, one by one."""
+    model = seeded(lambda: Stack(3))
+    layers = ups(model)
+    model.layers[1].eval()
+
+    wrap_layers(subject, model)
+    with calls(*layers) as entered:
+        model(tokens(rng)).sum().backward()
+
+    flags = [layer.training for layer in model.layers]
+    assert flags == [True, False, True], (
+        f"layer 1 was in eval when it was wrapped; training flags are {flags} afterwards"
+    )
+    counts = [entered[up] for up in layers]
+    assert counts == [2, 1, 2], (
+        f"layer 1 was in eval when it was wrapped: layers are entered {counts} times, not [2, 1, 2]"
+    )
+
+
+@requirement("6.2")
+def test_checkpoint_itself_recomputes(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """checkpoint(module, x) gives the output and x's gradient, keeps next to nothing, and enters the module twice."""
+    x, leaf = (torch.randn(1000, D, generator=rng, dtype=torch.float64).requires_grad_() for _ in range(2))
+    leaf.data.copy_(x.data)
+    block, plain = seeded(lambda: Block(hidden=40)), seeded(lambda: Block(hidden=40))
+    plain(leaf).square().sum().backward()
+
+    with calls(block.up) as entered, Trace(at_least=x.numel()) as seen:
+        output = is_tensor(subject.checkpoint(block, x), "checkpoint(module, x)")
+        kept = seen.alive_bytes
+        output.square().sum().backward()
+
+    same_gradient(close, x.grad, leaf.grad, "checkpoint(module, x): gradient of x")
+    assert kept < 8 * 1000 * 40, (
+        f"checkpoint(module, x): {kept} bytes stay alive after forward; the output has {8 * 1000 * D}"
+    )
+    assert entered[block.up] == 2, (
+        f"checkpoint(module, x): the module is entered {entered[block.up]} times in a step, not twice"
+    )
+
+
+# 6.3 mixed precision
+
+
+@requirement("6.3")
+@pytest.mark.parametrize("backward", STATES)
+def test_the_second_computation_has_the_autocast_state_of_the_first(
+    subject: Subject, close: Close, rng: torch.Generator, backward: str
+) -> None:
+    """Whatever the state of backward, the module multiplies in the same dtype both times, each call in its own."""
+    module, plain = seeded(Precision, torch.float32), seeded(Precision, torch.float32)
+    wrapper = subject.CheckpointWrapper(module)
+    leaves = {state: torch.randn(B, D, generator=rng).requires_grad_() for state in STATES}
+    outputs = {}
+    for state, x in leaves.items():
+        with autocast(state):
+            outputs[state] = is_tensor(wrapper(x), f"forward of a wrapper under autocast {state}")
+
+    for forward, x in leaves.items():
+        what = f"forward under autocast {forward}, backward under {backward}"
+        wanted = STATES[forward] or torch.float32
+        module.seen.clear()
+        error = backward_under(backward, outputs.pop(forward), what)
+        assert module.seen or error, f"{what}: {NOTHING_TWICE}"
+        hint = "remember torch.is_autocast_enabled and get_autocast_dtype, and recompute under torch.autocast"
+        assert set(module.seen) == {wanted}, (
+            f"{what}: the module multiplies in {module.seen} the second time; {wanted} was wanted\n{hint}"
+        )
+        if error is not None:
+            raise error
+        leaf = x.detach().requires_grad_()
+        precision_step(plain, leaf, forward, backward)
+        # Eight bits of bfloat16: the order of a backward product's roundings is free.
+        same_gradient(close, x.grad, leaf.grad, f"{what}: gradient of the input", tolerance=3e-2)
+
+
+def backward_under(state: str, output: Tensor, what: str) -> RuntimeError | None:
+    """Runs backward in an autocast state, which has to be the same afterwards; the error with which it ends, if any."""
+    error: RuntimeError | None = None
+    with autocast(state):
+        try:
+            output.float().square().sum().backward()
+        except RuntimeError as raised:  # a wrong dtype often ends so
+            error = raised
+        left = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    wanted = STATES[state] is not None, STATES[state] or torch.bfloat16
+    assert left == wanted, f"{what}: autocast (on, dtype) is {left} after backward, {wanted} before"
+    return error
+
+
+@requirement("6.3")
+def test_a_whole_step_under_autocast(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A step whose backward is inside the same autocast region gives what comes before the layers its gradient."""
+    input_ids = tokens(rng)
+    for dtype in ("float16", "bfloat16"):
+        pair = Pair(subject, lambda: Stack(2), dtype=torch.float32)
+
+        def step(model: Any, state: str = dtype) -> None:
+            with autocast(state):
+                model(input_ids).float().square().mean().backward()
+
+        pair.step(step)
+
+        came, wanted = pair.wrapped.embedding.weight.grad, pair.plain.embedding.weight.grad
+        close(came, wanted, f"step under autocast {dtype}: gradient of the embedding", tolerance=3e-2)

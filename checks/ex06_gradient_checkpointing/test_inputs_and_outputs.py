@@ -1,0 +1,355 @@
+"""Inputs and outputs (6.4): nested modules, and arguments and results of any kind and structure."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from harness.testing import Close, Subject, calls, halfway, requirement
+
+from .reference import (
+    NOTHING_TWICE,
+    B,
+    Block,
+    D,
+    L,
+    Pair,
+    Rich,
+    Scale,
+    V,
+    nested_wrapper,
+    randoms,
+    recomputes,
+    same_gradient,
+    seeded,
+    tokens,
+    tree,
+    ups,
+)
+
+
+def agrees_with_plain(
+    subject: Subject,
+    close: Close,
+    args: tuple[Any, ...],
+    used: tuple[int, ...] | None = None,
+    hint: str = "",
+    **kwargs: Any,
+) -> None:
+    """Outputs and the gradients of inputs and parameters are the plain module's, and something is computed twice."""
+    plain, module = seeded(Rich), seeded(Rich)
+    expected, leaves = on_leaves(plain, args, kwargs)
+    differentiate(expected, used)
+
+    with calls(module.block.up) as entered:
+        try:
+            outputs, came = on_leaves(subject.CheckpointWrapper(module), args, kwargs)
+            same_structure(close, outputs, expected, "forward of a wrapped module")
+            differentiate(outputs, used)
+        except (AssertionError, NotImplementedError):
+            raise
+        except Exception as error:
+            what = "forward or backward of a wrapped module raises"
+            raise AssertionError(f"{what} {type(error).__name__}: {error}\n{hint}") from error
+
+    for number, (leaf, wanted) in enumerate(zip(came, leaves, strict=True)):
+        what = f"backward of a wrapped module: gradient of tensor input {number}"
+        same_gradient(close, leaf.grad, wanted.grad, what, hint or DEEP)
+    for (name, parameter), wanted in zip(module.named_parameters(), plain.parameters(), strict=True):
+        same_gradient(close, parameter.grad, wanted.grad, f"backward of a wrapped module: gradient of {name}", hint)
+    assert entered[module.block.up] > 1, f"training step: {NOTHING_TWICE}"
+
+
+DEEP = "every tensor that needs a gradient gets its own, in args and kwargs, however deep"
+
+
+def on_leaves(module: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
+    """Calls the module on leaves of its own; gives its outputs, and the leaves."""
+    leaves: dict[int, Tensor] = {}
+    args, kwargs = tree_map_only(Tensor, lambda t: leaves.setdefault(id(t), twin(t)), (args, kwargs))
+    return module(*args, **kwargs), list(leaves.values())
+
+
+def differentiate(outputs: Any, used: tuple[int, ...] | None) -> None:
+    """Runs backward from the outputs that carry gradient, or from those of them that are `used`."""
+    floats = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    chosen = floats if used is None else [floats[number] for number in used]
+    torch.stack([(leaf * (number + 2)).sin().sum() for number, leaf in enumerate(chosen)]).sum().backward()
+
+
+def twin(tensor: Tensor) -> Tensor:
+    """A leaf of its own over the same values, with the same need of a gradient."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def same_structure(close: Close, came: Any, wanted: Any, what: str) -> None:
+    """Two nested structures have the same containers, tensors and other values."""
+    came_leaves, came_tree = tree_flatten(came)
+    leaves, structure = tree_flatten(wanted)
+    assert came_tree == structure, f"{what}: the structure {came_tree} came, {structure} was wanted"
+    for number, (one, other) in enumerate(zip(came_leaves, leaves, strict=True)):
+        if not isinstance(other, Tensor):
+            assert type(one) is type(other) and one == other, f"{what}: output {number} is {one!r}, not {other!r}"
+            continue
+        close(one, other, f"{what}: output {number}")
+        assert one.requires_grad or not other.requires_grad, f"{what}: output {number} carries no gradient"
+
+
+@requirement("6.4")
+def test_inputs_without_gradient_still_train_the_parameters(
+    subject: Subject, close: Close, rng: torch.Generator
+) -> None:
+    """Data needs no gradient; the parameters behind it do."""
+    hint = "no input needs a gradient here, as with data or token ids; the parameters do"
+    agrees_with_plain(subject, close, tuple(randoms(rng, 1, grad=False)), hint=hint)
+
+
+@requirement("6.4")
+def test_token_ids_train_an_embedding(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A wrapped module may begin with integers."""
+    input_ids = tokens(rng)
+    plain, module = (seeded(lambda: nn.Sequential(nn.Embedding(V, D), Block())) for _ in range(2))
+    plain(input_ids).square().sum().backward()
+
+    subject.CheckpointWrapper(module)(input_ids).square().sum().backward()
+
+    for (name, parameter), wanted in zip(module.named_parameters(), plain.parameters(), strict=True):
+        same_gradient(close, parameter.grad, wanted.grad, f"backward of a wrapper on token ids: gradient of {name}")
+    recomputes(subject, torch.randn(2, D, generator=rng, dtype=torch.float64))
+
+
+@requirement("6.4")
+def test_each_input_that_needs_a_gradient_gets_it(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Inputs with and without gradient may be mixed."""
+    for needs in ((True, True), (True, False), (False, True)):
+        x, other = (tensor.detach().requires_grad_(need) for tensor, need in zip(randoms(rng, 2), needs, strict=True))
+
+        agrees_with_plain(subject, close, (x, other))
+
+
+@requirement("6.4")
+def test_keyword_arguments(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Keyword arguments reach both computations: numbers, and tensors with their gradients, however deep."""
+    x, other, a = randoms(rng, 3)
+    hint = "scale=3.0 and other=… are keyword arguments here"
+
+    agrees_with_plain(subject, close, (x,), hint=hint, scale=3.0)
+    agrees_with_plain(subject, close, (x,), hint=hint, other=other, scale=-2.0)
+    hint = "all arguments are keyword arguments here"
+    agrees_with_plain(subject, close, (), hint=hint, mode="structures", x=(x, {"a": a, "b": ([other], 3)}))
+
+
+@requirement("6.4")
+def test_masks(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Boolean and float masks work as keyword arguments, also one that needs a gradient."""
+    x, values = randoms(rng, 2)
+
+    for kind, mask in {"bool": values > 0, "float": values.detach(), "needs a gradient": values}.items():
+        agrees_with_plain(subject, close, (x,), hint=f"mask=… is a keyword argument here ({kind})", mask=mask)
+
+
+@requirement("6.4")
+def test_several_outputs_of_any_kind(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Tensors, integers, a mask, text, numbers and None come out as they are, with the gradients of what is used."""
+    x, other = randoms(rng, 2)
+
+    for used in ((0, 1), (0,), (1,)):
+        agrees_with_plain(subject, close, (x, other, "outputs"), used=used, mask=x.detach() > 0)
+
+
+@requirement("6.4")
+def test_arguments_that_are_no_tensors(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """None and text may stand among the positional arguments; a list, and an input itself, may be among the outputs."""
+    agrees_with_plain(subject, close, (randoms(rng, 1)[0], None, "list"))
+
+
+@requirement("6.4")
+def test_nested_structures(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Tensors deep in tuples, lists and dicts get their gradients; outputs deep in them carry gradient."""
+    for grad in (True, False):
+        x, a, b, unused = randoms(rng, 4, grad)
+
+        agrees_with_plain(subject, close, ((x, {"a": a, "b": ([b], 3)}), unused, "structures"))
+
+
+@requirement("6.4")
+def test_one_tensor_several_times(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A tensor that comes twice gets the sum of both gradients."""
+    x, a = randoms(rng, 2)
+
+    agrees_with_plain(subject, close, (x, x), hint="one tensor is both arguments here")
+    agrees_with_plain(
+        subject, close, ((x, {"a": a, "b": ([x], 3)}),), mode="structures", hint="one tensor comes twice here"
+    )
+
+
+@halfway
+@requirement("6.4")
+def test_one_tensor_is_one_tensor_the_second_time_too(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Self-attention, attention(x, x, x), takes a shorter way if its key is its query: both times, or not at all."""
+    x = torch.randn(L, 2, D, generator=rng, dtype=torch.float64).requires_grad_()
+    leaf = twin(x)
+    plain, attention = (seeded(lambda: nn.MultiheadAttention(D, 2)) for _ in range(2))
+    expected = plain(x, x, x)[0]
+    expected.square().sum().backward()
+    what = "backward of a wrapped attention(x, x, x)"
+    hint = "one tensor given three times has to be one tensor in the second computation: key is query"
+
+    output = subject.CheckpointWrapper(attention)(leaf, leaf, leaf)[0]
+    try:
+        output.square().sum().backward()
+    except RuntimeError as error:
+        raise AssertionError(f"{what} raises {error}\n{hint}") from error
+
+    close(output, expected, "forward of a wrapped attention(x, x, x)")
+    for name, came, wanted in zip(
+        ("x", *dict(plain.named_parameters())),
+        (leaf, *attention.parameters()),
+        (x, *plain.parameters()),
+        strict=True,
+    ):
+        same_gradient(close, came.grad, wanted.grad, f"{what}: gradient of {name}", hint)
+    recomputes(subject, torch.randn(2, D, generator=rng, dtype=torch.float64))
+
+
+@requirement("6.4")
+def test_strided_inputs(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Transposed and expanded inputs are as good as others."""
+    x = torch.randn(D, B, generator=rng, dtype=torch.float64).T.requires_grad_()
+    other = torch.randn(1, D, generator=rng, dtype=torch.float64).expand(B, D)
+
+    agrees_with_plain(subject, close, (x, other))
+
+
+@requirement("6.4")
+def test_inputs_are_not_written_to(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Inputs keep their values and their need of a gradient."""
+    x, other = randoms(rng, 2)
+    other = other.detach()
+    kept = [x.detach().clone(), other.clone()]
+    module = seeded(Rich)
+
+    with calls(module.block.up) as entered:
+        subject.CheckpointWrapper(module)(x, other=other).sum().backward()
+
+    close(x.detach(), kept[0], "x after a step", tolerance=0)
+    close(other, kept[1], "other after a step", tolerance=0)
+    assert not other.requires_grad and other.grad is None, "an input that needed no gradient requires one after a step"
+    assert x.is_leaf and x.grad is not None, "backward of a wrapped module: x gets no gradient"
+    assert entered[module.block.up] > 1, f"training step: {NOTHING_TWICE}"
+
+
+@requirement("6.4")
+def test_an_encoder_layer_with_a_mask(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """PyTorch's own encoder layer keeps its masks in the second computation."""
+
+    def build() -> Any:
+        return nn.TransformerEncoderLayer(D, 2, 7, dropout=0.0, batch_first=True)
+
+    plain, module = seeded(build), seeded(build)
+    wrapper = subject.CheckpointWrapper(module)
+    x = torch.randn(B, L, D, generator=rng, dtype=torch.float64)
+    masks = {
+        "src_mask": torch.ones(L, L).triu(1).bool(),
+        "src_key_padding_mask": torch.arange(L).expand(B, L) >= 3,
+    }
+    for name, mask in masks.items():
+        plain.zero_grad()
+        module.zero_grad()
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        expected = plain(leaves[0], **{name: mask})
+        expected.square().sum().backward()
+
+        with calls(module.linear1) as entered:
+            output = wrapper(leaves[1], **{name: mask})
+            output.square().sum().backward()
+
+        hint = f"{name} must reach the second computation too"
+        close(output, expected, f"forward of a wrapped encoder layer with {name}", hint=hint)
+        what = f"backward of a wrapped encoder layer with {name}"
+        same_gradient(close, leaves[1].grad, leaves[0].grad, f"{what}: gradient of x", hint)
+        for (part, parameter), wanted in zip(module.named_parameters(), plain.parameters(), strict=True):
+            same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {part}", hint)
+        assert entered[module.linear1] > 1, f"training step: {NOTHING_TWICE}"
+
+
+@requirement("6.4")
+def test_wrapped_inside_wrapped(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A wrapper around wrapped blocks trains as the plain blocks do."""
+    for grad in (True, False):
+        x = randoms(rng, 1)[0].detach()
+        plain, layers = (seeded(lambda: nn.Sequential(Block(), Block())) for _ in range(2))
+        leaves = [x.clone().requires_grad_(grad) for _ in range(2)]
+        expected = plain(leaves[0])
+        expected.square().sum().backward()
+
+        with calls(*ups(layers)) as entered:
+            output = nested_wrapper(subject, *layers)(leaves[1])
+            output.square().sum().backward()
+
+        what = "backward of wrapped blocks inside a wrapper"
+        close(output, expected, "forward of wrapped blocks inside a wrapper")
+        same_gradient(close, leaves[1].grad, leaves[0].grad, f"{what}: gradient of x")
+        for (name, parameter), wanted in zip(layers.named_parameters(), plain.parameters(), strict=True):
+            same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {name}")
+        assert len(entered) == 2 and min(entered.values()) > 1, f"training step: {NOTHING_TWICE}"
+
+
+class Halves(nn.Module):
+    """Two outputs, the second computed from the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.first(x))
+        return hidden.sin(), torch.tanh(self.second(hidden)).cos()
+
+
+@requirement("6.4")
+def test_a_backward_from_each_output(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """backward twice from one output with retain_graph, then from the other, adds up to the plain gradients."""
+    x = randoms(rng, 1)[0]
+
+    for order in ((1, 1, 0), (0, 0, 1)):
+        pair = Pair(subject, lambda: tree(layers=nn.ModuleList([Halves()])))
+
+        def step(model: Any, chosen: tuple[int, ...] = order) -> None:
+            outputs = model.layers[0](x)
+            for number in chosen:
+                outputs[number].square().sum().backward(retain_graph=True)
+
+        pair.step(step)
+
+        pair.agree(close, f"backward from outputs {order}, one after the other", "each backward needs a part only")
+
+
+class Constant(nn.Module):
+    """A parameter alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D))
+        self.up = Scale()
+
+    def forward(self, power: int) -> Tensor:
+        return self.up(self.weight).sin() ** power
+
+
+@requirement("6.4")
+def test_no_tensor_among_the_arguments(subject: Subject, close: Close) -> None:
+    """A module that is called without any tensor trains its parameters too."""
+    plain, module = seeded(Constant), seeded(Constant)
+    expected = plain(3)
+    expected.sum().backward()
+
+    with calls(module.up) as entered:
+        output = subject.CheckpointWrapper(module)(3)
+        output.sum().backward()
+
+    close(output, expected, "forward of a wrapped module that takes no tensor")
+    what = "backward of a wrapped module that takes no tensor: gradient of its parameter"
+    same_gradient(close, module.weight.grad, plain.weight.grad, what)
+    assert entered[module.up] > 1, f"training step: {NOTHING_TWICE}"

@@ -1,0 +1,306 @@
+"""Training (6.6, 6.7): train_step, a model that does not fit, and the plain model's gradients."""
+
+import gc
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.testing import Close, Subject, Trace, calls, requirement
+
+from .reference import NOTHING_TWICE, B, Block, D, L, Pair, Stack, V, same_gradient, seeded, tokens, tree, wrap_layers
+
+# 6.6 a model that does not fit
+
+
+@requirement("6.6")
+def test_train_step_by_hand(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """One step of SGD with weight decay: the loss before it, old gradients ignored, w - lr·(g + d·w) afterwards."""
+    for shape in ((B, L), (1, 2)):
+        batch = {name: torch.randint(V, shape, generator=rng) for name in ("input_ids", "targets")}
+        model, plain = seeded(lambda: Stack(2)), seeded(lambda: Stack(2))
+        loss = functional.cross_entropy(plain(batch["input_ids"]).transpose(1, 2), batch["targets"])
+        loss.backward()
+        wanted = [(p - 0.5 * (p.grad + 0.25 * p)).detach() for p in plain.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 7.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.25)
+
+        came = subject.train_step(model, batch, optimizer, nn.CrossEntropyLoss())
+
+        assert type(came) in (float, int), f"train_step: a {type(came).__name__} came, a Python float was wanted"
+        assert abs(came - loss.item()) < 1e-6, (
+            f"train_step: the loss {came} came, {loss.item()} was wanted: the one before the step"
+        )
+        hint = "zero_grad before backward, then step, once each"
+        for (name, parameter), value in zip(model.named_parameters(), wanted, strict=True):
+            what = f"train_step with SGD and weight decay: {name} afterwards"
+            close(parameter.detach(), value, what, hint=hint)
+
+
+@requirement("6.6")
+def test_the_criterion_gets_its_positions_in_one_row(subject: Subject, rng: torch.Generator) -> None:
+    """The criterion is called once, with logits [B·L, V] and targets [B·L] in the same order."""
+    batch = {name: tokens(rng) for name in ("input_ids", "targets")}
+    model = seeded(lambda: Stack(1))
+    expected = model(batch["input_ids"]).detach()
+    got: list[tuple[Tensor, Tensor]] = []
+
+    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
+        got.append((logits.detach().clone(), targets))
+        return functional.cross_entropy(logits, targets)
+
+    with calls(model) as entered:
+        subject.train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), criterion)
+
+    assert entered[model] == 1, f"train_step: the model is called {entered[model]} times"
+    assert len(got) == 1, f"train_step: the criterion is called {len(got)} times"
+    shapes = [tuple(tensor.shape) for tensor in got[0]]
+    assert shapes == [(B * L, V), (B * L,)], (
+        f"train_step: the criterion gets shapes {shapes}, not {[(B * L, V), (B * L,)]}"
+    )
+    assert torch.equal(got[0][1], batch["targets"].reshape(-1)), (
+        "train_step: the criterion's targets are in another order"
+    )
+    assert (got[0][0] - expected.reshape(-1, V)).abs().max() < 1e-9, (
+        "train_step: the criterion's logits are in another order"
+    )
+
+
+@requirement("6.6")
+def test_a_model_that_does_not_fit_trains(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Three steps under a budget of two thirds of what plain training needs, with the plain losses."""
+    batch = {name: torch.randint(V, (4, 100), generator=rng) for name in ("input_ids", "targets")}
+    plain, model = (seeded(lambda: Stack(5, hidden=80)) for _ in range(2))
+    needed, wanted = plain_training(plain, batch)
+    wrap_layers(subject, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+
+    came, left = [], []
+    gc.freeze()  # so that collecting what this check leaves in cycles takes no time
+    try:
+        with Trace() as seen:
+            for _ in wanted:
+                came.append(float(subject.train_step(model, batch, optimizer, nn.CrossEntropyLoss())))
+                seen.alive_after_collection()  # a class made for a call takes a second collection to go
+                left.append(seen.alive_after_collection())
+    finally:
+        gc.unfreeze()
+
+    what = "three calls of train_step on a checkpointed model"
+    close(
+        torch.tensor(came), torch.tensor(wanted), f"{what}: losses", tolerance=1e-6, hint="plain training gives others"
+    )
+    assert left[2] < left[0] + 8 * 400 * D, (
+        f"{what}: bytes alive after each step: {left}; what a step leaves must not pile up"
+    )
+    budget = needed * 2 // 3
+    assert seen.peak_bytes <= budget, (
+        f"{what}: {seen.peak_bytes} bytes are alive at once; there are {budget}, and plain training needs {needed}\n"
+        "recompute one layer at a time, and let go of it before the next"
+    )
+
+
+def plain_training(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, list[float]]:
+    """The most bytes alive at once in a step of plain training, and the losses of three steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses: list[float] = []
+    peak = 0
+    for step in range(3):
+        with Trace() if step == 0 else nullcontext() as seen:
+            loss = functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["targets"].flatten())
+            loss.backward()
+        peak = peak if seen is None else seen.peak_bytes
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return peak, losses
+
+
+# 6.7 gradients
+
+
+@requirement("6.7")
+@pytest.mark.parametrize(("p", "n"), [(0.0, 1), (0.5, 2)])
+def test_parameters_get_the_plain_gradients(
+    subject: Subject, close: Close, rng: torch.Generator, p: float, n: int
+) -> None:
+    """After backward every parameter has the plain model's gradient, with dropout under a seed too."""
+    input_ids = tokens(rng)
+    pair = Pair(subject, lambda: Stack(3, p), n)
+
+    pair.step(lambda model: model(input_ids).square().sum().backward())
+
+    hint = (
+        "the second computation must drop what the first dropped: restore the random state of the forward" if p else ""
+    )
+    pair.agree(close, f"backward of a model with wrapped layers, dropout {p}", hint)
+
+
+@requirement("6.7")
+def test_the_random_stream_goes_on_as_after_a_plain_step(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Recomputing moves the random stream neither on nor back, also with draws between forward and backward."""
+    input_ids = tokens(rng)
+    pair = Pair(subject, lambda: Stack(2, 0.5))
+
+    for between in (0, 3):
+
+        def step(model: Any, draws: int = between) -> None:
+            model.zero_grad()
+            loss = model(input_ids).square().sum()
+            torch.rand(draws)
+            loss.backward()
+
+        pair.step(step)
+
+        assert torch.equal(pair.streams[1], pair.streams[0]), (
+            f"training step, {between} draws before backward: the random stream is not where a plain step ends\n"
+            "put back after the second computation what the random state was before it"
+        )
+        pair.agree(close, "backward of a model with dropout", "drawing between forward and backward changes nothing")
+
+
+@requirement("6.7")
+def test_later_steps_are_as_good_as_the_first(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Later steps, with other weights and other data, have the plain gradients; without zero_grad they add up."""
+    batches = [tokens(rng) for _ in range(3)]
+    pair = Pair(subject, lambda: Stack(2, 0.5))
+
+    def steps(model: Any) -> None:
+        for number, input_ids in enumerate(batches):
+            if number == 1:
+                model.zero_grad()
+            model(input_ids).square().sum().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(0.01 * parameter.grad if parameter.grad is not None else 0.0)
+
+    pair.step(steps)
+
+    pair.agree(close, "backward of later steps", "the weights changed after the first step, and so did the input")
+
+
+@requirement("6.7")
+def test_a_second_backward_with_retain_graph(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """backward(retain_graph=True) and a second backward give twice the gradient, and leave the random stream alone."""
+    input_ids = tokens(rng)
+    pair = Pair(subject, lambda: Stack(2, 0.5))
+
+    def step(model: Any) -> None:
+        loss = model(input_ids).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    pair.step(step)
+
+    pair.agree(close, "second backward with retain_graph", "what forward kept must serve a second backward")
+    assert torch.equal(pair.streams[1], pair.streams[0]), "second backward with retain_graph: the random stream moved"
+
+
+@requirement("6.7")
+def test_several_calls_before_backward(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Each backward belongs to its own call, with its own inputs and its own dropout."""
+    both = tokens(rng), tokens(rng)
+    pair = Pair(subject, lambda: Stack(2, 0.5))
+
+    for order in (1, -1):
+
+        def step(model: Any, direction: int = order) -> None:
+            model.zero_grad()
+            losses = [model(input_ids).square().sum() * scale for input_ids, scale in zip(both, (1, 3), strict=True)]
+            for loss in losses[::direction]:
+                loss.backward()
+
+        pair.step(step)
+
+        pair.agree(close, "two calls, then two backwards", "what a call keeps belongs to the call, not to the module")
+
+
+@requirement("6.7")
+def test_a_layer_that_is_called_several_times(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """One wrapped layer may be used again and again in one forward."""
+    x = torch.randn(B, D, generator=rng, dtype=torch.float64).requires_grad_()
+    pair = Pair(subject, lambda: tree(layers=nn.ModuleList([Block()])))
+
+    def step(model: Any) -> None:
+        layer = model.layers[0]
+        layer(torch.sin(layer(layer(x)))).square().sum().backward()
+
+    pair.step(step)
+
+    pair.agree(close, "a wrapped layer called three times in a row")
+
+
+@requirement("6.7")
+def test_shared_parameters(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A weight that belongs to several modules gets the sum of its gradients."""
+    input_ids = tokens(rng)
+
+    def build() -> Any:
+        model: Any = Stack(3)
+        model.layers[2].up.weight = model.layers[0].up.weight
+        model.head.weight = model.embedding.weight
+        return model
+
+    pair = Pair(subject, build)
+
+    pair.step(lambda model: model(input_ids).square().sum().backward())
+
+    pair.agree(close, "backward with a weight shared between layers, and one between the embedding and the head")
+
+
+@requirement("6.7")
+def test_frozen_parameters_stay_without_gradient(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Frozen parameters get no gradient, the others theirs, also behind a layer that is frozen as a whole; those that
+    are thawed later get theirs too.
+    """
+    input_ids = tokens(rng)
+
+    def build() -> Any:
+        model: Any = Stack(3)
+        model.layers[0].up.weight.requires_grad_(False)
+        model.layers[1].requires_grad_(False)
+        return model
+
+    pair = Pair(subject, build)
+
+    pair.step(lambda model: model(input_ids).square().sum().backward())
+
+    pair.agree(close, "backward of a model with frozen parameters")
+    for model in (pair.plain, pair.wrapped):
+        model.requires_grad_().zero_grad()
+    pair.step(lambda model: model(input_ids).square().sum().backward())
+    pair.agree(close, "backward of a model whose parameters were frozen when it was wrapped")
+
+
+@requirement("6.7")
+def test_a_wrapped_model_may_be_cast(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """After .float() a wrapped model trains in float32, and after .double() again in float64."""
+    input_ids = tokens(rng)
+    pair = Pair(subject, lambda: Stack(2, 0.5))
+
+    for dtype in (torch.float32, torch.float64):
+        for model in (pair.plain, pair.wrapped):
+            model.to(dtype).zero_grad()
+        pair.step(lambda model: model(input_ids).square().sum().backward())
+
+    pair.agree(close, "backward after .float() and .double()", "the model was cast between the steps")
+
+
+@requirement("6.7")
+def test_gradients_reach_what_comes_before(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The input of a wrapped layer passes its gradient on, and autograd goes on to the input's own history."""
+    x, leaf = (torch.randn(B, D, generator=rng, dtype=torch.float64) for _ in range(2))
+    leaf.copy_(x)
+    plain, block = seeded(Block), seeded(Block)
+    wrapper = subject.CheckpointWrapper(block)
+
+    with calls(block.up) as entered:
+        for module, start in ((plain, x.requires_grad_()), (wrapper, leaf.requires_grad_())):
+            module(torch.sin(start) * 2).square().sum().backward()
+
+    same_gradient(close, leaf.grad, x.grad, "backward through a wrapper: gradient of x, of which its input was made")
+    assert entered[block.up] > 1, f"training step: {NOTHING_TWICE}"
