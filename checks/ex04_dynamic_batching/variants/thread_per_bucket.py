@@ -12,10 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 
-class QueueFullError(RuntimeError):
-    """As many requests wait as may wait."""
-
-
 @dataclass(eq=False)
 class BatchRequest:
     """One caller's request."""

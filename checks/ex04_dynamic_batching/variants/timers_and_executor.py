@@ -11,10 +11,6 @@ import torch
 from torch import Tensor
 
 
-class QueueFullError(RuntimeError):
-    """As many requests wait as may wait."""
-
-
 @dataclass(eq=False)
 class BatchRequest:
     """One caller's request."""

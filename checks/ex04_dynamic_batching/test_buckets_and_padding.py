@@ -1,0 +1,234 @@
+"""Buckets (4.1) and padding (4.2): who shares a call, and that each gets what it gets alone."""
+
+import torch
+
+from harness.testing import requirement
+
+from .stage import Stage, mix
+
+# 4.1 buckets
+
+
+@requirement("4.1")
+def test_bucket_edges(stage: Stage) -> None:
+    """A bucket is named by its upper edge, which belongs to it."""
+    edges = {
+        32: {1: 32, 32: 32, 33: 64, 64: 64, 65: 96},
+        10: {1: 10, 10: 10, 11: 20, 95: 100},
+        7: {6: 7, 7: 7, 8: 14},
+        1: {1: 1, 2: 2, 13: 13},
+    }
+    for tolerance, wanted in edges.items():
+        batcher = stage.start(length_tolerance=tolerance)
+
+        for length, edge in wanted.items():
+            came = batcher.get_length_bucket(length)
+            what = f"get_length_bucket({length}) with length_tolerance {tolerance}"
+            assert isinstance(came, int) and came == edge, f"{what}: {came!r} came, {edge} was wanted"
+
+
+@requirement("4.1")
+def test_one_bucket_shares_a_call(stage: Stage) -> None:
+    """Prompts of 9 and 16 tokens share a call where buckets are 8 wide, however many new tokens each wants."""
+    requests = stage.requests(9, 16, 12, 10, new=(1, 3, 2, 9))
+    stage.start(max_batch_size=4)
+
+    callers = stage.ask_at_once(*requests)
+
+    stage.served(*callers)
+    came = stage.batches(requests)
+    assert any({"r0", "r1"} <= set(batch) for batch in came), (
+        f"prompts of 9, 16, 12 and 10 tokens, length_tolerance 8, max_batch_size 4: ran as {came}, not in one batch\n"
+        "the prompt's length alone chooses the bucket; 9 … 16 share one"
+    )
+
+
+@requirement("4.1")
+def test_two_buckets_never_share_a_call(stage: Stage) -> None:
+    """Prompts of 16 and 17 tokens never share a call where buckets are 8 wide."""
+    requests = stage.requests(16, 17, 25, 9, 24, 32)
+    stage.start()
+
+    callers = stage.ask_at_once(*requests)
+
+    stage.served(*callers)
+    for call in stage.calls(requests):
+        lengths = [request.tokens.size(1) for request in requests if call.serves(request)]
+        buckets = {(length + 7) // 8 * 8 for length in lengths}
+        assert len(buckets) == 1, (
+            f"generate got prompts of {lengths} tokens in one batch\n"
+            f"with length_tolerance 8 these are {len(buckets)} buckets"
+        )
+
+
+@requirement("4.1")
+def test_little_of_a_mix_is_padding(stage: Stage) -> None:
+    """On a mix of short and long prompts, fewer than 1.3 positions are sent per real token."""
+    requests = mix(stage)
+    stage.start(max_batch_size=4)
+
+    callers = stage.ask_at_once(*requests)
+
+    stage.served(*callers)
+    sent = sum(call.ids.numel() for call in stage.calls(requests))
+    real = sum(request.tokens.size(1) for request in requests)
+    assert sent < 1.3 * real, (
+        f"16 prompts of 25 to 32 tokens and 8 of 90 to 96: {sent} positions were sent for {real} tokens, "
+        f"{sent / real:.2f} for each\nbatch prompts of one bucket only, and pad to the longest of a batch"
+    )
+
+
+# 4.2 padding
+
+
+@requirement("4.2")
+def test_padding_goes_on_the_left(stage: Stage) -> None:
+    """In what generate gets, each row ends with its prompt, and exactly the prompt is unmasked."""
+    requests = stage.requests(9, 12)
+    stage.start()
+
+    callers = stage.ask_at_once(*requests)
+
+    stage.served(*callers)
+    prompts = {request.mark: request.asked[0] for request in requests}
+    rows = [
+        (call, row, prompts[mark])
+        for call in stage.calls(requests)
+        for row, mark in enumerate(call.marks)
+        if mark in prompts
+    ]
+    for call, row, prompt in rows:
+        width, length = call.ids.size(1), len(prompt)
+        what = f"a prompt of {length} tokens in input_ids of width {width}"
+        assert call.ids[row, width - length :].equal(prompt), (
+            f"{what}: its row does not end with it\npad on the left: a decoder continues from the last position"
+        )
+        if width > length:
+            assert call.mask is not None, f"{what}: generate got no attention_mask, so that pads are attended to"
+            came, wanted = call.mask[row].long().tolist(), [0] * (width - length) + [1] * length
+            assert came == wanted, f"{what}: its attention_mask is {came}, {wanted} was wanted"
+            pad = int(call.ids[row].min())
+            assert pad >= 0, f"{what}: pads with {pad}, which is no token id; 0 is one"
+    assert any(len(call.ids) > 1 for call, _, _ in rows), "prompts of 9 and 12 tokens ran alone: nothing was padded"
+
+
+@requirement("4.2")
+def test_tokens_are_chosen_greedily(stage: Stage) -> None:
+    """generate is called with do_sample False."""
+    requests = stage.requests(9, 9)
+    stage.start()
+
+    stage.served(*stage.ask(*requests))
+
+    assert not any(call.sampled for call in stage.calls(requests)), (
+        "generate got do_sample=True: results then differ from call to call"
+    )
+
+
+@requirement("4.2")
+def test_each_caller_gets_its_own_row(stage: Stage) -> None:
+    """Prompts of one length, for as many new tokens each: nothing to pad, nothing to cut."""
+    stage.start(max_batch_size=3)
+
+    callers = stage.ask_at_once(*stage.requests(10, 10, 10, new=(2,)))
+
+    stage.right(*callers, hint="row i belongs to request i, as [1, L + max_length]: the prompt and the new tokens")
+
+
+@requirement("4.2")
+def test_rows_are_cut_to_what_was_asked_for(stage: Stage) -> None:
+    """Prompts of one length need no padding; each gets as many new tokens as it asked for."""
+    stage.start(max_batch_size=3)
+
+    callers = stage.ask_at_once(*stage.requests(10, 10, 10, new=(1, 4, 2)))
+
+    stage.right(
+        *callers,
+        hint="a batch generates what its longest request asks for; cut each row to [1, L + its own max_length]",
+    )
+
+
+@requirement("4.2")
+def test_padded_prompts_get_what_they_get_alone(stage: Stage) -> None:
+    """Prompts of different lengths in one batch are all continued as if they were alone."""
+    stage.start(max_batch_size=4)
+
+    callers = stage.ask_at_once(*stage.requests(9, 16, 13, 11, new=(3,)))
+
+    stage.right(
+        *callers, hint="the result is the prompt without its padding, and what follows it; each caller gets its own row"
+    )
+
+
+@requirement("4.2")
+def test_padding_and_cutting_together(stage: Stage) -> None:
+    """Different lengths and different numbers of new tokens in one batch."""
+    stage.start(max_batch_size=5)
+
+    callers = stage.ask_at_once(*stage.requests(15, 9, 12, 16, 10, new=(2, 6, 1, 3, 4)))
+
+    stage.right(*callers, hint="row i is output[i, pads_i : width + max_length_i]")
+
+
+@requirement("4.2")
+def test_a_prompt_may_hold_the_padding_token(stage: Stage) -> None:
+    """A token 0 of a prompt is no pad: it is attended to, and it is returned."""
+    requests = stage.requests(10, 13, 11)
+    requests[0].tokens[0, :4] = 0
+    requests[1].tokens[0, 5:9] = 0
+    requests[2].tokens[0, :-1] = 0
+    stage.start(max_batch_size=3)
+
+    callers = stage.ask_at_once(*requests)
+
+    stage.right(
+        *callers, hint="the prompt holds token 0: neither the mask nor the cut may come from the tokens' values"
+    )
+
+
+@requirement("4.2")
+def test_request_ids_may_repeat(stage: Stage) -> None:
+    """Requests with one and the same id get their own results."""
+    stage.start(max_batch_size=3)
+
+    for _ in range(2):
+        requests = stage.requests(10, 12, 11)
+        for request in requests:
+            request.id = "same"
+        callers = stage.ask_at_once(*requests)
+        stage.right(*callers, hint="request_ids repeat here: nothing may be kept by them")
+
+
+@requirement("4.2")
+def test_strided_prompts_are_left_alone(stage: Stage) -> None:
+    """Prompts may be views with any strides, and are not written to."""
+    requests = stage.requests(9, 12)
+    for request in requests:
+        base = torch.stack([request.tokens, request.tokens + 1], dim=-1)
+        request.tokens = base[..., 0]
+    stage.start()
+
+    callers = stage.ask_at_once(*requests)
+
+    stage.right(*callers, hint="the prompts are strided views here")
+    for request in requests:
+        assert request.tokens.equal(request.asked), f"{request}: the prompt was written to"
+
+
+@requirement("4.2")
+def test_one_batch_leaves_nothing_to_the_next(stage: Stage) -> None:
+    """Later batches, of other sizes and widths, are right too."""
+    stage.start(max_batch_size=3)
+
+    for lengths in ((15, 16, 9), (10, 9, 10), (21, 17, 24), (1, 3, 2)):
+        callers = stage.ask_at_once(*stage.requests(*lengths))
+        stage.right(*callers, hint="in a later batch of the same batcher")
+
+
+@requirement("4.2")
+def test_a_single_request(stage: Stage) -> None:
+    """A batch of one is right too, also for a prompt of one token."""
+    stage.start(max_batch_size=1)
+
+    for length in (1, 8, 13):
+        stage.right(*stage.ask(*stage.requests(length)))

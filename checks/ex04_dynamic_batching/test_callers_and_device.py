@@ -1,0 +1,248 @@
+"""Callers (4.3) and use of the device (4.4): who wakes when, and which calls of generate there are."""
+
+from harness.testing import requirement
+
+from .stage import NEVER, Stage
+
+# 4.3 callers
+
+# All checks but the second one let the callers' loop beat, so that a caller who is handed a result but not woken fails
+# there alone.
+
+
+@requirement("4.3")
+def test_the_event_loop_is_not_blocked(stage: Stage) -> None:
+    """While generate runs, the event loop of its caller turns and takes new requests."""
+    first, second = stage.requests(9, 10)
+    stage.start(max_batch_size=1)
+    gate = stage.hold(first)
+
+    callers = stage.ask(first)
+    stage.reached(gate)
+    callers += stage.ask(second)
+    turns = stage.turns(stage.home)
+    gate.open()
+
+    assert not stage.model.on_a_loop, (
+        "generate is called in the thread of the callers' event loop\n"
+        "nothing else happens there until it returns: call it in another thread"
+    )
+    assert turns, (
+        "the event loop of the callers is blocked while generate runs\n"
+        "add_request awaits its result; it neither waits in the loop's thread nor needs a lock that generate holds up"
+    )
+    stage.served(*callers)
+
+
+@requirement("4.3")
+def test_an_idle_event_loop_is_woken(stage: Stage) -> None:
+    """A caller wakes also if nothing else happens on its event loop."""
+    idle = stage.loop(idle=True)
+    (request,) = stage.requests(9)
+    stage.start(idle, max_batch_size=1)
+    gate = stage.hold(request)
+
+    (caller,) = stage.ask(request, on=idle)
+    stage.reached(gate)
+    stage.settle()  # Now its event loop sleeps.
+    gate.open()
+
+    if not stage.waits(caller.finished) and stage.turns(idle) and stage.waits(caller.finished):
+        raise AssertionError(
+            "the caller of request r0 was woken only when something else happened on its event loop\n"
+            "set_result from another thread does not wake a loop: use loop.call_soon_threadsafe, or asyncio.wrap_future"
+        )
+    stage.served(caller)
+
+
+@requirement("4.3")
+def test_callers_wake_when_their_own_batch_is_done(stage: Stage) -> None:
+    """A caller gets its result while the next batch still runs."""
+    requests = stage.requests(9, 10, 17, 18)
+    stage.start()
+    gates = stage.hold(*requests[:2]), stage.hold(*requests[2:])
+
+    first = stage.ask(*requests[:2])
+    stage.reached(gates[0])
+    second = stage.ask(*requests[2:])
+    stage.settle()
+    gates[0].open()
+    stage.served(*first, hint="their batch is done, the next one still runs: hand results out after each batch")
+    gates[1].open()
+
+    stage.served(*second)
+
+
+@requirement("4.3")
+def test_callers_on_several_event_loops(stage: Stage) -> None:
+    """Callers whose event loops run in three threads share a batch, and each wakes, also where nothing else happens."""
+    requests = stage.requests(10, 10, 10, new=(2,))
+    loops = [stage.loop(idle=True), stage.home, stage.loop(idle=True)]
+    stage.start(max_batch_size=3)
+    gate = stage.occupy()
+
+    callers = [stage.ask(request, on=loop)[0] for request, loop in zip(requests, loops, strict=True)]
+
+    stage.settle()
+    gate.open()
+
+    stage.served(*callers, hint="each caller's future belongs to its own event loop; no loop is the batcher's only one")
+    came = stage.batches(requests)
+    assert len(came) == 1, (
+        f"3 requests of one bucket waited, from 3 event loops, max_batch_size 3: ran as {came}, not in one batch"
+    )
+
+
+@requirement("4.3")
+def test_a_batcher_may_be_built_outside_any_event_loop(stage: Stage) -> None:
+    """The constructor needs no running event loop."""
+    stage.start(outside=True)
+
+    callers = stage.ask(*stage.requests(9, 10))
+
+    stage.served(*callers, hint="the batcher was built in a thread without an event loop")
+
+
+@requirement("4.3")
+def test_event_loops_come_and_go(stage: Stage) -> None:
+    """A batcher serves one event loop after the other, each closed after use, as asyncio.run does it."""
+    stage.start(outside=True)
+
+    for _ in range(3):
+        loop = stage.loop()
+        callers = stage.ask(*stage.requests(9, 10), on=loop)
+        stage.served(*callers, hint="earlier callers' event loops are closed: nothing of the batcher may live on them")
+        stage.end(loop)
+
+
+# 4.4 use of the device
+
+
+@requirement("4.4")
+def test_a_full_batch_goes_at_once(stage: Stage) -> None:
+    """max_batch_size requests of one bucket do not wait for max_wait_time."""
+    stage.start(max_batch_size=3, max_wait_time=NEVER)
+
+    callers = stage.ask(*stage.requests(9, 12, 10))
+
+    stage.served(*callers, hint="3 requests wait, max_batch_size is 3, max_wait_time 60: a full batch goes at once")
+
+
+@requirement("4.4")
+def test_a_full_batch_passes_an_older_one_that_may_not_go(stage: Stage) -> None:
+    """A full batch does not wait behind a bucket that is older but neither full nor overdue."""
+    older, *full = stage.requests(20, 9, 12)
+    stage.start(max_wait_time=NEVER)
+
+    stage.ask(older)
+    stage.settle()
+    callers = stage.ask(*full)
+
+    stage.served(*callers, hint="another bucket's request is older, but may not go yet: look at all buckets")
+
+
+@requirement("4.4")
+def test_a_full_batch_goes_once_the_device_is_free(stage: Stage) -> None:
+    """A batch that fills while another runs goes right after it."""
+    requests = stage.requests(9, 10, 17, 18, 19)
+    stage.start(max_wait_time=NEVER)
+    gate = stage.hold(*requests[:2])
+
+    first = stage.ask(*requests[:2])
+    stage.reached(gate)
+    second = stage.ask(*requests[2:])[1]  # In the batch, whether the oldest or the newest are taken.
+    stage.settle()
+    gate.open()
+
+    stage.served(
+        *first, second, hint="the batch was full before the device was free: it goes at once, max_wait_time is 60"
+    )
+
+
+@requirement("4.4")
+def test_one_call_per_batch(stage: Stage) -> None:
+    """A batch is one call of generate, for no more tokens than its longest request asks for."""
+    requests = stage.requests(9, 11, 10, new=(2, 5, 1))
+    stage.start(max_batch_size=3)
+
+    callers = stage.ask_at_once(*requests)
+
+    stage.served(*callers)
+    calls = stage.calls(requests)
+    assert len(calls) == 1, (
+        f"3 requests of one bucket, max_batch_size 3: {len(calls)} calls of generate, one was wanted"
+    )
+    assert calls[0].new <= 5, f"requests for 2, 5 and 1 tokens: generate was asked for {calls[0].new}"
+    assert len(calls[0].ids) == 3, f"3 requests: generate got {len(calls[0].ids)} rows"
+
+
+@requirement("4.4")
+def test_batches_are_filled(stage: Stage) -> None:
+    """Six requests that wait run as two batches of three."""
+    requests = stage.requests(9, 12, 10, 11, 9, 10)
+    stage.start(max_batch_size=3)
+
+    callers = stage.ask_at_once(*requests)
+
+    stage.served(*callers)
+    came = stage.batches(requests)
+    assert len(came) == 2, (
+        f"6 requests of one bucket wait, max_batch_size 3: they ran as {came}, in {len(came)} batches; 2 were wanted"
+    )
+
+
+@requirement("4.4")
+def test_never_two_calls_at_a_time(stage: Stage) -> None:
+    """While generate runs, no other call starts, not even for another bucket."""
+    requests = stage.requests(9, 10, 17, 18, 11, 12)
+    stage.start()
+    gate = stage.hold(*requests[:2])
+
+    callers = stage.ask(*requests[:2])
+    stage.reached(gate)
+    callers += stage.ask(*requests[2:])
+    stage.settle(0.002)
+    gate.open()
+
+    stage.served(*callers)
+    most = stage.model.most_active
+    assert most == 1, f"{most} calls of generate ran at a time; a model serves one batch after the other"
+
+
+@requirement("4.4")
+def test_cancelled_requests_are_not_run(stage: Stage) -> None:
+    """What was cancelled while it waited is in no call, and makes no call of its own."""
+    requests = stage.requests(17, 18, 9, 10, 11)
+    stage.start()
+    gate = stage.occupy()
+
+    callers = stage.ask(*requests)
+    stage.settle()
+    stage.cancel(*callers[:3])
+    gate.open()
+
+    stage.served(*callers[3:], hint="r0, r1 and r2 were cancelled while they waited")
+    for request in requests[:3]:
+        assert not stage.calls([request]), (
+            f"request {request.name} was cancelled while it waited, and generate was called for it all the same"
+        )
+    assert all(len(call.ids) for call in stage.model.calls), "generate was called for a batch without rows"
+
+
+@requirement("4.4")
+def test_a_cancelled_request_fills_no_batch(stage: Stage) -> None:
+    """A request that was cancelled while it waited does not count towards a full batch."""
+    requests = stage.requests(9, 10, 11)
+    stage.start(max_batch_size=3, max_wait_time=NEVER)
+
+    callers = stage.ask(*requests[:2])
+    stage.settle()
+    stage.cancel(callers[0])
+    stage.ask(requests[2])
+    stage.settle()
+    stage.exercise()
+
+    assert not stage.calls(requests), (
+        "max_batch_size 3, max_wait_time 60: r0 and r1 waited, r0 was cancelled, r2 came: a batch went\n"
+        "it was not full: a cancelled request waits no more"
+    )

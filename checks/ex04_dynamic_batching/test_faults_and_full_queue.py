@@ -1,0 +1,189 @@
+"""Faults (4.7) and a full queue (4.8): what is refused, and that a fault costs its own requests only."""
+
+from collections.abc import Callable
+
+import pytest
+from torch import Tensor
+
+from harness.testing import requirement
+
+from .reference import names
+from .stage import NEVER, Stage
+
+# 4.7 faults
+
+BAD: list[tuple[Callable[[Tensor], Tensor], int]] = [
+    (lambda x: x[:, :0], 2),
+    (lambda x: x[0], 2),
+    (lambda x: x.expand(2, -1), 2),
+    (lambda x: x[None], 2),
+    (lambda x: x[0, -1], 2),
+    (lambda x: x.float(), 2),
+    (lambda x: x.int(), 2),
+    (lambda x: x.bool(), 2),
+    (lambda x: x, 0),
+    (lambda x: x, -3),
+]
+
+
+@requirement("4.7")
+def test_an_impossible_request_is_refused(stage: Stage) -> None:
+    """A request that cannot be valid gets ValueError, and the requests around it are served."""
+    good, bad = stage.requests(9, 10), stage.requests(*[11] * len(BAD))
+    for request, (change, new) in zip(bad, BAD, strict=True):
+        request.tokens, request.new = change(request.tokens), new
+    stage.start()
+
+    first, *refused, last = stage.ask(good[0], *bad, good[1])
+
+    for caller in refused:
+        came = f"input_tokens are {caller.request.tokens.dtype}"
+        stage.refused(caller, ValueError, f"{came}; int64 [1, L] with L >= 1 is wanted, and max_length >= 1")
+    stage.served(first, last, hint="requests that were refused came between these two")
+
+
+@requirement("4.7")
+def test_an_error_of_the_model_reaches_every_caller(stage: Stage) -> None:
+    """When generate raises, each caller of the batch gets an error of this type and text."""
+    for error in (RuntimeError("out of memory in layer 3"), KeyError("layer 3"), ArithmeticError()):
+        stage.start(max_batch_size=3)
+        requests = stage.requests(9, 10, 11)
+        stage.model.errors.append((requests[1], error))
+        for caller in stage.ask_at_once(*requests):
+            came = stage.outcome(caller, "generate raised in its batch: every caller of the batch gets the error")
+            assert type(came) is type(error) and str(came) == str(error), (
+                f"generate raised {error!r}: {caller.request} got {came!r}, the same type and text were wanted"
+            )
+        assert len(stage.calls(requests)) == 1, f"generate raised {error!r}, and was called again for the same requests"
+
+
+@requirement("4.7")
+def test_the_next_batch_works_after_an_error(stage: Stage) -> None:
+    """An error of the model ends its batch only: what waits is served, and so is what comes later."""
+    requests = stage.requests(9, 10, 17, 18)
+    stage.start()
+    stage.model.errors += [(request, OSError("device lost")) for request in requests[:2]]
+    gate = stage.hold(*requests[:2])
+
+    failing = stage.ask(*requests[:2])
+    stage.reached(gate)
+    waiting = stage.ask(*requests[2:])
+    stage.settle()
+    gate.open()
+
+    for caller in failing:
+        stage.outcome(caller, "generate raised in its batch: every caller of the batch gets the error")
+    stage.served(*waiting, hint="generate raised in the batch before; the worker has to live on")
+    stage.served(
+        *stage.ask(*stage.requests(9, 10)), hint="generate raised in an earlier batch; the worker has to live on"
+    )
+
+
+@requirement("4.7")
+@pytest.mark.parametrize("cancelled", [1, 2], ids=["one", "all"])
+def test_a_caller_may_be_cancelled_while_its_batch_runs(stage: Stage, cancelled: int) -> None:
+    """The others of the batch get their results, and the next batch works."""
+    requests = stage.requests(9, 10)
+    stage.start()
+    gate = stage.hold(*requests)
+
+    callers = stage.ask_at_once(*requests)
+    stage.reached(gate)
+    stage.cancel(*callers[:cancelled])
+    gate.open()
+
+    hint = f"{names(requests[:cancelled])} was cancelled while its batch ran: a cancelled future takes no result"
+    stage.served(*callers[cancelled:], hint=hint)
+    stage.served(*stage.ask(*stage.requests(9, 10)), hint=hint)
+
+
+@requirement("4.7")
+def test_a_callers_event_loop_may_be_gone(stage: Stage) -> None:
+    """A caller whose event loop was closed while its batch ran harms no other caller."""
+    requests = stage.requests(9, 10)
+    stage.start()
+    gate = stage.hold(*requests)
+    other = stage.loop()
+
+    stage.ask(requests[0], on=other)
+    stage.settle()
+    callers = stage.ask(requests[1])
+    stage.reached(gate)
+    stage.end(other)
+    gate.open()
+
+    hint = "the event loop of r0 was closed while its batch ran: call_soon_threadsafe then raises RuntimeError"
+    stage.served(*callers, hint=hint)
+    stage.served(*stage.ask(*stage.requests(9, 10)), hint=hint)
+
+
+# 4.8 back-pressure
+
+
+@requirement("4.8")
+def test_a_full_queue_refuses(stage: Stage) -> None:
+    """max_queue_size requests may wait, in all buckets together and beside those that run; one more is refused."""
+    most = 3
+    requests = stage.requests(9, 10, 17)
+    extra, last = stage.requests(25, 26)
+    stage.start(max_batch_size=1, max_queue_size=most)
+    gate = stage.occupy()
+
+    callers = stage.ask(*requests)
+    stage.settle()
+    late = stage.ask(extra)[0]
+    stage.refused(late, stage.full_queue, f"{most} requests wait, max_queue_size is {most}")
+    gate.open()
+
+    stage.served(*callers, hint=f"max_queue_size is {most}: {most} may wait beside the one that runs")
+    stage.served(*stage.ask(last))
+    assert not stage.calls([extra]), "a request that was refused with QueueFullError was run"
+
+
+@requirement("4.8")
+def test_places_are_free_again(stage: Stage) -> None:
+    """What has left the queue makes room for others, again and again."""
+    stage.start(max_batch_size=1, max_queue_size=1)
+    (failing,) = stage.requests(9)
+    stage.model.errors.append((failing, OSError("device lost")))
+
+    for caller in stage.ask(failing):
+        stage.outcome(caller)
+
+    for length in (9, 10, 11):
+        callers = stage.ask(*stage.requests(length))
+        stage.served(*callers, hint="max_queue_size is 1; earlier requests were served or have failed, none waits")
+
+
+@requirement("4.8")
+def test_a_queue_may_be_smaller_than_a_batch(stage: Stage) -> None:
+    """max_queue_size counts callers of all event loops, and also holds where it is less than max_batch_size."""
+    requests, (extra,) = stage.requests(9, 10), stage.requests(11)
+    stage.start(max_batch_size=5, max_wait_time=NEVER, max_queue_size=2)
+
+    stage.ask(requests[0], on=stage.loop())
+    stage.ask(requests[1])
+    stage.settle()
+    (late,) = stage.ask(extra)
+
+    stage.refused(late, stage.full_queue, "2 requests wait, from two event loops, max_queue_size is 2")
+
+
+@requirement("4.8")
+def test_a_cancelled_request_frees_its_place(stage: Stage) -> None:
+    """A request that was cancelled while it waited counts no more, though the device is still busy."""
+    requests = stage.requests(9, 10, 17)
+    after, extra = stage.requests(11, 12)
+    stage.start(max_batch_size=1, max_queue_size=3)
+    gate = stage.occupy()
+
+    callers = stage.ask(*requests)
+    stage.settle()
+    stage.cancel(callers[0])
+    late, later = stage.ask(after, extra)
+    why = "3 waited, max_queue_size is 3, one was cancelled"
+    stage.refused(later, stage.full_queue, f"{why}, another one came")
+    gate.open()
+
+    stage.served(late, hint=f"{why}: there is room for one more at once")
+    stage.served(*callers[1:])

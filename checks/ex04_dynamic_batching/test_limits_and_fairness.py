@@ -1,0 +1,220 @@
+"""Limits (4.5) and fairness (4.6): how many and how long, and which batch goes first."""
+
+import time
+from itertools import pairwise
+
+import pytest
+
+from harness.testing import requirement
+
+from .reference import Request, names
+from .stage import NEVER, Caller, Stage, mix
+
+# 4.5 limits
+
+
+@requirement("4.5")
+@pytest.mark.parametrize("size", [1, 3])
+def test_batches_keep_to_max_batch_size(stage: Stage, size: int) -> None:
+    """However many requests wait, no batch is larger than max_batch_size."""
+    requests = stage.requests(*[9, 12, 10, 11, 12][: size + 2] * size)
+    stage.start(max_batch_size=size, max_wait_time=0.002)
+
+    callers = stage.ask_at_once(*requests)
+
+    stage.served(*callers)
+    sizes = [len(call.ids) for call in stage.model.calls]
+    assert max(sizes) <= size, f"max_batch_size {size}: batches of {sizes} requests ran"
+
+
+# Ever longer time limits: one that is over before the batcher has looked at its queue says nothing.
+GROWING = 0.004, 0.016, 0.064, 0.25, 0.5
+
+
+@requirement("4.5")
+def test_a_partial_batch_goes_by_itself(stage: Stage) -> None:
+    """A lone request is served after max_wait_time although nothing else happens, and so is the next one."""
+    for seconds in (0, *GROWING):
+        stage.start(max_batch_size=4, max_wait_time=seconds)
+        for length in (9, 11):
+            start = time.monotonic()
+            callers = stage.ask(*stage.requests(length))
+            stage.settle()
+            in_time = time.monotonic() < start + seconds
+            stage.served(
+                *callers, hint=f"max_wait_time is {seconds}, no other request comes: something has to wake by itself"
+            )
+        if in_time:
+            break
+
+
+@requirement("4.5")
+def test_every_bucket_has_its_time(stage: Stage) -> None:
+    """Batches that are not full go after max_wait_time in every bucket, beside full ones and after them."""
+    for seconds in GROWING:
+        stage.start(max_wait_time=seconds)
+        start = time.monotonic()
+
+        callers = stage.ask(*stage.requests(9, 20, 10, 11, 30))
+        stage.settle()
+        in_time = time.monotonic() < start + seconds
+
+        rest = names([callers[i].request for i in (1, 3, 4)])
+        stage.served(*callers, hint=f"max_wait_time is {seconds}; {rest} are the rest in their buckets")
+        if in_time:
+            break
+
+
+@requirement("4.5")
+def test_the_rest_of_a_full_batch_waits(stage: Stage) -> None:
+    """What is left beside full batches, in their bucket and in others, does not go with them."""
+    requests = stage.requests(20, 9, 12, 10)
+    stage.start(max_wait_time=NEVER)
+
+    stage.ask(*requests)
+    stage.settle()
+    stage.exercise()
+
+    ran = [request.name for request in requests if stage.calls([request])]
+    assert len(ran) <= 2 and "r0" not in ran, (
+        f"max_batch_size 2, max_wait_time 60, prompts of 20, 9, 12 and 10 tokens: {ran} went at once\n"
+        "r0 waits alone in its bucket, and one of the other three is no full batch either"
+    )
+
+
+@requirement("4.5")
+def test_a_partial_batch_waits(stage: Stage) -> None:
+    """A batch that is not full does not go before max_wait_time."""
+    requests = stage.requests(9, 10)
+    stage.start(max_batch_size=3, max_wait_time=NEVER)
+
+    for request in requests:
+        stage.ask(request)
+        stage.settle()
+    stage.exercise()
+
+    came = stage.batches(requests)
+    assert not came, f"max_batch_size 3, max_wait_time 60: a batch of {len(came[0])} went at once"
+
+
+@requirement("4.5")
+def test_each_batcher_has_its_own_limits(stage: Stage) -> None:
+    """Of two batchers at a time, the one with the short max_wait_time serves its request, the other one waits."""
+    patient, hasty = stage.requests(9, 10)
+    batchers = [stage.start(max_batch_size=4, max_wait_time=seconds) for seconds in (NEVER, 0.002)]
+
+    stage.ask(patient, batcher=batchers[0])
+    callers = stage.ask(hasty, batcher=batchers[1])
+    stage.served(*callers, hint="max_wait_time is 0.002")
+    stage.exercise(batchers[0])
+
+    assert not stage.calls([patient]), (
+        "max_wait_time 60: a lone request went as soon as that of another batcher, with max_wait_time 0.002"
+    )
+
+
+@requirement("4.5")
+def test_the_time_counts_from_the_oldest(stage: Stage) -> None:
+    """A batch goes max_wait_time after its oldest request came, not before, and not after its newest one."""
+    for seconds in GROWING:
+        stage.start(max_batch_size=3, max_wait_time=seconds)
+        first, second = stage.requests(9, 10)
+        start = time.monotonic()
+
+        callers = stage.ask(first)
+        stage.settle(0.5 * seconds)
+        newest = time.monotonic()
+        callers += stage.ask(second)
+        stage.served(*callers, hint=f"max_wait_time is {seconds}")
+
+        came = stage.calls([first])[0].came
+        assert came > start + seconds - 0.0005, (
+            f"max_wait_time {seconds}: a request went {came - start:.4f} s after it came, with no full batch"
+        )
+        if came < newest + seconds and newest < start + seconds:
+            return
+    raise AssertionError(
+        f"max_wait_time {seconds}, of two requests the second came {seconds / 2} s after the first: "
+        f"the batch went {came - newest:.2f} s after the second\n"
+        "the time counts from the oldest request of a batch, not from the newest"
+    )
+
+
+@requirement("4.5")
+def test_the_time_counts_while_the_device_is_busy(stage: Stage) -> None:
+    """What is overdue when the device is free goes at once, and so does the rest of its bucket."""
+    for seconds in GROWING:
+        stage.start(max_wait_time=seconds)
+        requests = stage.requests(9, 10, 11)
+
+        callers = stage.ask_at_once(*requests, seconds=seconds)
+        opened = time.monotonic()
+        stage.served(*callers, hint=f"max_wait_time is {seconds}")
+
+        came = stage.calls([requests[-1]])[0].came
+        if came < opened + 0.9 * seconds:
+            return
+    raise AssertionError(
+        f"max_wait_time {seconds}, max_batch_size 2: the last of three requests, which had waited longer than "
+        f"max_wait_time behind a batch, went {came - opened:.2f} s after the device was free"
+    )
+
+
+# 4.6 fairness
+
+
+@requirement("4.6")
+def test_of_overdue_and_full_ones_the_oldest_goes_first(stage: Stage) -> None:
+    """Of batches that are full or overdue, the one goes first whose oldest request has waited longest."""
+    stage.start(max_wait_time=0.0005)
+
+    for lengths, order in {
+        (40, 9, 10, 11, 12): [[0], [1, 2], [3, 4]],
+        (10, 11, 40, 9, 12): [[0, 1], [2], [3, 4]],
+        (26, 42, 9, 10, 27): [[0, 4], [1], [2, 3]],
+        (9, 26, 42, 43, 27, 10): [[0, 5], [1, 4], [2, 3]],
+    }.items():
+        requests = stage.requests(*lengths)
+        in_order(stage, requests, stage.ask_at_once(*requests, seconds=0.001), order)  # All are overdue.
+
+
+@requirement("4.6")
+def test_of_full_ones_the_oldest_goes_first(stage: Stage) -> None:
+    """The order follows the ages of requests, not the order in which buckets were first used, nor their lengths."""
+    stage.start()
+
+    for lengths, order in {
+        (12, 11, 10, 9): [[0, 1], [2, 3]],
+        (26, 27, 9, 10): [[0, 1], [2, 3]],
+        (42, 43, 26, 27, 9, 10): [[0, 1], [2, 3], [4, 5]],
+        (9, 26, 27, 10): [[0, 3], [1, 2]],
+    }.items():
+        requests = stage.requests(*lengths)
+        in_order(stage, requests, stage.ask_at_once(*requests), order)
+
+
+def in_order(stage: Stage, requests: list[Request], callers: list[Caller], order: list[list[int]]) -> None:
+    """The groups of `order` ran one after the other."""
+    stage.served(*callers)
+    lengths = [request.tokens.size(1) for request in requests]
+    calls = stage.calls(requests)
+    ran = [next(i for i, call in enumerate(calls) if call.serves(request)) for request in requests]
+    wanted = [[requests[i].name for i in group] for group in order]
+    for earlier, later in pairwise(order):
+        assert max(ran[i] for i in earlier) <= min(ran[i] for i in later), (
+            f"prompts of {lengths} tokens came in this order and waited, in buckets of 8: "
+            f"ran as {stage.batches(requests)}, {wanted} was wanted\n"
+            "of the batches that may go, the one whose oldest request has waited longest goes first"
+        )
+
+
+@requirement("4.6")
+def test_all_of_a_mix_are_served(stage: Stage) -> None:
+    """Short and long prompts that come at once are all served."""
+    stage.start(max_batch_size=5, max_wait_time=0.001)
+
+    callers = stage.ask(*mix(stage))
+
+    stage.served(
+        *callers, hint="16 prompts of 25 to 32 tokens and 8 of 90 to 96, max_batch_size 5, max_wait_time 0.001"
+    )

@@ -1,0 +1,131 @@
+"""Shutdown (4.9): what waits is served, nobody hangs, and the threads end."""
+
+import pytest
+
+from harness.testing import requirement
+
+from .reference import names
+from .stage import NEVER, Stage
+
+
+@requirement("4.9")
+@pytest.mark.parametrize("place", ["other_thread", "loops_own_thread"])
+def test_shutdown_serves_what_waits(stage: Stage, place: str) -> None:
+    """Shutdown runs what waits, full or not, without waiting for max_wait_time."""
+    requests = stage.requests(9, 20, 10)
+    stage.start(max_batch_size=4, max_wait_time=NEVER)
+
+    callers = stage.ask(*requests)
+    stage.settle()
+    stage.shut_down(stage.home if place == "loops_own_thread" else None)
+
+    stage.served(*callers, hint="they waited when shutdown() was called: they are served at once, max_wait_time is 60")
+
+
+@requirement("4.9")
+def test_shutdown_returns_when_all_is_served(stage: Stage) -> None:
+    """While a batch runs shutdown waits; when it returns all is served, within the limits, and nothing runs."""
+    requests = stage.requests(9, 10, 17, 25, 18, 19)
+    stage.start()
+    gate, last = stage.hold(*requests[:2]), stage.hold(requests[5])
+    stage.model.errors.append((requests[3], OSError("device lost")))
+
+    callers = stage.ask(*requests[:2])
+    stage.reached(gate)
+    callers += stage.ask(*requests[2:])
+    stage.settle()
+    job = stage.do(stage.batcher.shutdown)
+    stage.settle(0.002)
+    early = job.finished.is_set()
+    gate.open()
+    stage.reached(last)
+    stage.settle(0.002)
+    late = job.finished.is_set()
+    last.open()
+    stage.returned(job, "shutdown()")
+
+    if job.error is None:
+        assert not early, "shutdown() returned while a batch still ran and other requests still waited"
+        assert not late, "shutdown() returned while the last batch still ran"
+    returned = [call for call in stage.model.calls if call.returned]
+    assert len(returned) == len(stage.model.calls) and all(stage.calls([request]) for request in requests), (
+        f"shutdown() returned before {names(requests[2:])}, which waited, were served"
+    )
+    for call in stage.calls(requests):
+        lengths = [request.tokens.size(1) for request in requests if call.serves(request)]
+        assert len(lengths) <= 2 and len({(length + 7) // 8 for length in lengths}) == 1, (
+            f"max_batch_size 2, buckets of 8: shutdown() ran prompts of {lengths} tokens in one batch\n"
+            "what it serves keeps to max_batch_size and to its bucket, too"
+        )
+    stage.served(*callers[:3], *callers[4:], hint="generate raised for r3 only, while shutdown() waited")
+
+
+@requirement("4.9")
+def test_shutdown_may_be_called_again(stage: Stage) -> None:
+    """Two threads may shut down at a time, and a third call changes nothing."""
+    requests = stage.requests(9, 10)
+    stage.start()
+    gate = stage.hold(*requests)
+
+    callers = stage.ask(*requests)
+    stage.reached(gate)
+    jobs = [stage.do(stage.batcher.shutdown) for _ in range(2)]
+    stage.settle()
+    gate.open()
+
+    for job in jobs:
+        stage.returned(job, "shutdown(), called by two threads at a time,")
+    stage.served(*callers)
+    stage.shut_down()
+
+
+@requirement("4.9")
+def test_no_request_is_taken_afterwards(stage: Stage) -> None:
+    """add_request raises RuntimeError after shutdown."""
+    stage.start(max_batch_size=1)
+    stage.served(*stage.ask(*stage.requests(9)))
+    stage.shut_down()
+
+    (late,) = stage.ask(*stage.requests(10))
+
+    stage.refused(late, RuntimeError, "the batcher is shut down")
+
+
+@requirement("4.9")
+def test_nobody_hangs_who_comes_during_shutdown(stage: Stage) -> None:
+    """A request that comes while shutdown waits is refused with RuntimeError or served, never forgotten."""
+    requests = stage.requests(9, 10)
+    stage.start()
+    gate = stage.hold(*requests)
+
+    stage.ask(*requests)
+    stage.reached(gate)
+    job = stage.do(stage.batcher.shutdown)
+    stage.settle()
+    (late,) = stage.ask(*stage.requests(11))
+    stage.settle()
+    gate.open()
+    stage.returned(job, "shutdown()")
+
+    error = stage.outcome(late, "it came while shutdown() waited for a batch: refuse it with RuntimeError")
+    assert error is None or isinstance(error, RuntimeError), (
+        f"{late.request} during shutdown(): {error!r} came, RuntimeError was wanted"
+    )
+
+
+@requirement("4.9")
+@pytest.mark.parametrize("kind", ["unused", "used"])
+def test_the_threads_end(stage: Stage, kind: str) -> None:
+    """After shutdown no thread of the batcher is alive, whatever happened before."""
+    requests = stage.requests(9, 10, 20)
+    stage.start()
+    if kind == "used":
+        stage.model.errors.append((requests[0], OSError("device lost")))
+        callers = stage.ask(*requests)
+        stage.settle()
+        stage.cancel(callers[2])
+    stage.shut_down()
+    stage.end_loops()
+
+    left = stage.left_threads()
+    assert not left, f"shutdown() has returned, and {len(left)} thread of the batcher is alive: {left[0]}"
