@@ -124,7 +124,7 @@ picture: .venv/ready ## render README's picture of the watch
 lint: .venv/lint ## ruff and mypy on everything but exercises/
 	@$(VENV)/ruff check --quiet --extend-exclude exercises .
 	@$(VENV)/ruff format --check --quiet --extend-exclude exercises .
-	@$(VENV)/lint-imports --no-cache --no-color >build/imports.txt || { cat build/imports.txt; exit 1; }
+	@$(VENV)/lint-imports --no-cache --no-logo >build/imports.txt || { cat build/imports.txt; exit 1; }
 	@$(VENV)/mypy $(STRICT) --exclude '/variants/|/(starter|answer)\.py$$' checks
 	@$(RUN) -m devtools.spliced build/spliced
 	@$(VENV)/mypy --no-error-summary --cache-dir build/mypy answers checks/ex*/starter.py build/spliced

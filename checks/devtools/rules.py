@@ -12,7 +12,7 @@ from harness.model.paths import TOP, shown
 from harness.model.results import READABILITY
 from harness.model.source import todo_lines
 
-MARK = "FILL"
+MARK = re.compile(r"\bFILL\b")
 LINES = 500
 # What gives the checks that are the same in every exercise, with the requirement that they decide.
 _STOCK = ("own_test_checks", "style_checks")
@@ -35,11 +35,11 @@ def unfilled(exercise: Exercise) -> Iterator[str]:
     """Each line that the template has left to fill; those that a file shares with the starter once."""
     starter = set(exercise.starter.splitlines())
     copied = exercise.file.read_text(encoding="utf-8")
-    if MARK in copied and copied != exercise.starter:
+    if MARK.search(copied) and copied != exercise.starter:
         yield f"{shown(exercise.file)}: not the starter as it is now; make reset EX={exercise.number} brings that"
     for path in (*files(exercise), exercise.answer_file, exercise.replies_file):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if MARK in line and (path == exercise.starter_file or line not in starter):
+            if MARK.search(line) and (path == exercise.starter_file or line not in starter):
                 yield f"{shown(path)}:{number}: to fill: {line.strip()}"
 
 

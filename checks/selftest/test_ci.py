@@ -113,7 +113,9 @@ def test_ci_runs_by_itself_in_the_template_alone(tmp_path: Path, event: str, tem
     assert {line["jobID"] for line in said if line.get("jobResult") == "success"} == jobs, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["AGENTS.md", ".github/ARCHITECTURE.md", ".github/CONTRIBUTING.md", ".github/copilot-instructions.md"])
+@pytest.mark.parametrize(
+    "name", ["AGENTS.md", ".github/ARCHITECTURE.md", ".github/CONTRIBUTING.md", ".github/copilot-instructions.md"]
+)
 def test_what_the_documents_name_is_there(name: str) -> None:
     text = (TOP / name).read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(), re.MULTILINE))

@@ -179,7 +179,7 @@ def test_what_no_signal_interrupts_ends_the_run(explorer: Explorer) -> None:
 
     told = explorer.run(explorer.id(TOY))
 
-    assert told.code == 1 and f'exercises/{toy.FILE}", line 27 in double' in told.output, told.output
+    assert told.code == 1 and f'exercises/{toy.FILE}", line {toy.DOUBLE + 2} in double' in told.output, told.output
 
 
 def _plant(explorer: Explorer, exercise: str) -> None:

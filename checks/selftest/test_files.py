@@ -12,18 +12,21 @@ from harness.testing import lint
 
 
 def test_the_makefile_is_short() -> None:
-    assert len((TOP / "Makefile").read_text().splitlines()) < 130
+    assert len((TOP / "Makefile").read_text().splitlines()) < 190
 
 
 def test_every_package_is_pinned() -> None:
     for path in TOP.glob("requirements*.txt"):
         for line in path.read_text().splitlines():
-            assert line.startswith("#") or re.fullmatch(r"[a-z0-9-]+==[\d.]+", line), line
+            assert line.startswith("#") or re.fullmatch(r"[a-z0-9.-]+==[\d.]+", line), line
 
 
 def test_harness_modules_are_small() -> None:
-    for path in (TOP / "checks" / "harness").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 280, f"{path.name} wants a reason"
+    rooms: dict[Path, int] = {}
+    for path in (TOP / "checks" / "harness").rglob("*.py"):
+        rooms[path.parent] = rooms.get(path.parent, 0) + 1
+        assert len(path.read_text().splitlines()) <= 300, f"{path.name} is too long"
+    assert max(rooms.values()) <= 12, rooms
 
 
 def test_exercises_start_as_starters() -> None:
@@ -41,7 +44,7 @@ def test_the_precommit_hooks_leave_exercises_alone() -> None:
 
 
 def test_mypys_caches_know_the_packages_that_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lint.caches_are_true(), "a rule of the Makefile installs packages and does not run harness.lint"
+    assert lint.caches_are_true(), "a rule of the Makefile installs packages and does not run harness.testing.lint"
 
     monkeypatch.setattr(lint, "FILLED_WITH", tmp_path / "filled-with.txt")
     assert not lint.caches_are_true()

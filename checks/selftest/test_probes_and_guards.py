@@ -107,20 +107,18 @@ for name, code in json.load(sys.stdin).items():
 """
 LATE = """
 import sys, pytest
-from harness.runner import supervisor
-from harness.runner import server
-from harness.model.exercise import exercises
+from harness.runner import plugin, session
 from harness.model.paths import TOP
-def use(session):
-    session.config.option.submission = str(TOP / "answers")
+def use(collected):
+    collected.config.option.submission = str(TOP / "answers")
     before = set(sys.modules)
-    for item in session.items:
-        if supervise.plugin.lane_of(item) == "code":
-            session.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+    for item in collected.items:
+        if plugin.kind_of(item) == "code":
+            collected.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
     late = sorted(name for name in set(sys.modules) - before if name.startswith(("torch.", "sympy")))
     assert len(late) < 30, late
     return 0
-assert warm.collected(use) == 0
+assert session.collected(use) == 0
 """
 
 

@@ -74,7 +74,7 @@ def test_the_loop(workspace: Workspace, watch: Terminal) -> None:
     assert "50/50" in watch.until(READY)
 
     # A change under checks/ is never missed.
-    check_file = workspace.top / "checks" / f"test_{FILE}"
+    check_file = workspace.top / "checks" / FILE.removesuffix(".py") / "test_scale_and_dropout.py"
     check_file.write_text(check_file.read_text().replace('hint="13 and -2,', 'hint="thirteen and -2,'))
     path.write_text(answer.replace("q.size(-1) ** -0.25", "0.5 * q.size(-1) ** -0.25"))
     changed = watch.until(READY)

@@ -15,6 +15,8 @@ def _read(name: str) -> str:
 
 
 STARTER, ANSWER, CHECKS, MISTAKES = map(_read, ("starter.py", "answer.py", "test_solve.py", "mistakes/values.py"))
+# The line of the answer's first definition.
+DOUBLE = ANSWER.partition("def double")[0].count("\n") + 1
 ROW = "| 42 | Doubling | x | y |\n"
 
 

@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--device", default="cpu", choices=["cpu", *ELSEWHERE], help="also run the agreement checks on this device"
     )
+    group.addoption("--walk-steps", type=int, default=0, help="calls of a walk, in place of as many as its check says")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,10 +66,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=places.__getitem__)
 
 
-def _place(item: pytest.Item) -> tuple[str, int]:
+def _place(item: pytest.Item) -> tuple[str, bool, int]:
+    """Walks come last: they are for what no other check finds."""
     exercise, number = exercise_of(item.path), requirement_of(item)
     ids = [requirement.id for requirement in exercise.requirements]
-    return exercise.id, ids.index(number) if number in ids else len(ids)
+    walk = item.get_closest_marker("walk") is not None
+    return exercise.id, walk, ids.index(number) if number in ids else len(ids)
 
 
 def pytest_runtestloop(session: pytest.Session) -> None:

@@ -116,6 +116,7 @@ class Judge:
         *,
         room: Path | None = None,
         at_first_failure: bool = False,
+        walk_steps: int = 0,
         seconds: float = SHARD_SECONDS,
     ) -> list[Result]:
         """Judges one exercise of the submission `folder` in workers, one per kind and two for the code, side by side.
@@ -125,6 +126,7 @@ class Judge:
             requirements: those whose checks to run; all of them if empty.
             room: for grading: the one folder that the submission may write to.
             at_first_failure: a worker ends with its first failure; what follows has no result.
+            walk_steps: calls of a walk, in place of as many as its check says.
             seconds: what a worker's checks may take together.
 
         Raises:
@@ -137,7 +139,7 @@ class Judge:
         try:
             for kind in KINDS:
                 for share in self._shares([item for item in items if plugin.kind_of(item) == kind]):
-                    running.append(_started(worker.Work(share, folder, room, at_first_failure), seconds))
+                    running.append(_started(worker.Work(share, folder, room, at_first_failure, walk_steps), seconds))
             _supervise(running, self._hangup)
         finally:
             for shard in running:
@@ -207,7 +209,7 @@ def _supervise(shards: list[Shard], hangup: int | None) -> None:
             if shard.lines.ended or not shard.waiting():
                 _close(shard)
                 open_shards.remove(shard)
-            elif shard.watch.seconds() > _limit(shard.running) or shard.whole.seconds() > shard.limit:
+            elif shard.watch.seconds() > _limit(shard) or shard.whole.seconds() > shard.limit:
                 _give_up(shard)
                 open_shards.remove(shard)
 
@@ -258,7 +260,7 @@ def _reaped(pid: int) -> int:
 def _give_up(shard: Shard) -> None:
     missing = shard.waiting()
     shard.stopped = NOT_RUN
-    text = f"did not end within {_limit(shard.running):g} s: an endless loop, or a wait that nothing ends"
+    text = f"did not end within {_limit(shard):g} s: an endless loop, or a wait that nothing ends"
     if shard.whole.seconds() > shard.limit:
         text = f"did not end: the checks of this exercise have taken {shard.limit:g} s together"
     _end_at(shard, missing, "timeout", text)
@@ -271,7 +273,10 @@ def _end_at(shard: Shard, missing: list[pytest.Item], outcome: str, message: str
     shard.results |= {item.name: _missing(item, shard.stopped) for item in others}
 
 
-def _limit(item: pytest.Item | None) -> float:
+def _limit(shard: Shard) -> float:
+    item = shard.running
+    if shard.work.walk_steps:
+        return shard.limit
     mark = item.get_closest_marker("limit") if item is not None else None
     if mark is not None:
         return float(mark.args[0])

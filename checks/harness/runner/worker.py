@@ -39,12 +39,14 @@ class Work:
         folder: the submission.
         room: for grading: the one folder that the submission may write to; what it replaces is looked for too.
         at_first_failure: end with the first check that fails.
+        walk_steps: calls of a walk, in place of as many as its check says.
     """
 
     items: list[pytest.Item]
     folder: Path
     room: Path | None = None
     at_first_failure: bool = False
+    walk_steps: int = 0
 
 
 def list_own_modules() -> None:
@@ -113,7 +115,7 @@ def run(work: Work, writing: int, token: str) -> None:
             resource.setrlimit(kind, (limit, limit))
     output = Output()
     config = items[0].config
-    config.option.submission = str(work.folder)
+    config.option.submission, config.option.walk_steps = str(work.folder), work.walk_steps
 
     def report(what: object) -> None:
         os.write(writing, f"{token} {json.dumps(what)}\n".encode())

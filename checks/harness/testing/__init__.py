@@ -11,14 +11,16 @@ from harness.testing.bench import Case, Run, Series
 from harness.testing.compare import Close, Where, is_tensor, refuses
 from harness.testing.forbid import Prebuilt, forbid, prebuilt_attention
 from harness.testing.own_test import OwnTest
-from harness.testing.stock import own_test_checks, style_checks
+from harness.testing.stock import own_test_checks, style_checks, walk_check
 from harness.testing.subject import Subject, seed
 from harness.testing.trace import DispatchMode, Trace, calls
+from harness.testing.walk import Aspect, Step, Walk
 
 requirement = pytest.mark.requirement
 halfway = pytest.mark.halfway
 
 __all__ = [
+    "Aspect",
     "Case",
     "Close",
     "DispatchMode",
@@ -27,8 +29,10 @@ __all__ = [
     "Prebuilt",
     "Run",
     "Series",
+    "Step",
     "Subject",
     "Trace",
+    "Walk",
     "Where",
     "calls",
     "describe",
@@ -41,4 +45,5 @@ __all__ = [
     "requirement",
     "seed",
     "style_checks",
+    "walk_check",
 ]

@@ -7,8 +7,32 @@ import pytest
 
 from harness.testing.own_test import OwnTest
 from harness.testing.own_test_process import Trials
+from harness.testing.subject import Subject
+from harness.testing.walk import Walk
 
 Check = Callable[..., None]
+_WALKED = pytest.StashKey[dict[Walk, dict[str, AssertionError]]]()
+
+
+def walk_check(walk: Walk, steps: int) -> Check:
+    """The check of a walk, once for each requirement that it can cost: the same calls, what was found for this one.
+
+    Args:
+        steps: how many calls; as many as a tenth of a second allows.
+    """
+    numbers = [pytest.param(number, marks=pytest.mark.requirement(number)) for number in walk.requirements]
+
+    @pytest.mark.walk
+    @pytest.mark.parametrize("number", numbers)
+    def test_calls_in_any_order(request: pytest.FixtureRequest, subject: Subject, number: str) -> None:
+        """Any sequence of calls gives what the same calls give one by one."""
+        walked = request.config.stash.setdefault(_WALKED, {})
+        if walk not in walked:
+            walked[walk] = walk.faults(subject, walk.draw(request.config.getoption("--walk-steps") or steps))
+        if number in walked[walk]:
+            raise walked[walk][number]
+
+    return test_calls_in_any_order
 
 
 def own_test_checks(number: str, own: OwnTest) -> tuple[Check, Check]:

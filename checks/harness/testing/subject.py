@@ -78,6 +78,10 @@ class Subject:
         self._path = path
         self._module: ModuleType | None = None
 
+    def again(self) -> "Subject":
+        """The same file, loaded anew: nothing that it kept is left."""
+        return Subject(self._path)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)

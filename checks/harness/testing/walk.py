@@ -1,0 +1,212 @@
+"""Walks: seeded sequences of calls in which everything is drawn together, shortened when they fail.
+
+Beside the checks that teach one mechanism each, a walk tries what nobody thought of: a mask of another kind after
+eval(), a cast between two lengths. What a step draws is independent of its neighbours, so that steps can be left out.
+"""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from harness.model.results import Hang
+from harness.model.submission import LoadError, describe
+from harness.testing.subject import Subject, neutral_state
+
+_PASSED_ON = (NotImplementedError, LoadError, Hang)
+_FAULTS = 6
+# Steps that may be played again to shorten one failing walk.
+_REPLAYED = 3000
+
+
+@dataclass(frozen=True)
+class Aspect:
+    """Something that is drawn for every step.
+
+    Args:
+        name: how a walk asks for what was drawn.
+        requirement: the one that a failure costs that needs this aspect.
+        choices: values by the words that tell of them; the first is the plain one, whose words are empty.
+        rate: how often another than the plain one is drawn.
+    """
+
+    name: str
+    requirement: str
+    choices: Mapping[str, Any] = field(hash=False)
+    rate: float = 0.5
+
+    @property
+    def plain(self) -> str:
+        return next(iter(self.choices))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was drawn for one call: words by aspect, and the seed of its numbers."""
+
+    seed: int
+    words: Mapping[str, str]
+    aspects: Mapping[str, Aspect] = field(repr=False)
+
+    def __getitem__(self, aspect: str) -> Any:
+        """The value that was drawn for an aspect."""
+        return self.aspects[aspect].choices[self.words[aspect]]
+
+    def rng(self) -> torch.Generator:
+        """A CPU generator of this step's own."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def without(self, aspect: str) -> "Step":
+        """The same step, plain in an aspect."""
+        return replace(self, words={**self.words, aspect: self.aspects[aspect].plain})
+
+    def __str__(self) -> str:
+        return ", ".join(word for word in self.words.values() if word) or "a plain call"
+
+
+class Walk(ABC):
+    """What an exercise tries in any order.
+
+    Attributes:
+        aspects: what is drawn, in the order of blame: of those that a failure cannot do without, the first one's
+            requirement is lost.
+        otherwise: the requirement that a failing plain call costs.
+    """
+
+    aspects: ClassVar[tuple[Aspect, ...]]
+    otherwise: ClassVar[str]
+
+    @abstractmethod
+    def begin(self, subject: Subject) -> Any:
+        """What a walk begins with: modules of the learner's, and what the checks know of them."""
+
+    @abstractmethod
+    def step(self, state: Any, step: Step) -> None:
+        """One call: does what was drawn and compares everything that can be seen of it.
+
+        Raises:
+            AssertionError: something is not as it should be.
+        """
+
+    @property
+    def requirements(self) -> list[str]:
+        """Those that a walk can cost."""
+        return list(dict.fromkeys([*(aspect.requirement for aspect in self.aspects), self.otherwise]))
+
+    def draw(self, count: int, seed: int = 0) -> list[Step]:
+        """The first `count` steps of the walk of a seed."""
+        rng = random.Random(seed)
+        aspects = {aspect.name: aspect for aspect in self.aspects}
+        return [
+            Step(rng.getrandbits(31), {a.name: _drawn(a, rng) for a in self.aspects}, aspects) for _ in range(count)
+        ]
+
+    def faults(self, subject: Subject, steps: list[Step]) -> dict[str, AssertionError]:
+        """The first fault of each requirement. What one was found with is left out of the steps that follow."""
+        found: dict[str, AssertionError] = {}
+        for _ in range(_FAULTS):
+            failure = self._play(subject, steps)
+            if failure is None:
+                break
+            place, error = failure
+            shortest = self._shortened(subject, steps[: place + 1])
+            failure = self._play(subject.again(), shortest) if shortest else None
+            error = failure[1] if failure is not None else error
+            blamed = self._blamed(shortest or [steps[place]])
+            requirement = blamed[0].requirement if blamed is not None else self.otherwise
+            found.setdefault(requirement, _told(error, shortest, place + 1))
+            if blamed is None:
+                break
+            aspect, words = blamed
+            steps = [
+                step.without(aspect.name) if step.words[aspect.name] == words else step for step in steps[place + 1 :]
+            ]
+        return found
+
+    def _play(self, subject: Subject, steps: list[Step]) -> tuple[int, BaseException] | None:
+        """Plays steps from the beginning; the place of the one that fails, and how."""
+        if not steps:
+            return None
+        neutral_state()
+        state: Any = None
+        for place, step in enumerate(steps):
+            try:
+                state = state if place else self.begin(subject)
+                self.step(state, step)
+            except _PASSED_ON:
+                raise
+            except Exception as error:
+                return place, error
+        return None
+
+    def _shortened(self, subject: Subject, steps: list[Step]) -> list[Step]:
+        """The fewest and plainest of the steps whose last one still fails; none if it fails now and then only."""
+
+        left = max(_REPLAYED, 2 * len(steps))
+
+        def fails(some: list[Step]) -> bool:
+            nonlocal left
+            left -= len(some)
+            if left < 0:
+                return False
+            failure = self._play(subject.again(), some)
+            return failure is not None and failure[0] == len(some) - 1
+
+        length = 1
+        while not fails(steps[-length:]):
+            if length >= len(steps):
+                return []
+            length = min(4 * length, len(steps))
+        shortest = steps[-length:]
+        while len(shortest) > 1:
+            half = len(shortest) // 2
+            if half > 1 and fails(shortest[half:]):
+                shortest = shortest[half:]
+                continue
+            smaller = next((one for one in _one_less(shortest) if fails(one)), None)
+            if smaller is None:
+                break
+            shortest = smaller
+        for place in range(len(shortest)):
+            for aspect in self.aspects:
+                plainer = [*shortest]
+                plainer[place] = plainer[place].without(aspect.name)
+                if plainer[place] != shortest[place] and fails(plainer):
+                    shortest = plainer
+        return shortest
+
+    def _blamed(self, steps: list[Step]) -> tuple[Aspect, str] | None:
+        """The first aspect that is not plain, in the last step rather than in those before."""
+        for step in reversed(steps):
+            for aspect in self.aspects:
+                if step.words[aspect.name] != aspect.plain:
+                    return aspect, step.words[aspect.name]
+        return None
+
+
+def _drawn(aspect: Aspect, rng: random.Random) -> str:
+    plain, *others = aspect.choices
+    return rng.choice(others) if others and rng.random() < aspect.rate else plain
+
+
+def _one_less(steps: list[Step]) -> Iterator[list[Step]]:
+    """The steps without one of those before the last."""
+    for place in range(len(steps) - 1):
+        yield [*steps[:place], *steps[place + 1 :]]
+
+
+def _told(error: BaseException, shortest: list[Step], place: int) -> AssertionError:
+    """The failure in words: what it said, then the calls that lead to it."""
+    said = str(error) if isinstance(error, AssertionError) else f"your code raises {describe(error)}"
+    if len(shortest) == 1:
+        calls = [f"in one call: {shortest[0]}"]
+    elif shortest:
+        calls = [f"call {number}: {step}" for number, step in enumerate(shortest, start=1)]
+    else:
+        calls = [f"in call {place} of a walk; not in a shorter one"]
+    told = AssertionError("\n".join([said, *calls]))
+    told.__cause__ = error
+    return told
