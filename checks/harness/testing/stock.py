@@ -11,7 +11,7 @@ from harness.testing.subject import Subject
 from harness.testing.walk import Walk
 
 Check = Callable[..., None]
-_WALKED = pytest.StashKey[dict[Walk, dict[str, AssertionError]]]()
+_WALKED = pytest.StashKey[dict[Walk, dict[str, Exception]]]()
 
 
 def walk_check(walk: Walk, steps: int) -> Check:

@@ -16,10 +16,8 @@ from harness.model.results import Hang
 from harness.model.submission import LoadError, describe
 from harness.testing.subject import Subject, neutral_state
 
-_PASSED_ON = (NotImplementedError, LoadError, Hang)
-_FAULTS = 6
-# Steps that may be played again to shorten one failing walk.
-_REPLAYED = 3000
+# Steps that may be played again to shorten what fails in a walk: a wrong answer is judged fast too.
+_REPLAYED = 500
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Walk(ABC):
     Attributes:
         aspects: what is drawn, in the order of blame: of those that a failure cannot do without, the first one's
             requirement is lost.
-        otherwise: the requirement that a failing plain call costs.
+        otherwise: the requirement that a failing plain call costs; empty where other checks say enough of one.
     """
 
     aspects: ClassVar[tuple[Aspect, ...]]
@@ -94,7 +92,8 @@ class Walk(ABC):
     @property
     def requirements(self) -> list[str]:
         """Those that a walk can cost."""
-        return list(dict.fromkeys([*(aspect.requirement for aspect in self.aspects), self.otherwise]))
+        costs = [*(aspect.requirement for aspect in self.aspects), self.otherwise]
+        return list(dict.fromkeys(number for number in costs if number))
 
     def draw(self, count: int, seed: int = 0) -> list[Step]:
         """The first `count` steps of the walk of a seed."""
@@ -104,79 +103,80 @@ class Walk(ABC):
             Step(rng.getrandbits(31), {a.name: _drawn(a, rng) for a in self.aspects}, aspects) for _ in range(count)
         ]
 
-    def faults(self, subject: Subject, steps: list[Step]) -> dict[str, AssertionError]:
-        """The first fault of each requirement. What one was found with is left out of the steps that follow."""
-        found: dict[str, AssertionError] = {}
-        for _ in range(_FAULTS):
+    def faults(self, subject: Subject, steps: list[Step]) -> dict[str, Exception]:
+        """The first fault of each requirement. What one was found with is left out of the steps that follow.
+
+        Code that is not written yet costs the requirement that needs it; all of them, where a plain call needs it.
+        """
+        found: dict[str, Exception] = {}
+        budget = _Budget(max(_REPLAYED, 2 * len(steps)))
+        while len(found) < len(self.requirements):
             failure = self._play(subject, steps)
             if failure is None:
                 break
             place, error = failure
-            shortest = self._shortened(subject, steps[: place + 1])
-            failure = self._play(subject.again(), shortest) if shortest else None
-            error = failure[1] if failure is not None else error
+            shortest, error = self._shortened(subject, steps[: place + 1], error, budget)
             blamed = self._blamed(shortest or [steps[place]])
-            requirement = blamed[0].requirement if blamed is not None else self.otherwise
-            found.setdefault(requirement, _told(error, shortest, place + 1))
+            told = error if isinstance(error, NotImplementedError) else _told(error, shortest, place + 1)
             if blamed is None:
-                break
+                costs = self.requirements if isinstance(error, NotImplementedError) else [self.otherwise]
+                return {**dict.fromkeys(costs, told), **found}
             aspect, words = blamed
-            steps = [
-                step.without(aspect.name) if step.words[aspect.name] == words else step for step in steps[place + 1 :]
-            ]
+            found.setdefault(aspect.requirement, told)
+            rest = steps[place + 1 :]
+            steps = [step.without(aspect.name) if step.words[aspect.name] == words else step for step in rest]
         return found
 
-    def _play(self, subject: Subject, steps: list[Step]) -> tuple[int, BaseException] | None:
+    def _play(self, subject: Subject, steps: list[Step]) -> tuple[int, Exception] | None:
         """Plays steps from the beginning; the place of the one that fails, and how."""
-        if not steps:
-            return None
         neutral_state()
         state: Any = None
         for place, step in enumerate(steps):
             try:
                 state = state if place else self.begin(subject)
                 self.step(state, step)
-            except _PASSED_ON:
+            except (LoadError, Hang):
                 raise
             except Exception as error:
                 return place, error
         return None
 
-    def _shortened(self, subject: Subject, steps: list[Step]) -> list[Step]:
-        """The fewest and plainest of the steps whose last one still fails; none if it fails now and then only."""
-
-        left = max(_REPLAYED, 2 * len(steps))
+    def _shortened(
+        self, subject: Subject, steps: list[Step], error: Exception, budget: "_Budget"
+    ) -> tuple[list[Step], Exception]:
+        """The fewest and plainest of the steps whose last one still fails, and how; no steps if it fails now and then
+        only.
+        """
 
         def fails(some: list[Step]) -> bool:
-            nonlocal left
-            left -= len(some)
-            if left < 0:
+            nonlocal error
+            failure = self._play(subject.again(), some) if budget.take(len(some)) else None
+            if failure is None or failure[0] != len(some) - 1:
                 return False
-            failure = self._play(subject.again(), some)
-            return failure is not None and failure[0] == len(some) - 1
+            error = failure[1]
+            return True
 
         length = 1
         while not fails(steps[-length:]):
             if length >= len(steps):
-                return []
+                return [], error
             length = min(4 * length, len(steps))
         shortest = steps[-length:]
-        while len(shortest) > 1:
-            half = len(shortest) // 2
-            if half > 1 and fails(shortest[half:]):
-                shortest = shortest[half:]
-                continue
-            smaller = next((one for one in _one_less(shortest) if fails(one)), None)
-            if smaller is None:
-                break
+        while smaller := next((one for one in _shorter(shortest) if fails(one)), None):
             shortest = smaller
-        for place in range(len(shortest)):
-            for aspect in self.aspects:
-                plainer = [*shortest]
-                plainer[place] = plainer[place].without(aspect.name)
-                if plainer[place] != shortest[place] and fails(plainer):
-                    shortest = plainer
-        return shortest
+        while plainer := next((one for one in self._plainer(shortest) if fails(one)), None):
+            shortest = plainer
+        return shortest, error
+
+    def _plainer(self, steps: list[Step]) -> Iterator[list[Step]]:
+        """The steps with one of them plain in everything; then with one plain in one more aspect."""
+        for aspects in (self.aspects, *((aspect,) for aspect in self.aspects)):
+            for place, step in enumerate(steps):
+                plainer = step
+                for aspect in aspects:
+                    plainer = plainer.without(aspect.name)
+                if plainer != step:
+                    yield [*steps[:place], plainer, *steps[place + 1 :]]
 
     def _blamed(self, steps: list[Step]) -> tuple[Aspect, str] | None:
         """The first aspect that is not plain, in the last step rather than in those before."""
@@ -192,13 +192,26 @@ def _drawn(aspect: Aspect, rng: random.Random) -> str:
     return rng.choice(others) if others and rng.random() < aspect.rate else plain
 
 
-def _one_less(steps: list[Step]) -> Iterator[list[Step]]:
-    """The steps without one of those before the last."""
+def _shorter(steps: list[Step]) -> Iterator[list[Step]]:
+    """The second half of the steps; then all of them but one of those before the last."""
+    if len(steps) > 2:
+        yield steps[len(steps) // 2 :]
     for place in range(len(steps) - 1):
         yield [*steps[:place], *steps[place + 1 :]]
 
 
-def _told(error: BaseException, shortest: list[Step], place: int) -> AssertionError:
+class _Budget:
+    """How many steps may still be played again."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def take(self, steps: int) -> bool:
+        self._left -= steps
+        return self._left >= 0
+
+
+def _told(error: Exception, shortest: list[Step], place: int) -> AssertionError:
     """The failure in words: what it said, then the calls that lead to it."""
     said = str(error) if isinstance(error, AssertionError) else f"your code raises {describe(error)}"
     if len(shortest) == 1:
