@@ -18,6 +18,7 @@ from harness.model.results import ExerciseVerdict, Result
 from harness.model.submission import LoadError, isolated, read
 from harness.report import github, gradesheet, terminal
 from harness.runner.supervisor import KINDS, Judge, graded
+from harness.sandbox import landlock
 
 
 def judge_file(
@@ -67,6 +68,10 @@ def grade(request: Request, judge: Judge) -> int:
     chosen, folder, path = selected(request.ex), submission_folder(request.submission), out_path(request.out)
     out = terminal.console()
     token = github.mute() if request.github else ""
+    if not landlock.version():
+        out.print(
+            "this system has no Landlock: what is graded can read the answers, and write to files", soft_wrap=True
+        )
     judge.read_banks()
     version = checks_version()
     if request.forget_banks:

@@ -1,11 +1,12 @@
 """The banks: answer, mistakes and variants of an exercise, read as text. They may be absent (the student edition)."""
 
+import ast
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.model.exercise import Exercise, exercises
-from harness.model.paths import ANSWERS, module_from, shown
+from harness.model.paths import ANSWERS, TOP, module_from, shown
 from harness.model.splice import spliced
 
 Edit = tuple[str, str]
@@ -83,17 +84,22 @@ def right_code(exercise: Exercise, name: str) -> str:
     return spliced(answer(exercise), _read(exercise.folder / "variants" / f"{name}.py"))
 
 
+def unusual(exercise: Exercise, name: str) -> str:
+    """What a variant's file says is unusual about it."""
+    return ast.get_docstring(ast.parse(_read(exercise.folder / "variants" / f"{name}.py"))) or ""
+
+
 def wrong_code(exercise: Exercise, name: str) -> str:
     """The text of a mistake."""
     return mistakes(exercise)[name].applied_to(answer(exercise))
 
 
 def forget() -> None:
-    """Removes answers, mistakes and variants from this copy of the workspace: for throw-away copies in which a
-    submission runs that might look for them.
+    """Removes answers, mistakes and variants from this copy of the workspace, and git's history, which holds them too:
+    for throw-away copies in which a submission runs that might look for them.
     """
     banks = [exercise.folder / name for exercise in exercises().values() for name in ("mistakes", "variants")]
-    for folder in (ANSWERS, *banks):
+    for folder in (ANSWERS, TOP / ".git", *banks):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ import pytest
 from harness.model.exercise import UsageError, selected
 from harness.model.paths import CHECKS, TOP
 from harness.runner import plugin, worker
+from harness.sandbox import audit
 from harness.sandbox.processes import CAN_FORK
 
 
@@ -45,6 +46,7 @@ def _prepare(session: pytest.Session) -> None:
     """Does once what every fork would do: loads modules, and looks up what reports say of each check."""
     plugin.load_late_modules()
     worker.list_own_modules()
+    audit.loaded()
     for item in session.items:
         _ = item.location
     # What is there now is there to stay: forks neither walk nor copy it when they collect garbage.

@@ -95,7 +95,7 @@ class Judge:
         """Reads what own tests are judged on, so that no later reading of files is needed."""
         for exercise in exercises().values():
             if (own := self.own_test(exercise)) is not None:
-                _ = own.texts
+                _ = own.unusual
 
     def own_test_digest(self, exercise: Exercise, text: str) -> str:
         """What the verdict on the own test in `text` depends on; empty if the exercise has none, or the text does not

@@ -1,6 +1,5 @@
 """A worker, the process that runs a shard of an exercise's checks: limited, in its own session, reporting by lines."""
 
-import json
 import os
 import resource
 import signal
@@ -8,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from json.encoder import c_make_encoder, encode_basestring_ascii  # type: ignore[attr-defined]
 from pathlib import Path
 from types import ModuleType
 
@@ -16,11 +16,13 @@ import pytest
 
 from harness.model.exercise import exercise_of
 from harness.model.limits import MEMORY_BYTES, OUTPUT_BYTES
+from harness.model.paths import CHECKS
 from harness.model.results import Result
 from harness.model.submission import describe
 from harness.runner import plugin
+from harness.sandbox import audit
 from harness.sandbox.integrity import before_submissions
-from harness.sandbox.landlock import write_only_below
+from harness.sandbox.landlock import confine
 from harness.sandbox.output import Output
 from harness.sandbox.processes import CAN_FORK, die_with_parent
 
@@ -117,19 +119,24 @@ def run(work: Work, writing: int, token: str) -> None:
     config = items[0].config
     config.option.submission, config.option.walk_steps = str(work.folder), work.walk_steps
 
-    def report(what: object) -> None:
-        os.write(writing, f"{token} {json.dumps(what)}\n".encode())
+    # Bound before a submission is loaded, and in C: what it replaces changes no word on the way out.
+    encode, write = c_make_encoder({}, None, encode_basestring_ascii, None, ": ", ", ", False, False, True), os.write
+
+    def report(what: str | dict[str, str | int]) -> None:
+        write(writing, f"{token} {''.join(encode(what, 0))}\n".encode())
 
     def sink(result: Result) -> None:
         nonlocal ended
         ended = ended or (work.at_first_failure and result.outcome != "passed")
         if result.outcome != "passed" and not result.printed:
             result = replace(result, printed=output.tail())
-        report(asdict(result))
+        report({**vars(result)})
 
     config.stash[plugin.SINK] = sink
+    if plugin.kind_of(items[0]) == "code":
+        audit.watch(plugin.submission_path(items[0]))
     if room is not None:
-        _guard(config, plugin.kind_of(items[0]), room)
+        _guard(config, items[0], room, work.folder)
     _hide()
     if plugin.kind_of(items[0]) == "own test":
         plugin.start_trials(config)
@@ -144,8 +151,9 @@ def run(work: Work, writing: int, token: str) -> None:
             sink(Result(plugin.requirement_of(item), item.name, "failed", f"your code raises {describe(error)}"))
 
 
-def _guard(config: pytest.Config, kind: str, room: Path) -> None:
+def _guard(config: pytest.Config, first: pytest.Item, room: Path, folder: Path) -> None:
     """What only grading does, since it costs time: the submission's code changes nothing that judges it."""
+    kind = plugin.kind_of(first)
     if kind == "code":
         config.stash[plugin.INTEGRITY] = before_submissions()
     if kind != "lint":
@@ -153,7 +161,8 @@ def _guard(config: pytest.Config, kind: str, room: Path) -> None:
         os.environ["TMPDIR"] = str(room)
         tempfile.tempdir = None
         os.chdir(room)
-        write_only_below(room)
+        # pytest reads the packages around a check when it comes to it.
+        confine(room, folder, *(path / "__init__.py" for path in first.path.parents if CHECKS in (path, path.parent)))
 
 
 def _hide() -> None:

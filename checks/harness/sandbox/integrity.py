@@ -20,6 +20,7 @@ _MODULES = (
     *("time", "contextlib", "copy", "torch.nn.functional", "torch.nn.init", "torch.nn.modules", "torch.nn.parameter"),
     *("torch.autograd", "torch.linalg", "torch.testing", "torch._tensor", "torch.overrides", "torch.functional"),
     *("torch.utils._python_dispatch", "torch.utils.checkpoint", "torch.library", "torch.serialization"),
+    *("os", "posix", "json", "dataclasses", "traceback", "inspect", "re", "functools", "tempfile", "signal"),
 )
 _CLASSES_OF = ("harness", "torch", "_pytest", "pluggy", "asyncio", "threading")
 # What the comparison and the checks' own references compute with.

@@ -37,6 +37,16 @@ _BLANKET = re.compile(
 )
 
 
+# Findings that right code runs into, and the way out.
+_WAYS_OUT = (
+    (
+        re.compile(r"B023|Cannot infer type of lambda"),
+        "bind it by functools.partial, or define a function that takes it",
+    ),
+    (re.compile(r"Tensor \| Module"), "name the buffer in the class: `inv_freq: Tensor` above __init__"),
+)
+
+
 class LintError(AssertionError):
     """Findings in a learner's file; `line` is the first one's."""
 
@@ -184,6 +194,7 @@ def _fail_on(findings: list[str], path: Path, tool: str) -> None:
         return
     findings.sort(key=lambda finding: int(finding.split(":")[0]))
     shown = [f"line {finding}" for finding in findings[:5]]
+    shown += [f"  {way}" for found, way in _WAYS_OUT if any(found.search(finding) for finding in findings)]
     rest = [f"and {len(findings) - 5} more"] if len(findings) > 5 else []
     count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
     raise LintError("\n".join([f"{tool}: {count} in {path.name}", *shown, *rest]), int(findings[0].split(":")[0]))

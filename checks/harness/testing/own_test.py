@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from random import SystemRandom
 
-from harness.model.bank import BanksAbsent, right_code, wrong_code
+from harness.model.bank import BanksAbsent, right_code, unusual, wrong_code
 from harness.model.exercise import Exercise, exercise_of
 from harness.model.limits import OWN_TEST_HANG_SECONDS, OWN_TEST_SECONDS, SLIP_HANG_SECONDS
 from harness.model.results import Hang
@@ -78,11 +78,17 @@ class OwnTest:
                 found[name] = choose(self.exercise, name)
         return found
 
+    @cached_property
+    def unusual(self) -> dict[str, str]:
+        """What is unusual about the right implementations that are variants."""
+        return {name: unusual(self.exercise, name) for name in self.right if name in self.texts and name != "answer"}
+
     def passes_on(self, right: str, trials: Trials, path: Path) -> None:
         """Fails unless the learner's test returns, within OWN_TEST_SECONDS, on a right implementation."""
         ending = self._run(trials, path, right)
         if ending.how == "raised":
-            raise OwnTestError(f"{self.test}() fails on right code: {ending.text}", ending)
+            about = f"\nthe code under it: {self.unusual[right]}" if right in self.unusual else ""
+            raise OwnTestError(f"{self.test}() fails on right code: {ending.text}{about}", ending)
         if ending.how == "hung":
             raise Hang(f"{self.test}() did not end within {OWN_TEST_HANG_SECONDS:g} s on right code")
         if ending.how == "died":

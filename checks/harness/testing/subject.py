@@ -31,7 +31,10 @@ def execute(text: str, path: Path, name: str) -> ModuleType:
     except LoadError:
         raise
     except BaseException as error:
-        raise LoadError(f"{describe(error)} on import", line_in(error, path)) from None
+        fact = f"{describe(error)} on import"
+        if isinstance(error, ModuleNotFoundError):
+            fact += "; a submission is one file on torch and the standard library"
+        raise LoadError(fact, line_in(error, path)) from None
     return module
 
 
