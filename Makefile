@@ -8,6 +8,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+ALL ?=
 DEVICE ?=
 EX ?=
 FORCE ?=
@@ -36,12 +37,12 @@ watch: .venv/ready ## judge each exercise when you save it: make watch [EX=1]
 	@$(RUN) -m harness watch --ex '$(EX)'
 
 .PHONY: check
-check: .venv/ready ## judge once: make check [EX=1] [SUBMISSION=folder] [DEVICE=cuda]
-	@$(RUN) checks/harness/runner/client.py check --ex '$(EX)' --submission '$(SUBMISSION)' $(if $(DEVICE),--device='$(DEVICE)')
+check: .venv/ready ## judge once: make check [EX=1] [SUBMISSION=folder] [DEVICE=cuda] [ALL=1]
+	@$(RUN) checks/harness/runner/client.py check --ex '$(EX)' --submission '$(SUBMISSION)' $(if $(DEVICE),--device='$(DEVICE)') $(if $(ALL),--all)
 
 .PHONY: board
-board: .venv/ready ## the board, after judging what is not yet judged: make board [EX=1]
-	@$(RUN) -m harness save --once --ex '$(EX)'
+board: .venv/ready ## the board, after judging what is not yet judged: make board [EX=1] [ALL=1]
+	@$(RUN) -m harness save --once --ex '$(EX)' $(if $(ALL),--all)
 
 .PHONY: reset
 reset: .venv/ready ## start one over, your work is kept: make reset EX=1

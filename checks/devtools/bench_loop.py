@@ -1,43 +1,174 @@
-"""Measures the loop: from the closing of a saved file to its verdict, warm against pytest-watch with cold pytest.
+"""Measures the loop by saves that people make: from the closing of a saved file to the verdict on its code, and to all
+of it.
 
-Usage: python -P -m devtools.bench_loop [SAVES]
+Usage: python -P -m devtools.bench_loop [EX …]
+
+For each exercise a seeded walk: the starter, mistakes of the bank, the answer's bodies one after the other, the own
+test written last and changed twice, the answer; then pytest-watch with cold pytest on a few of the same saves, and the
+first exercise among more and more.
 """
 
+import ast
 import os
+import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from devtools.workspace import READY, Terminal, Workspace, processes, quiet
-from harness.model.exercise import Exercise, exercises
-from harness.model.paths import TOP
-from harness.report import terminal
+from harness.model import bank
+from harness.model.exercise import Exercise, exercises, selected
+from harness.model.paths import BUILD, shown
+from harness.report import terminal as shown_by
+from harness.sandbox.processes import waited
 
-SAVES = 20
-COLD_SAVES = 5
+MISTAKES, COLD_SAVES, MEMORY_SAVES = 20, 5, 100
 GROWTH = (2, 8, 16, 24)
-PICTURE = TOP / "build" / "bench" / "loop.png"
+PICTURE = BUILD / "bench" / "loop.png"
+CODE = "code judged in"
+BUSY = 0.1
 _COLD_END = " in "
+_T = TypeVar("_T")
 
 
-def saves(terminal: Terminal, path: Path, text: str, count: int, end: str) -> list[float]:
-    """Seconds from closing the file to `end` on the screen, for `count` saves that each differ in a comment."""
-    taken = []
-    for number in range(count):
+@dataclass
+class Taken:
+    """Seconds of the saves of one exercise; `own` of those that change the own test."""
+
+    code: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
+    cold: list[float] = field(default_factory=list)
+    idle_mb: float = 0.0
+    later_mb: float = 0.0
+    waiting: float = 0.0
+    unit: float = 0.0
+
+
+def walk(exercise: Exercise) -> list[tuple[str, bool]]:
+    """The texts that are saved, and whether each changes the own test."""
+    answer, rng = bank.answer(exercise), random.Random(exercise.id)
+    mistakes = list(bank.mistakes(exercise).values())
+    texts = [mistake.applied_to(answer) for mistake in rng.sample(mistakes, min(MISTAKES, len(mistakes)))]
+    bodies = _bodies(exercise.starter, answer)
+    test = bodies[-1]
+    edited = [f"{test}\n\n# Once more.\n_ONCE_MORE = {number}\n" for number in (1, 2)]
+    saved = [exercise.starter, *texts, *bodies, *edited, answer]
+    own, before = [], ""
+    for text in saved:
+        now = _own_test(text)
+        own.append(now != before and bool(before))
+        before = now
+    return list(zip(saved, own, strict=True))
+
+
+def _bodies(starter: str, answer: str) -> list[str]:
+    """The starter with the answer's functions, one after the other; the own test comes last."""
+    texts, written = [], starter
+    for path, node in _functions(answer):
+        ours = dict(_functions(written)).get(path)
+        if ours is None or ast.dump(ours) == ast.dump(node):
+            continue
+        lines, theirs = written.splitlines(), answer.splitlines()
+        lines[ours.lineno - 1 : ours.end_lineno] = theirs[node.lineno - 1 : node.end_lineno]
+        written = "\n".join(lines) + "\n"
+        texts.append(written)
+    return [*texts, answer]
+
+
+def _functions(text: str) -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    found: list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]] = []
+    for node in ast.parse(text).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+        found += [(prefix + one.name, one) for one in inner if isinstance(one, kinds)]
+    return sorted(found, key=lambda pair: pair[0].startswith("test_"))
+
+
+def _own_test(text: str) -> str:
+    """Everything but classes and public functions: what an own test's verdict may depend on."""
+    try:
+        body = ast.parse(text).body
+    except SyntaxError:
+        return ""
+    kept = [node for node in body if not isinstance(node, ast.ClassDef) and _is_own(node)]
+    return ast.dump(ast.Module(kept, []))
+
+
+def _is_own(node: ast.stmt) -> bool:
+    return not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith(("test_", "_"))
+
+
+def warm(workspace: Workspace, exercise: Exercise, texts: Sequence[tuple[str, bool]], more: int = 0) -> Taken:
+    """Times `make watch` on saves; also its memory when idle, and after `more` saves."""
+    taken, path = Taken(), workspace.top / "exercises" / exercise.file_name
+    watch = Terminal(workspace.make_command("watch", f"EX={exercise.number}"), workspace.top)
+    watch.until(READY, 300)
+    time.sleep(5)  # mypy's daemon reads its cache once.
+    path.write_text(bank.answer(exercise) + "# A first save.\n", encoding="utf-8")
+    watch.until(READY, 120)
+    time.sleep(1)
+    taken.idle_mb = resident_megabytes(workspace)
+    units: list[float] = []
+    waiting, begun = _waited(workspace), time.perf_counter()
+    for number, (text, own) in enumerate(texts):
         time.sleep(0.5)
-        path.write_text(f"{text}# {number}\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         begin = time.perf_counter()
-        terminal.until(end)
-        taken.append(time.perf_counter() - begin)
+        watch.until(CODE, 120)
+        taken.code.append(time.perf_counter() - begin)
+        watch.until(READY, 120)
+        (taken.own if own else taken.whole).append(time.perf_counter() - begin)
+        if number % 10 == 0:
+            units.append(import_torch())
+    taken.waiting = max(0.0, _waited(workspace) - waiting) / (time.perf_counter() - begun)
+    taken.unit = statistics.median(units)
+    for number in range(more):
+        path.write_text(f"{bank.answer(exercise)}# {number}\n", encoding="utf-8")
+        watch.until(READY, 120)
+    time.sleep(1)
+    taken.later_mb = resident_megabytes(workspace)
+    watch.interrupt()
+    watch.ended()
+    quiet(workspace)
     return taken
+
+
+def cold(workspace: Workspace, exercise: Exercise, texts: Sequence[str]) -> list[float]:
+    """Times pytest-watch as it comes, running pytest anew on the exercise's checks for each save."""
+    path = workspace.top / "exercises" / exercise.file_name
+    runner = f"{sys.executable} -m pytest checks/{exercise.folder.name} -q"
+    command = [sys.executable, "-m", "pytest_watch", "--nobeep", "--runner", runner, "exercises"]
+    watch = Terminal(command, workspace.top)
+    watch.until(_COLD_END, 120)
+    taken = []
+    for text in texts:
+        time.sleep(0.5)
+        path.write_text(text, encoding="utf-8")
+        begin = time.perf_counter()
+        watch.until(_COLD_END, 300)
+        taken.append(time.perf_counter() - begin)
+    watch.interrupt()
+    watch.ended()
+    return taken
+
+
+def import_torch() -> float:
+    """Seconds that a fresh import of torch takes: what this machine is worth now."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return time.perf_counter() - begin
 
 
 def resident_megabytes(workspace: Workspace) -> float:
@@ -46,34 +177,8 @@ def resident_megabytes(workspace: Workspace) -> float:
     return sum(map(int, sizes)) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def warm(workspace: Workspace, exercise: Exercise, count: int) -> tuple[list[float], float]:
-    """Times `make watch` on an exercise's answer; also the memory of the idle watch."""
-    path = workspace.top / "exercises" / exercise.file_name
-    terminal = Terminal(workspace.make_command("watch"), workspace.top)
-    terminal.until(READY, 300)
-    time.sleep(5)  # mypy's daemon reads its cache once.
-    saves(terminal, path, workspace.answer(exercise.file_name), 2, READY)
-    taken = saves(terminal, path, workspace.answer(exercise.file_name), count, READY)
-    time.sleep(1)  # What served the last save is still ending.
-    memory = resident_megabytes(workspace)
-    terminal.interrupt()
-    terminal.ended()
-    quiet(workspace)
-    return taken, memory
-
-
-def cold(workspace: Workspace, exercise: Exercise, count: int) -> list[float]:
-    """Times pytest-watch as it comes, running pytest anew on the exercise's checks for each save."""
-    path = workspace.top / "exercises" / exercise.file_name
-    path.write_text(workspace.answer(exercise.file_name), encoding="utf-8")
-    runner = f"{sys.executable} -m pytest checks/{exercise.folder.name} -q"
-    command = [sys.executable, "-m", "pytest_watch", "--nobeep", "--runner", runner, "exercises"]
-    terminal = Terminal(command, workspace.top)
-    terminal.until(_COLD_END, 120)
-    taken = saves(terminal, path, workspace.answer(exercise.file_name), count, _COLD_END)
-    terminal.interrupt()
-    terminal.ended()
-    return taken
+def _waited(workspace: Workspace) -> float:
+    return sum(waited(pid) for pid in processes(workspace, "python"))
 
 
 def resize(workspace: Workspace, total: int) -> None:
@@ -83,7 +188,7 @@ def resize(workspace: Workspace, total: int) -> None:
     there = list(exercises().values())
     workspace.keep(*(exercise.id for exercise in there[:total]))
     first = there[0].id
-    originals = [path for path in workspace.top.glob(f"*/{first}*")]
+    originals = list(workspace.top.glob(f"*/{first}*"))
     for number in range(50, 50 + total - len(there)):
         for original in originals:
             copied = original.with_name(original.name.replace(first, f"ex{number}"))
@@ -96,67 +201,101 @@ def resize(workspace: Workspace, total: int) -> None:
                 path.write_text(text.replace(first, f"ex{number}"), encoding="utf-8")
 
 
-def in_a_copy(measure: Callable[[Workspace], tuple[list[float], float]]) -> tuple[list[float], float]:
+def in_a_copy(measure: Callable[[Workspace], _T]) -> _T:
     """Measures in a copy of the workspace of its own."""
     with tempfile.TemporaryDirectory() as folder:
         return measure(Workspace(Path(folder) / "workspace"))
 
 
-def main(count: int = SAVES) -> int:
+def main(arguments: list[str]) -> int:
     """Prints the table and draws the picture."""
-    out: Console = terminal.console()
-    table = Table("exercise", "warm s", "cold s", "cold / warm", "idle MB")
-    medians: dict[str, tuple[float, float]] = {}
-    for exercise in track(list(exercises().values()), "each exercise", console=out):
-        taken, memory = in_a_copy(lambda workspace, one=exercise: warm(workspace, one, count))  # type: ignore[misc]
-        slow, _ = in_a_copy(lambda workspace, one=exercise: (cold(workspace, one, COLD_SAVES), 0.0))  # type: ignore[misc]
-        one, other = statistics.median(taken), statistics.median(slow)
-        medians[exercise.id] = (one, other)
-        table.add_row(exercise.id, f"{one:.2f}", f"{other:.2f}", f"{other / one:.1f}", f"{memory:.0f}")
+    out = shown_by.console()
+    chosen = [one for ex in arguments or [""] for one in selected(ex)]
+    table = Table(
+        "exercise", "code", "95 %", "whole", "95 %", "own test", "cold", "cold / whole", "idle MB", "later MB"
+    )
+    all_taken: dict[str, Taken] = {}
+    for number, exercise in enumerate(track(chosen, "each exercise", console=out)):
+        texts, more = walk(exercise), MEMORY_SAVES if number == 0 else 0
+        taken = in_a_copy(lambda workspace, one=exercise, saved=texts, n=more: warm(workspace, one, saved, n))  # type: ignore[misc]
+        few = [text for text, _ in texts[1 : 1 + COLD_SAVES]]
+        taken.cold = in_a_copy(lambda workspace, one=exercise, saved=few: cold(workspace, one, saved))  # type: ignore[misc]
+        all_taken[exercise.id] = taken
+        table.add_row(exercise.id, *_cells(taken))
     growth: dict[int, float] = {}
     first = next(iter(exercises().values()))
-    for total in track(GROWTH, "growing", console=out):
+    for total in track(() if arguments else GROWTH, "growing", console=out):
 
-        def measure(workspace: Workspace, total: int = total) -> tuple[list[float], float]:
+        def measure(workspace: Workspace, total: int = total) -> Taken:
             resize(workspace, total)
-            return warm(workspace, first, max(5, count // 2))
+            return warm(workspace, first, walk(first)[1:11])
 
-        taken, memory = in_a_copy(measure)
-        growth[total] = statistics.median(taken)
-        table.add_row(f"{first.id} of {total}", f"{growth[total]:.2f}", "", "", f"{memory:.0f}")
+        growth[total] = statistics.median(in_a_copy(measure).code)
+        table.add_row(f"{first.id} of {total}", f"{growth[total]:.2f}")
     out.print(table)
-    draw(medians, growth)
-    out.print(f"picture: {PICTURE.relative_to(TOP)}")
+    for name, taken in all_taken.items():
+        in_units = f"code {_median(taken.code) / taken.unit:.2f}, 95 % {_tail(taken.code) / taken.unit:.2f}"
+        in_units += f", whole {_median(taken.whole) / taken.unit:.2f} of a fresh import of torch ({taken.unit:.2f} s)"
+        busy = f"; its processes waited {taken.waiting:.0%} of the time for a processor" if taken.waiting > BUSY else ""
+        out.print(f"{name}: {in_units}{busy}", soft_wrap=True)
+    draw(all_taken, growth)
+    out.print(f"picture: {shown(PICTURE)}")
     return 0
 
 
-def draw(medians: dict[str, tuple[float, float]], growth: dict[int, float]) -> None:
-    """Two panels: seconds per exercise, warm and cold; seconds as the number of exercises grows."""
+def _cells(taken: Taken) -> list[str]:
+    whole = _median(taken.whole)
+    figures = [
+        _median(taken.code),
+        _tail(taken.code),
+        whole,
+        _tail(taken.whole),
+        _median(taken.own),
+        _median(taken.cold),
+    ]
+    ratio = f"{_median(taken.cold) / whole:.1f}" if whole else ""
+    return [*(f"{figure:.2f}" for figure in figures), ratio, f"{taken.idle_mb:.0f}", f"{taken.later_mb:.0f}"]
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else 0.0
+
+
+def _tail(values: Sequence[float]) -> float:
+    """The 95th percentile: so many saves are faster."""
+    return sorted(values)[min(len(values) - 1, round(0.95 * (len(values) - 1)))] if values else 0.0
+
+
+def draw(all_taken: dict[str, Taken], growth: dict[int, float]) -> None:
+    """Two panels: seconds per exercise, of code and whole, to the 95th percentile; growth with the exercises."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), facecolor="white", layout="constrained")
-    places = range(len(medians))
-    left.bar(
-        [p - 0.2 for p in places], [warm for warm, _ in medians.values()], 0.4, label="make watch", color="#2a7f62"
-    )
-    left.bar(
-        [p + 0.2 for p in places], [cold for _, cold in medians.values()], 0.4, label="cold pytest", color="#c44e52"
-    )
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), facecolor="white", layout="constrained")
+    places = range(len(all_taken))
+    for shift, label, colour, of in (
+        (-0.27, "code judged", "#2a7f62", lambda taken: taken.code),
+        (0.0, "all judged", "#0072b2", lambda taken: taken.whole),
+        (0.27, "pytest-watch, cold pytest", "#c44e52", lambda taken: taken.cold),
+    ):
+        medians = [_median(of(taken)) for taken in all_taken.values()]
+        tails = [max(0.0, _tail(of(taken)) - _median(of(taken))) for taken in all_taken.values()]
+        bars = [place + shift for place in places]
+        left.bar(bars, medians, 0.27, label=label, color=colour, yerr=[[0.0] * len(tails), tails], capsize=2)
     left.axhline(0.5, color="#555555", linewidth=1, linestyle="--", label="0.5 s")
-    left.set_xticks(list(places), list(medians))
-    left.set_ylabel("seconds from save to verdict (median)")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    left.set_xticks(list(places), list(all_taken))
+    left.set_ylabel("seconds from save to verdict (median, whisker: 95 %)")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     right.plot(list(growth), list(growth.values()), marker="o", color="#2a7f62")
     right.axhline(0.5, color="#555555", linewidth=1, linestyle="--")
-    right.set_ylim(0, 1.1 * max(growth.values()))
+    right.set_ylim(0, 1.1 * max([0.5, *growth.values()]))
     right.set_xlabel("exercises in the workspace")
-    right.set_ylabel("seconds, saving the first (median)")
+    right.set_ylabel("seconds to the code's verdict, saving the first (median)")
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=130)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else SAVES))
+    sys.exit(main(sys.argv[1:]))

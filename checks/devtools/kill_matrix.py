@@ -100,7 +100,7 @@ def _starter(judge: Judge, matrix: Matrix) -> None:
 
 def _right(judge: Judge, matrix: Matrix, name: str, full: bool) -> None:
     """A variant's own test is the answer's."""
-    left_out = () if name == "answer" else ("own test",) if full else ("own test", "lint")
+    left_out = () if name == "answer" else ("own test",) if full else ("own test", "ruff", "mypy")
     text = bank.right_code(matrix.exercise, name)
     verdict, results = _judged(judge, matrix.exercise, text, tuple(kind for kind in KINDS if kind not in left_out))
     for result in results:

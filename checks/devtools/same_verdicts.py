@@ -26,7 +26,7 @@ from rich.progress import track
 
 from harness.commands.judge import judge_file
 from harness.model import bank
-from harness.model.cache import Entry
+from harness.model.cache import Entry, OwnTests
 from harness.model.exercise import Exercise, selected
 from harness.runner import session
 from harness.runner.supervisor import Judge
@@ -51,14 +51,12 @@ def texts(exercise: Exercise) -> dict[str, str]:
 
 
 def judged(judge: Judge, exercise: Exercise, chosen: dict[str, str]) -> Iterator[tuple[str, Verdict]]:
-    """The verdict on each text. An own test that equals the answer's is judged once."""
-    answer: Entry | None = None
+    """The verdict on each text. The same own test is judged once."""
+    own_tests = OwnTests()
     for name, text in track(chosen.items(), exercise.id, transient=True):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / exercise.file_name).write_text(text, encoding="utf-8")
-            entry = judge_file(exercise, Path(folder), judge, answer)
-        if name == "answer":
-            answer = entry
+            entry = judge_file(exercise, Path(folder), judge, own_tests)
         yield name, _verdict(exercise, entry)
 
 

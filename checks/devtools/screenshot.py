@@ -19,6 +19,7 @@ PICTURE = TOP / ".github" / "watch.svg"
 FILE = "ex01_multi_head_attention.py"
 SLIP = ("masked_fill(mask == 0", "masked_fill(mask != 0")
 _CHANGING = re.compile(r"\d\d:\d\d:\d\d judged ex01 in [\d.]+ s")
+_OVER = re.compile(r"\x1b\[(\d+)A\x1b\[J")
 _FONTS = re.compile(r"@font-face \{.*?\}\n?", re.DOTALL)
 
 
@@ -34,8 +35,17 @@ def watched(workspace: Workspace, kind: str) -> str:
     came = terminal.until("Ctrl-C ends")
     terminal.interrupt()
     assert terminal.ended() and quiet(workspace)
+    came = _in_place(came)
     kept = _CHANGING.sub("12:34:56 judged ex01 in 0.35 s", came[came.index("judging ") :])
     return "\n".join(line.rstrip() for line in kept.strip().splitlines())
+
+
+def _in_place(came: str) -> str:
+    """What is left on a screen where a part was written over: so many lines up, and everything below gone."""
+    while found := _OVER.search(came):
+        above = came[: found.start()].split("\n")
+        came = "\n".join([*above[: -int(found[1]) - 1], came[found.end() :]])
+    return came
 
 
 def svg(screen: str) -> str:

@@ -61,6 +61,8 @@ def _said(run: Callable[[], int]) -> int:
     except (UsageError, SpecificationError, BanksAbsent) as error:
         print(error, flush=True)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_it_is_watched(grown: Workspace) -> None:
 
     path.write_text(ANSWER.replace("2 * x", "3 * x"))
     wrong = watch.until(READY)
-    assert f"\nexercises/{FILE}:{DOUBLE}: error: 42.1 double(x): " in wrong, wrong
+    assert f"\nexercises/{FILE}:{DOUBLE}:1: error: 42.1 double(x): " in wrong, wrong
 
     watch.interrupt()
     assert watch.ended() and quiet(grown)

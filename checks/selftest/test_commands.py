@@ -34,7 +34,9 @@ def test_check_names_file_line_and_slip_and_what_is_not_started(workspace: Works
     assert done.returncode == 2
     assert re.search(r"ex01\s+Multi-head attention\s+in progress", done.stdout), done.stdout
     assert re.search(r"ex05\s+LoRA.*\s+not started\s+0/50", done.stdout), done.stdout
-    assert re.search(rf"^exercises/{FILE}:\d+: error: 1\.1 forward: weights: ", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(rf"^exercises/{FILE}:\d+:\d+: error: 1\.1 forward: weights: ", done.stdout, re.MULTILINE), (
+        done.stdout
+    )
     assert f"next: edit exercises/{FILE} and save; make reset EX=1 starts it over" in done.stdout
     assert "Traceback" not in done.stdout
 

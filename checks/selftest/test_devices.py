@@ -62,7 +62,7 @@ def _raises_elsewhere(workspace: Workspace, exercise: Path) -> None:
     # CUDA could not even start under the limit on addresses that other children have.
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     line = exercise.read_text().partition("raise ValueError")[0].count("\n") + 1
-    assert f"exercises/{toy.FILE}:{line}: error: 42.1 your code raises ValueError: limit {limit}\n" in shown, shown
+    assert f"exercises/{toy.FILE}:{line}:9: error: 42.1 your code raises ValueError: limit {limit}\n" in shown, shown
     assert "  check: test_doubles[cpu-float32]" in shown, shown
 
 

@@ -62,7 +62,8 @@ def test_broken_submissions_lose_their_own_points_only(workspace: Workspace) -> 
     assert reasons["ex06"][1] == 0, found["exercises"][-1]
     assert reasons["ex02"] == ("does not import", 0, "is a link; a regular file is wanted")
     assert reasons["ex03"] == reasons["ex04"] == ("does not import", 0, "is not a regular file")
-    assert reasons["ex05"] == ("in progress", 45, "")  # The children cost "reads well" alone.
+    refused = "PermissionError: subprocess.Popen: an exercise starts no processes on import"
+    assert reasons["ex05"] == ("does not import", 0, refused)
     first = found["exercises"][0]["requirements"][0]["checks"][0]
     assert first["outcome"] == "timeout" and first["message"].startswith("did not end within 10 s")
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and b"98765" in command_line(pid)]

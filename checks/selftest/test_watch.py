@@ -54,7 +54,7 @@ def test_the_loop(workspace: Workspace, watch: Terminal) -> None:
     scratch.rename(path)
     broken = watch.until(READY)
     line = answer.count("\n") + 2
-    assert "does not import" in broken and f"\nexercises/{FILE}:{line}: error: SyntaxError" in broken, broken
+    assert "does not import" in broken and f"\nexercises/{FILE}:{line}:1: error: SyntaxError" in broken, broken
 
     # An endless loop is superseded by the next save.
     path.write_text(

@@ -69,7 +69,7 @@ def _show(out: Console, request: Request, judge: Judge) -> None:
         verdict = verdict_of(exercise, results, untouched=False)
         failure = verdict.first_failure()
         if failure is not None and failure.kind != "not implemented":
-            terminal.first_failure(out, verdict, failure, folder / exercise.file_name)
+            terminal.failure(out, folder / exercise.file_name, failure)
             out.print()
     sys.stdout.flush()
 

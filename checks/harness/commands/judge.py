@@ -3,6 +3,7 @@ fork of the server.
 """
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,21 +12,31 @@ from rich.progress import track
 
 from harness.commands.request import Request, out_path, submission_folder
 from harness.model import bank
-from harness.model.cache import Entry, VerdictCache, checks_version, stamp
-from harness.model.exercise import Exercise, selected
+from harness.model.cache import Entry, OwnTests, VerdictCache, checks_version, stamp
+from harness.model.exercise import Exercise, UsageError, selected
 from harness.model.paths import EXERCISES, shown
 from harness.model.results import ExerciseVerdict, Result
 from harness.model.submission import LoadError, isolated, read
 from harness.report import github, gradesheet, terminal
+from harness.report.saved import Saved
 from harness.runner.supervisor import KINDS, Judge, graded
 from harness.sandbox import landlock
 
 
 def judge_file(
-    exercise: Exercise, folder: Path, judge: Judge, before: Entry | None = None, room: Path | None = None
+    exercise: Exercise,
+    folder: Path,
+    judge: Judge,
+    own_tests: OwnTests | None = None,
+    room: Path | None = None,
+    saved: Saved | None = None,
 ) -> Entry:
-    """Judges a submission's file now. An own test that passed `before` is not run again while nothing it depends on has
-    changed; `room` is for grading, the one folder that the submission may write to.
+    """Judges a submission's file now.
+
+    Args:
+        own_tests: what is known of own tests: one that is among them is not run again.
+        room: for grading: the one folder that the submission may write to.
+        saved: shows the verdict on the code as soon as it is there.
     """
     path = folder / exercise.file_name
     at, start = stamp(path), time.perf_counter()
@@ -33,17 +44,23 @@ def judge_file(
         text = read(path)
     except LoadError:
         text = ""
-    own = judge.own_test_digest(exercise, text)
-    kept: dict[str, Result] = {}
-    if before is not None and own and own == before.own_test:
-        names = judge.names(exercise, "own test")
-        kept = {result.name: result for result in before.results if result.name in names}
-    if any(result.outcome != "passed" for result in kept.values()):
-        kept = {}
+    digest, line = judge.own_test_in(exercise, text)
+    kept = {result.name: result for result in own_tests.find(digest, line)} if own_tests is not None else {}
+
+    def entry(results: Iterable[Result]) -> Entry:
+        found = {result.name: result for result in results} | kept
+        ordered = tuple(found[name] for _, name in judge.expected(exercise) if name in found)
+        return Entry(at, text == exercise.starter, time.perf_counter() - start, ordered)
+
     kinds = tuple(kind for kind in KINDS if not (kept and kind == "own test"))
-    found = {result.name: result for result in judge.results(exercise, folder, kinds, room=room)} | kept
-    results = tuple(found[name] for _, name in judge.expected(exercise))
-    return Entry(at, text == exercise.starter, time.perf_counter() - start, own, results)
+    if saved is None:
+        results = judge.results(exercise, folder, kinds, room=room)
+    else:
+        results = judge.results(exercise, folder, kinds, first=lambda some: saved.first(entry(some)), slow=saved.slow)
+    if own_tests is not None and not kept:
+        names = judge.names(exercise, "own test")
+        own_tests.keep(digest, line, [result for result in results if result.name in names])
+    return entry(results)
 
 
 def check(request: Request, judge: Judge) -> int:
@@ -51,15 +68,15 @@ def check(request: Request, judge: Judge) -> int:
     chosen, folder = selected(request.ex), submission_folder(request.submission)
     out = terminal.console()
     cache = VerdictCache(checks_version()) if folder == EXERCISES else None
-    verdicts = []
+    verdicts, trouble = [], ""
     for exercise in chosen:
-        entry = judge_file(exercise, folder, judge)
+        entry = judge_file(exercise, folder, judge, cache.own_tests[exercise.id] if cache is not None else None)
         verdicts.append(entry.verdict(exercise))
         if cache is not None:
-            cache.store(exercise, entry)
+            trouble = cache.store(exercise, entry) or trouble
     terminal.board(out, verdicts)
-    _details(out, verdicts, folder)
-    out.print("\n" + _next_step(verdicts, folder), style="dim", soft_wrap=True)
+    _details(out, verdicts, folder, request.all)
+    terminal.line(out, "\n".join([trouble, _next_step(verdicts, folder)]))
     return 0 if all(verdict.state == "done" for verdict in verdicts) else 1
 
 
@@ -86,7 +103,10 @@ def grade(request: Request, judge: Judge) -> int:
         line = f"{exercise.id} {verdict.score}/{verdict.max_score} {verdict.state}{reason}, {verdict.seconds:.1f} s"
         out.print(line, markup=False, soft_wrap=True)
     sheet = gradesheet.sheet(verdicts, version, torch.__version__.partition("+")[0])
-    beside = gradesheet.write(sheet, path)
+    try:
+        beside = gradesheet.write(sheet, path)
+    except OSError as error:
+        raise UsageError(f"OUT={request.out}: cannot be written: {error.strerror}") from None
     out.print(f"total {sheet['score']}/{sheet['max_score']}; {shown(path)}, {shown(beside)}", soft_wrap=True)
     if request.github:
         github.publish(verdicts, sheet, folder, token)
@@ -94,40 +114,52 @@ def grade(request: Request, judge: Judge) -> int:
 
 
 def save(request: Request, judge: Judge) -> int:
-    """Judges what has no verdict of its present state, and shows the whole board."""
+    """Judges what has no verdict of its present state. The verdict on a single save comes in two steps."""
     chosen, folder = selected(request.ex), EXERCISES
     out, started = terminal.console(), time.perf_counter()
     cache = VerdictCache(checks_version())
     stale = [exercise for exercise in chosen if cache.stale(exercise, folder / exercise.file_name)]
+    one: Saved | None = None
+    trouble = ""
     for exercise in stale:
         terminal.begin(out, exercise, folder)
-        cache.store(exercise, judge_file(exercise, folder, judge, cache.entries.get(exercise.id)))
+        if len(stale) == 1 and not request.once:
+            one = Saved(out, exercise, folder, judge.expected(exercise), cache.entries.get(exercise.id))
+        entry = judge_file(exercise, folder, judge, cache.own_tests[exercise.id], saved=one)
+        trouble = cache.store(exercise, entry) or trouble
     verdicts = [cache.entries[exercise.id].verdict(exercise) for exercise in chosen]
-    terminal.board(out, verdicts)
-    _details(out, [verdict for verdict in verdicts if verdict.exercise in stale], folder)
+    saved = [verdict for verdict in verdicts if verdict.exercise in stale]
+    if one is not None:
+        one.rest(saved[0])
+    else:
+        terminal.board(out, verdicts)
+        _details(out, saved or _at_hand(verdicts), folder, request.all)
+    terminal.line(out, "\n".join([trouble, _next_step(saved if one is not None else verdicts, folder)]))
+    if one is not None:
+        terminal.line(out, terminal.closing(saved[0], one.before))
     names = ", ".join(exercise.id for exercise in stale) or "nothing new"
     took = f"{time.strftime('%H:%M:%S')} judged {names} in {time.perf_counter() - started:.2f} s"
-    out.print(f"\n{_next_step(verdicts, folder)}", style="dim", soft_wrap=True)
     then = "make watch judges every save" if request.once else "waiting for the next save, Ctrl-C ends"
-    out.print(f"{took}; {then}", style="dim", soft_wrap=True)
+    terminal.line(out, f"{took}; {then}")
     return 0
 
 
-def _details(out: Console, verdicts: list[ExerciseVerdict], folder: Path) -> None:
+def _at_hand(verdicts: list[ExerciseVerdict]) -> list[ExerciseVerdict]:
+    """The exercise that is being worked on: after a restart its failure is there again."""
+    return [verdict for verdict in verdicts if verdict.state in ("in progress", "does not import")][:1]
+
+
+def _details(out: Console, verdicts: list[ExerciseVerdict], folder: Path, everything: bool) -> None:
     for verdict in verdicts:
         if len(verdicts) == 1 or verdict.state not in ("done", "not started"):
-            terminal.detail(out, verdict, folder)
+            terminal.detail(out, verdict, folder, everything=everything)
 
 
 def _next_step(verdicts: list[ExerciseVerdict], folder: Path) -> str:
-    for verdict in verdicts:
-        if verdict.state == "done":
-            continue
-        path = shown(folder / verdict.exercise.file_name)
-        if verdict.state == "not started":
-            return f"next: open {path} and work on its TODOs; every save is judged"
-        return f"next: edit {path} and save; make reset EX={verdict.exercise.number} starts it over"
-    return "all done"
+    opened = next((verdict for verdict in verdicts if verdict.state != "done"), None)
+    if opened is not None:
+        return terminal.following(opened, folder)
+    return terminal.following(verdicts[0], folder) if len(verdicts) == 1 else "all done"
 
 
 _COMMANDS = {"check": check, "grade": grade, "save": save}

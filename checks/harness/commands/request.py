@@ -23,6 +23,7 @@ class Request:
     forget_banks: bool = False
     once: bool = False
     force: bool = False
+    all: bool = False
     owner: tuple[int, ...] = ()
 
 
@@ -45,7 +46,9 @@ def parse(arguments: list[str]) -> Request:
     grade.add_argument("--out", default=Request.out, help="where the gradesheet goes, relative to the top")
     grade.add_argument("--github", action="store_true", help="also write what GitHub Actions shows")
     grade.add_argument("--forget-banks", action="store_true", help="remove answers and banks once read")
+    check.add_argument("--all", action="store_true", help="show every failure in full")
     save = command("save", "judge what has no verdict of its present state")
+    save.add_argument("--all", action="store_true", help="show every failure in full")
     save.add_argument("--once", action="store_true", help="nothing waits for the next one")
     save.add_argument("watched", nargs="*", help="the folders that pytest-watch appends to its runner; not needed")
     serve = command("serve", "be the fork server", ex=False)

@@ -38,5 +38,9 @@ def reset(exercise: Exercise, top: Path = TOP) -> str:
 
 def run(ex: str) -> int:
     """Resets the one exercise that EX names."""
-    print(reset(one_exercise("reset", ex)))
+    exercise = one_exercise("reset", ex)
+    try:
+        print(reset(exercise))
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}; nothing was lost, make doctor says more") from None
     return 0

@@ -2,19 +2,21 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from harness.model.exercise import Exercise, exercises
-from harness.model.paths import BUILD, CHECKS, TOP, write_whole
+from harness.model.paths import BUILD, CHECKS, TOP, shown, write_whole
 from harness.model.results import ExerciseVerdict, Result, verdict_of
 
 FILE = BUILD / "verdicts.json"
 # What a save is judged by. Commands and reports only show it; a bench measures.
 _JUDGING_ROOMS = ("model", "sandbox", "testing", "runner")
 _NOT_JUDGING = ("bench.py", "demo.py")
+_OWN_TESTS = 5
 Stamp = tuple[int, int]
 MISSING: Stamp = (0, 0)
 
@@ -66,14 +68,12 @@ class Entry:
         stamp: the file's stamp when judging began.
         untouched: the file was the starter.
         seconds: how long judging took.
-        own_test: what the own test's verdict depends on, as a digest; empty where there is none.
         results: one per check.
     """
 
     stamp: Stamp
     untouched: bool
     seconds: float
-    own_test: str
     results: tuple[Result, ...]
 
     def verdict(self, exercise: Exercise) -> ExerciseVerdict:
@@ -81,17 +81,36 @@ class Entry:
         return verdict_of(exercise, self.results, untouched=self.untouched, seconds=self.seconds)
 
 
+class OwnTests:
+    """Results on the last own tests of an exercise by the digest of what they depend on; lines count from the test."""
+
+    def __init__(self, kept: dict[str, list[Result]] | None = None) -> None:
+        self.kept = kept or {}
+
+    def find(self, digest: str, line: int) -> list[Result]:
+        """What is known of the own test, which begins at `line` now; nothing if it is another one."""
+        return [replace(one, line=one.line and one.line + line) for one in self.kept.get(digest, [])]
+
+    def keep(self, digest: str, line: int, results: Iterable[Result]) -> None:
+        """Keeps what follows from the test alone: not that the file does not load, nor a process that died."""
+        found = [replace(one, line=one.line and one.line - line) for one in results]
+        if digest and not any(one.kind in ("load", "no file") or one.outcome == "error" for one in found):
+            self.kept = dict([*self.kept.items(), (digest, found)][-_OWN_TESTS:])
+
+
 class VerdictCache:
-    """The last entry of each exercise. Another version of the checks empties it."""
+    """The last entry of each exercise, and its last own tests. Another version of the checks empties it."""
 
     def __init__(self, version: str, file: Path = FILE) -> None:
         self._file = file
         self._version = version
         self.entries: dict[str, Entry] = {}
+        self.own_tests: dict[str, OwnTests] = {exercise: OwnTests() for exercise in exercises()}
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
             if stored["version"] == version:
                 self.entries = {name: _entry(fields) for name, fields in stored["exercises"].items()}
+                self.own_tests |= {name: OwnTests(_of_digests(kept)) for name, kept in stored["own tests"].items()}
         except (OSError, ValueError, KeyError, TypeError):
             self.entries = {}  # No cache, or not one of ours: everything is judged anew.
 
@@ -100,12 +119,26 @@ class VerdictCache:
         entry = self.entries.get(exercise.id)
         return entry is None or entry.stamp != stamp(path)
 
-    def store(self, exercise: Exercise, entry: Entry) -> None:
-        """Keeps an entry, on disk at once and as a whole."""
+    def store(self, exercise: Exercise, entry: Entry) -> str:
+        """Keeps an entry, on disk at once and as a whole; returns why it could not be kept there, in a sentence."""
         self.entries[exercise.id] = entry
-        exercises = {name: _fields(kept) for name, kept in self.entries.items()}
-        stored = {"version": self._version, "exercises": exercises}
-        write_whole(self._file, json.dumps(stored))
+        stored = {
+            "version": self._version,
+            "exercises": {name: _fields(kept) for name, kept in self.entries.items()},
+            "own tests": {
+                name: {digest: [vars(one) for one in results] for digest, results in tests.kept.items()}
+                for name, tests in self.own_tests.items()
+            },
+        }
+        try:
+            write_whole(self._file, json.dumps(stored))
+        except OSError as error:
+            return f"{shown(self._file)} cannot be written ({error.strerror}): the verdict is not kept"
+        return ""
+
+
+def _of_digests(stored: dict[str, Any]) -> dict[str, list[Result]]:
+    return {digest: [Result(**one) for one in results] for digest, results in stored.items()}
 
 
 def _fields(entry: Entry) -> dict[str, Any]:

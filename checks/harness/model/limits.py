@@ -4,9 +4,10 @@ waits for a processor.
 
 # What the judge waits for before it calls a check a hang, and an exercise's checks of one kind together.
 HANG_SECONDS = 10.0
+SLOW_SECONDS = 2.0
 SHARD_SECONDS = 100.0
 # mypy without its cache; an own test that hangs on each of ten slips.
-KIND_SECONDS = {"lint": 150.0, "own test": 60.0, "code": HANG_SECONDS}
+KIND_SECONDS = {"ruff": 30.0, "mypy": 150.0, "own test": 60.0, "code": HANG_SECONDS}
 # A device may take long to come up.
 DEVICE_SECONDS = 60.0
 # Plain pytest has no supervisor: what no signal can interrupt ends the run this much later.
@@ -20,10 +21,11 @@ LOAD_SECONDS = 10.0
 
 MYPY_SECONDS = 120.0
 MYPY_DAEMON_SECONDS = 5.0
-MYPY_DAEMON_IDLE_SECONDS = 36000
+MYPY_DAEMON_IDLE_SECONDS = 7200
 
 # A worker's address space, and the largest file that it may write.
 MEMORY_BYTES = 12 << 30
 OUTPUT_BYTES = 16 << 20
-# A submission's file.
+# A submission's file, and a message that quotes what it says.
 FILE_BYTES = 1_000_000
+MESSAGE_LINES, LINE_CHARACTERS = 40, 500

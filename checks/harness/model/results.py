@@ -1,6 +1,6 @@
 """From outcomes to states and points. Pure functions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from harness.model.exercise import POINTS, Exercise, Requirement
@@ -49,6 +49,18 @@ class RequirementVerdict:
         return sum(result.outcome == "passed" for result in self.results)
 
     @property
+    def unwritten(self) -> bool:
+        """Whether nothing but code that is not written yet stands against it."""
+        return all(result.kind == "not implemented" for result in self.results if result.outcome != "passed")
+
+    def failures(self) -> Iterator[Result]:
+        """The results that stand against it."""
+        return (result for result in self.results if result.outcome != "passed" and result.kind != "unjudged")
+
+    def first_failure(self) -> Result | None:
+        return next(self.failures(), None)
+
+    @property
     def judged(self) -> bool:
         return not any(result.kind == "unjudged" for result in self.results)
 
@@ -73,8 +85,11 @@ class ExerciseVerdict:
 
     def first_failure(self) -> Result | None:
         """The first result, in the order of requirements, that is not "passed" and was judged."""
-        results = (result for verdict in self.requirements for result in verdict.results)
-        return next((r for r in results if r.outcome != "passed" and r.kind != "unjudged"), None)
+        return next((result for one in self.requirements for result in one.failures()), None)
+
+    def results(self) -> Iterator[Result]:
+        """All results, in the order of requirements."""
+        return (result for verdict in self.requirements for result in verdict.results)
 
 
 def verdict_of(

@@ -23,30 +23,34 @@ def todo_lines(text: str) -> dict[str, int]:
 
 
 def place_of(requirement: str, message: str, text: str, starter: str) -> int:
-    """The line of a learner's `text` to look at: the definition that the message begins with ("forward: …"), else the
-    requirement's TODO, else the definition that holds the TODO in the starter, else line 1.
+    """The line of a learner's `text` to look at: the definition that the message begins with ("forward: …") if a TODO
+    of the requirement stands in it in the starter; else such a TODO that is left; else the first definition in which
+    one
+    stood; else the one that the message begins with; else line 1.
     """
     try:
-        definitions = _definitions(ast.parse(text))
+        definitions = {path: node.lineno for path, node in reversed(_definitions(ast.parse(text)))}
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        definitions = []
+        definitions = {}
     named = re.match(r"\w*", message)
-    called = named[0] if named else ""
-    for path, node in definitions:
-        if path.rpartition(".")[2] == called:
-            return node.lineno
-    if (line := todo_lines(text).get(requirement)) is not None:
+    called = [path for path in definitions if named and path.rpartition(".")[2] == named[0]]
+    asked = [path for path in _with_todo(starter, requirement) if path in definitions]
+    both = [path for path in called if path in asked]
+    if not both and (line := todo_lines(text).get(requirement)) is not None:
         return line
-    wanted = _enclosing(starter, todo_lines(starter).get(requirement, 0))
-    return next((node.lineno for path, node in definitions if path == wanted), 1)
+    return next((definitions[path] for path in (*both, *asked, *called)), 1)
 
 
-def _enclosing(text: str, line: int) -> str:
-    """The dotted name of the innermost definition around a line."""
-    around = [
-        (path, node) for path, node in _definitions(ast.parse(text)) if node.lineno <= line <= (node.end_lineno or 0)
-    ]
-    return around[-1][0] if around else ""
+def _with_todo(text: str, requirement: str) -> list[str]:
+    """The dotted names of the innermost definitions in which a TODO of the requirement stands."""
+    found: list[str] = []
+    definitions = _definitions(ast.parse(text))
+    for number, line in enumerate(text.splitlines(), start=1):
+        todo = _TODO.search(line)
+        if todo is not None and requirement in re.split(r"[,\s]+", todo[1].strip()):
+            around = [path for path, node in definitions if node.lineno <= number <= (node.end_lineno or 0)]
+            found += around[-1:]
+    return found
 
 
 def _definitions(

@@ -3,7 +3,7 @@
 import traceback
 from pathlib import Path
 
-from harness.model.limits import FILE_BYTES
+from harness.model.limits import FILE_BYTES, LINE_CHARACTERS, MESSAGE_LINES
 
 
 class LoadError(Exception):
@@ -56,6 +56,13 @@ def isolated(path: Path, folder: Path) -> Path:
     return folder
 
 
+def bounded(text: str) -> str:
+    """A text of the learner's making, cut to what people read."""
+    lines = text[: MESSAGE_LINES * LINE_CHARACTERS].splitlines()
+    kept = "\n".join(line[:LINE_CHARACTERS] for line in lines[:MESSAGE_LINES])
+    return kept if len(kept) >= len(text.rstrip("\n")) else f"{kept}\n… cut: {len(text):,} characters in all"
+
+
 def describe(error: BaseException) -> str:
     """An exception as `Type: text`, whatever its `__str__` does."""
     name = type(error).__name__
@@ -63,7 +70,7 @@ def describe(error: BaseException) -> str:
         text = str(error).strip()
     except BaseException:
         return f"{name} (whose text cannot be had)"
-    return f"{name}: {text}" if text else name
+    return f"{name}: {bounded(text)}" if text else name
 
 
 def line_in(error: BaseException | None, path: Path) -> int:

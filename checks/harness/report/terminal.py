@@ -1,7 +1,8 @@
-"""The picture of all verdicts in a terminal; reads as well without colours, at 80 columns, and in a log."""
+"""The picture of all verdicts in a terminal; reads as well without colours, in a narrow one, and in a log."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -12,9 +13,13 @@ from rich.table import Table
 from harness.model.exercise import Exercise
 from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict, RequirementVerdict, Result
+from harness.model.source import todo_lines
+from harness.model.submission import LoadError, read
 
-_STYLES = {"done": "green", "in progress": "yellow", "not started": "dim", "does not import": "red"}
+_STYLES = {"done": "green", "in progress": "yellow", "not started": "", "does not import": "red"}
 MESSAGE_LINES = 12
+_NEXT_LINES = 2
+_TITLE = 8
 
 
 def console(stream: TextIO | None = None) -> Console:
@@ -25,11 +30,20 @@ def console(stream: TextIO | None = None) -> Console:
 
 def begin(out: Console, exercise: Exercise, folder: Path) -> None:
     """Says what is being judged; VS Code's problem matcher takes this line as the start of a run."""
-    out.print(f"judging {shown(folder / exercise.file_name)} …", style="dim", soft_wrap=True)
+    dots = "…" if _unicode(out) else "..."
+    out.print(f"judging {shown(folder / exercise.file_name)} {dots}", soft_wrap=True)
+
+
+def line(out: Console, text: str, style: str = "") -> None:
+    """A line that is never cut: broken at words on a terminal, whole in a log and in VS Code's, whose links and
+    Problems end with a line.
+    """
+    whole = not out.is_terminal or os.environ.get("TERM_PROGRAM") == "vscode"
+    out.print(text, style=style, markup=False, soft_wrap=whole)
 
 
 def board(out: Console, verdicts: Sequence[ExerciseVerdict]) -> None:
-    """One line per exercise: state and points."""
+    """One line per exercise: state and points, which are never cut; a title is."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
@@ -37,65 +51,177 @@ def board(out: Console, verdicts: Sequence[ExerciseVerdict]) -> None:
     table.add_column(justify="right", no_wrap=True)
     for verdict in verdicts:
         style = _STYLES[verdict.state]
-        points = f"{verdict.score}/{verdict.max_score}"
-        table.add_row(verdict.exercise.id, verdict.exercise.title, f"[{style}]{verdict.state}[/]", points)
+        state = f"[{style}]{verdict.state}[/]" if style else verdict.state
+        table.add_row(verdict.exercise.id, escape(verdict.exercise.title), state, points(verdict))
     if len(verdicts) > 1:
         total = f"{sum(v.score for v in verdicts)}/{sum(v.max_score for v in verdicts)}"
         table.add_row("", "", "[bold]total[/]", f"[bold]{total}[/]")
     out.print(table)
 
 
-def detail(out: Console, verdict: ExerciseVerdict, folder: Path) -> None:
-    """The requirements of one exercise with their marks, and its first failure."""
-    exercise = verdict.exercise
-    out.print(f"\n[bold]{exercise.id} {escape(exercise.title)}[/]: {verdict.score} of {verdict.max_score} points")
+def points(verdict: ExerciseVerdict) -> str:
+    """Points out of how many."""
+    return f"{verdict.score}/{verdict.max_score}"
+
+
+def detail(
+    out: Console,
+    verdict: ExerciseVerdict,
+    folder: Path,
+    before: ExerciseVerdict | None = None,
+    *,
+    late: frozenset[str] = frozenset(),
+    everything: bool = False,
+) -> None:
+    """The requirements of one exercise with their marks, and the first failure of each that has been begun.
+
+    Args:
+        before: the verdict on the last save: what is lost since then stands first.
+        late: requirements whose marks are as of the last save, since their checks still run.
+        everything: every failure in full.
+    """
+    exercise, path = verdict.exercise, folder / verdict.exercise.file_name
+    gained = f"{verdict.score} of {verdict.max_score} points"
+    out.print(f"\n[bold]{exercise.id} {escape(exercise.title)}[/]: {gained}, {verdict.state}")
     if verdict.reason and verdict.state == "not started":
         back = f"make reset EX={exercise.number} brings the starter back"
-        out.print(f"  {shown(folder / exercise.file_name)}: {verdict.reason}; {back}", soft_wrap=True)
+        out.print(f"  {shown(path)}: {verdict.reason}; {back}", soft_wrap=True)
         return
-    width = max(len(v.requirement.id) for v in verdict.requirements)
-    for one in verdict.requirements:
-        mark, style = _mark(one)
-        line = f"  [{style}]{mark}[/] {one.requirement.id:<{width}} {escape(one.requirement.title)}"
-        out.print(line, f"[dim]{_count(one)}[/]", soft_wrap=True)
-    if verdict.state != "not started" and (failure := verdict.first_failure()) is not None:
-        first_failure(out, verdict, failure, folder / exercise.file_name)
+    if verdict.state == "does not import":
+        cause = next(one for one in verdict.results() if one.kind == "load")
+        failure(out, path, cause)
+        return
+    rows(out, verdict.requirements, late)
+    if verdict.state == "not started":
+        return
+    found = _failures(verdict, lost(verdict, before))
+    if everything:
+        for one in (one for failed in found for one in failed):
+            failure(out, path, one)
+        return
+    alike: dict[tuple[int, str], list[Result]] = {}
+    for failed in found:
+        alike.setdefault((failed[0].line, failed[0].message.partition("\n")[0]), []).append(failed[0])
+    for number, (one, *others) in enumerate(alike.values()):
+        failure(out, path, one, full=not number)
+        if others:
+            line(out, f"  the same: {' '.join(other.requirement for other in others)}")
 
 
-def first_failure(out: Console, verdict: ExerciseVerdict, failure: Result, path: Path) -> None:
-    """`file:line: error: …` at the start of a line, so that editors make it a link, then the message and what the
-    code printed.
+def rows(out: Console, verdicts: Sequence[RequirementVerdict], late: frozenset[str] = frozenset()) -> None:
+    """A line per requirement: mark, number, title, and how many of its checks pass. Where there is little room the
+    title is cut.
     """
-    head, *rest = failure.message.splitlines() or [failure.outcome]
+    then = {one.requirement.id: "as of the last save" if one.judged else "being judged" for one in verdicts}
+    counts = [then[one.requirement.id] if one.requirement.id in late else _count(one) for one in verdicts]
+    number = max(len(one.requirement.id) for one in verdicts)
+    room = max(_TITLE, out.width - number - max(map(len, counts)) - len("  ✓   "))
+    width = min(room, max(len(one.requirement.title) for one in verdicts))
+    for one, count in zip(verdicts, counts, strict=True):
+        mark, style = _mark(one, _unicode(out))
+        title = one.requirement.title
+        title = title if len(title) <= width else f"{title[: width - 1]}{'…' if _unicode(out) else '~'}"
+        text = f"  [{style}]{mark}[/] {one.requirement.id:<{number}} {escape(f'{title:<{width}}')} {count}"
+        out.print(text.rstrip(), soft_wrap=True)
+
+
+def failure(out: Console, path: Path, one: Result, *, full: bool = True) -> None:
+    """`file:line:column: error: …` at the start of a line, which editors make a link, then the message and what the
+    code printed; or, in short, one line more.
+    """
+    head, *rest = one.message.splitlines() or [one.outcome]
+    if one.kind == "not implemented":
+        head = f"not written yet: {head.partition(': ')[2] or head}"
+    number = "" if one.kind == "load" else f"{one.requirement} "
     out.print()
-    if failure.kind == "load":
-        out.print(f"{shown(path)}:{failure.line or 1}: error: {head}", style="red", markup=False, soft_wrap=True)
-    else:
-        where = f"{shown(path)}:{failure.line or 1}: error: {failure.requirement} {head}"
-        out.print(where, style="red", markup=False, soft_wrap=True)
-    for line in rest[:MESSAGE_LINES]:
-        out.print(f"  {line}", markup=False, soft_wrap=True)
-    if failure.kind != "load":
-        out.print(f"  check: {failure.name}", style="dim", markup=False, soft_wrap=True)
-    if failure.printed:
-        out.print("  your code printed:", style="dim")
-        for line in failure.printed.splitlines():
-            out.print(f"  | {line}", markup=False, soft_wrap=True)
+    place = f"{shown(path)}:{one.line or 1}:{_column(path, one.line)}"
+    line(out, f"{place}: error: {number}{head}", "red")
+    for text in rest[: MESSAGE_LINES if full else _NEXT_LINES - 1]:
+        line(out, f"  {text}")
+    if not full:
+        return
+    if one.kind != "load":
+        line(out, f"  check: {one.name}")
+    if one.printed:
+        out.print("  your code printed:")
+        for text in one.printed.splitlines():
+            out.print(f"  | {text}", markup=False, soft_wrap=True)
 
 
-def _mark(one: RequirementVerdict) -> tuple[str, str]:
+def lost(verdict: ExerciseVerdict, before: ExerciseVerdict | None) -> list[str]:
+    """The requirements that were earned before and are not now."""
+    earned = {one.requirement.id for one in before.requirements if one.score} if before is not None else set()
+    return [one.requirement.id for one in verdict.requirements if one.requirement.id in earned and not one.score]
+
+
+def closing(verdict: ExerciseVerdict, before: ExerciseVerdict | None) -> str:
+    """What counts, in a line: points, what changed, what is open."""
+    change = verdict.score - before.score if before is not None else 0
+    facts = [f"{verdict.exercise.id} {points(verdict)}" + (f" ({change:+d})" if change else "")]
+    if gone := lost(verdict, before):
+        facts.append(f"lost: {' '.join(gone)}")
+    if opened := [one.requirement.id for one in verdict.requirements if not one.score and one.judged]:
+        facts.append(f"open {' '.join(opened)}")
+    return ", ".join(facts) if opened or gone else f"{facts[0]}, done"
+
+
+def following(verdict: ExerciseVerdict, folder: Path) -> str:
+    """What to do next: the first open TODO of the file, else its first failure."""
+    path, exercise = folder / verdict.exercise.file_name, verdict.exercise
+    if verdict.state == "done":
+        return (
+            f"next: make answer EX={exercise.number} compares with the answer; make bench EX={exercise.number} measures"
+        )
+    if verdict.state == "not started":
+        return f"next: open {shown(path)} and work on its TODOs; every save is judged"
+    try:
+        places = todo_lines(read(path))
+    except LoadError:
+        places = {}
+    opened = [one.requirement.id for one in verdict.requirements if not one.score and one.requirement.id in places]
+    if opened:
+        number = min(opened, key=places.__getitem__)
+        return f"next: {shown(path)}:{places[number]} TODO({number}); make reset EX={exercise.number} starts it over"
+    return f"next: edit {shown(path)} and save; make reset EX={exercise.number} starts it over"
+
+
+def _failures(verdict: ExerciseVerdict, gone: Sequence[str]) -> Iterator[list[Result]]:
+    """The failures of each requirement that has been begun: those that were lost first, unwritten ones last."""
+    found = {one.requirement.id: list(one.failures()) for one in verdict.requirements}
+
+    def rank(number: str) -> tuple[bool, bool]:
+        return found[number][0].kind == "not implemented", number not in gone
+
+    yield from (found[number] for number in sorted((number for number in found if found[number]), key=rank))
+
+
+def _column(path: Path, line: int) -> int:
+    """Where a line's text begins."""
+    try:
+        text = read(path).splitlines()[line - 1] if line else ""
+    except (LoadError, IndexError):
+        return 1
+    return len(text) - len(text.lstrip()) + 1
+
+
+def _unicode(out: Console) -> bool:
+    return out.encoding.lower().startswith("utf")
+
+
+def _mark(one: RequirementVerdict, unicode: bool) -> tuple[str, str]:
+    passed, failed = ("✓", "✗") if unicode else ("+", "x")
     if one.score:
-        return "✓", "green"
+        return passed, "green"
     if not one.judged:
-        return "?", "dim"
-    return ("✗", "red") if one.passed < len(one.results) else ("-", "yellow")
+        return "?", "default"
+    if one.passed < len(one.results):
+        return (failed, "red") if not one.unwritten else ("-", "default")
+    return "-", "yellow"
 
 
 def _count(one: RequirementVerdict) -> str:
     if not one.judged:
         return "judged when you push"
     if one.passed == len(one.results):
-        return "" if one.score else "earns once half of the others do"
-    if all(result.kind == "not implemented" for result in one.results if result.outcome != "passed"):
-        return "to do"
-    return f"{one.passed} of {len(one.results)} checks"
+        return "" if one.score else "with half of the others"
+    return "to do" if one.unwritten else f"{one.passed} of {len(one.results)} checks"

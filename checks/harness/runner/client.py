@@ -8,24 +8,37 @@ there, and
 otherwise runs cold.
 """
 
-import json
-import os
-import socket
-import sys
-import time
+import signal
+
+# pytest-watch interrupts it whenever another save comes, while it starts too: it ends without a word.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import json  # noqa: E402
+import os  # noqa: E402
+import socket  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
 
 TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
 CHECKS = os.path.join(TOP, "checks")
 SOCKET = "build/warm.sock"
 LOG = "build/warm.log"
-START_SECONDS = 120
+START_SECONDS, PATIENCE_SECONDS = 600, 60
+_PASSED_ON = ("TERM", "TERM_PROGRAM", "NO_COLOR", "COLUMNS", "LINES")
 
 
 def main(arguments: list[str]) -> int:
     """Runs a command and returns its exit code."""
     os.chdir(TOP)
-    os.makedirs("build", exist_ok=True)
     cold = os.environ.get("EXERCISES_COLD") or any(argument.startswith("--device=") for argument in arguments)
+    try:
+        os.makedirs("build", exist_ok=True)
+        writable = os.access("build", os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        print("build/ cannot be written to: nothing is kept, and each save is judged cold; make doctor says more")
+        cold = True
     watch = os.environ.get("EXERCISES_WATCH", "")
     if not cold:
         for _ in range(3):
@@ -49,7 +62,7 @@ def ask(arguments: list[str], watch: str) -> int | None:
             "arguments": arguments,
             "owners": [int(watch)] if watch else [],
             "encoding": sys.stdout.encoding or "utf-8",
-            "environment": {name: os.environ[name] for name in ("TERM", "NO_COLOR", "COLUMNS") if name in os.environ},
+            "environment": {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
         }
         try:
             socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
@@ -76,13 +89,16 @@ def start(watch: str) -> bool:
             stderr=log,
             start_new_session=True,
         )
-    deadline = time.monotonic() + START_SECONDS
+    slow, deadline = time.monotonic() + PATIENCE_SECONDS, time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             if os.path.exists(SOCKET) and probe.connect_ex(SOCKET) == 0:
                 return True
+        if time.monotonic() > slow:
+            print("it still loads: a slow disk or a busy machine takes minutes, the first time most", flush=True)
+            slow = deadline
         time.sleep(0.05)
     process.kill()
     with open(LOG, encoding="utf-8", errors="replace") as log:
@@ -91,7 +107,4 @@ def start(watch: str) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:]))

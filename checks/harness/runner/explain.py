@@ -1,13 +1,18 @@
 """Turns what a check raised into one result: what happened, in the learner's words, and the line to look at."""
 
+import traceback
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 import pytest
+import torch
 
 from harness.model.exercise import Exercise
+from harness.model.limits import LINE_CHARACTERS, MESSAGE_LINES
 from harness.model.results import NOT_RUN, Hang, Result
 from harness.model.source import place_of
-from harness.model.submission import LoadError, describe, line_in, read
+from harness.model.submission import LoadError, bounded, describe, line_in, read
 from harness.testing.own_test import NotJudged, OwnTestNotWritten
 
 
@@ -33,11 +38,50 @@ def explain(error: BaseException, requirement: str, name: str, path: Path, exerc
         return Result(
             requirement, name, "failed", f"your code ends the check by pytest.{type(error).__name__.lower()}", line
         )
+    quoted = _quoted(error, path, raised_at)
     if isinstance(error, AssertionError):
-        return Result(requirement, name, "failed", describe_plainly(error), line, printed=getattr(error, "printed", ""))
+        message = describe_plainly(error) if raised_at == 0 or hasattr(error, "line") else describe(error)
+        return Result(requirement, name, "failed", message + quoted, line, printed=getattr(error, "printed", ""))
     return Result(
-        requirement, name, "failed", f"your code raises {describe(error)}" if raised_at else describe(error), line
+        requirement,
+        name,
+        "failed",
+        f"your code raises {describe(error)}{quoted}" if raised_at else describe(error),
+        line,
     )
+
+
+def shorten(error: BaseException) -> None:
+    """Cuts an exception's own text, which pytest would print and split several times over."""
+    with suppress(Exception):
+        if len(text := str(error)) > MESSAGE_LINES * LINE_CHARACTERS:
+            error.args = (bounded(text),)
+
+
+def _quoted(error: BaseException, path: Path, line: int) -> str:
+    """The line of the learner's code that raised, and what the function around it was given."""
+    try:
+        text = read(path).splitlines()[line - 1].strip() if line else ""
+    except (LoadError, IndexError):
+        return ""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    given = _given(frames[-1]) if frames else ""
+    return (f"\nline {line}: {text}" if text else "") + (f"\nin {given}" if given else "")
+
+
+def _given(frame: FrameType) -> str:
+    """A call in words: "forward(query float64 [2, 5, 12], mask None)", its arguments as they are now."""
+    code = frame.f_code
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    given = [f"{name} {_about(frame.f_locals[name])}" for name in names if name in frame.f_locals and name != "self"]
+    return f"{code.co_name}({', '.join(given)})" if given else ""
+
+
+def _about(value: object) -> str:
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        assert isinstance(value, torch.Tensor)
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return repr(value)[:30] if type(value) in (bool, int, float, str, type(None)) else type(value).__name__
 
 
 def describe_plainly(error: BaseException) -> str:

@@ -16,7 +16,8 @@ from harness.model.exercise import exercise_of
 from harness.model.limits import DEVICE_SECONDS
 from harness.model.paths import TOP
 from harness.model.results import Result
-from harness.runner.explain import NotRun, explain
+from harness.model.submission import bounded
+from harness.runner.explain import NotRun, explain, shorten
 from harness.sandbox.integrity import Integrity
 from harness.testing import lint as linters
 from harness.testing.compare import CPU, ELSEWHERE, Close, Where
@@ -150,8 +151,9 @@ def mypy(submission_file: Path) -> Callable[[], None]:
     return lambda: linters.mypy(submission_file)
 
 
-def submission_path(item: pytest.Item) -> Path:
-    folder = item.config.getoption("--submission", "exercises")
+def submission_path(item: pytest.Item, folder: Path | None = None) -> Path:
+    """The learner's file of an item's exercise: in a folder, or in the one that the options name."""
+    folder = folder or item.config.getoption("--submission", "exercises")
     return Path(TOP, folder, exercise_of(item.path).file_name)
 
 
@@ -174,11 +176,9 @@ def _parameter(item: pytest.Item, name: str) -> object:
 
 
 def kind_of(item: pytest.Item) -> str:
-    """Which process runs an item: the learner's code ("code"), their test ("own test") and the linters ("lint") do
-    not share one.
-    """
+    """Which process runs an item: "code" (the learner's), "own test", "ruff" and "mypy" do not share one."""
     fixtures = _fixtures(item)
-    return "own test" if "trials" in fixtures else "lint" if {"ruff", "mypy"} & set(fixtures) else "code"
+    return "own test" if "trials" in fixtures else next((tool for tool in ("ruff", "mypy") if tool in fixtures), "code")
 
 
 def _fixtures(item: pytest.Item) -> list[str]:
@@ -188,11 +188,14 @@ def _fixtures(item: pytest.Item) -> list[str]:
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Turns what a check raised into a message for the learner: no traceback of the harness's own."""
+    if call.excinfo is not None:
+        shorten(call.excinfo.value)
     outcome: Any = yield
     report: pytest.TestReport = outcome.get_result()
     if call.excinfo is not None:
         path = submission_path(item)
         result = explain(call.excinfo.value, requirement_of(item), item.name, path, exercise_of(item.path))
+        result = replace(result, message=bounded(result.message))
         item.stash.setdefault(_RESULT, result)
         if result.outcome == "timeout":
             item.config.stash[_HUNG].add(item.path.parent)

@@ -21,7 +21,7 @@ import pytest
 from harness.model.cache import checks_version, fingerprint
 from harness.runner.supervisor import Abandoned, Judge
 from harness.sandbox.hugepages import use_huge_pages
-from harness.sandbox.processes import alive
+from harness.sandbox.processes import alive, lineage
 from harness.testing import lint
 
 SOCKET = Path("build") / "warm.sock"
@@ -43,13 +43,15 @@ def serve(session: pytest.Session, owners: set[int], run: Run) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lint.start_mypy_daemon()
     use_huge_pages()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        SOCKET.unlink(missing_ok=True)
-        listener.bind(str(SOCKET))
-        listener.listen(16)
-        identity = _inode(SOCKET)
-        try:
-            while (owners := {owner for owner in owners if alive(owner)}) and _inode(SOCKET) == identity:
+    daemon, parents = 0, {owner: lineage(owner) for owner in owners}
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            SOCKET.unlink(missing_ok=True)
+            listener.bind(str(SOCKET))
+            listener.listen(16)
+            identity = _inode(SOCKET)
+            while (owners := _still_wanted(parents)) and _inode(SOCKET) == identity:
+                daemon = lint.mypy_daemon() or daemon
                 with suppress(ChildProcessError):
                     while os.waitpid(-1, os.WNOHANG) != (0, 0):
                         pass
@@ -59,12 +61,25 @@ def serve(session: pytest.Session, owners: set[int], run: Run) -> int:
                         if fingerprint() != known:
                             connection.sendall(RESTART.encode())
                             break
-                        owners |= _answer(connection, session, run, listener)
-        finally:
+                        for owner in _answer(connection, session, run, listener) - owners:
+                            parents[owner] = lineage(owner)
             if _inode(SOCKET) == identity:
                 SOCKET.unlink()
-    lint.stop_mypy_daemon()
+    finally:
+        lint.stop_mypy_daemon(daemon)
     return 0
+
+
+def _still_wanted(parents: dict[int, tuple[int, ...]]) -> set[int]:
+    """The watches that run. One whose terminal, or whatever started it, has gone is ended: nobody sees it any more."""
+    for owner, before in list(parents.items()):
+        if not alive(owner):
+            del parents[owner]
+        elif lineage(owner) != before:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(owner, signal.SIGTERM)
+            del parents[owner]
+    return set(parents)
 
 
 def _inode(path: Path) -> int:

@@ -12,22 +12,25 @@ import select
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from harness.model.exercise import Exercise, exercise_of, exercises
-from harness.model.limits import HANG_SECONDS, KIND_SECONDS, SHARD_SECONDS
+from harness.model.limits import HANG_SECONDS, KIND_SECONDS, SHARD_SECONDS, SLOW_SECONDS
 from harness.model.results import NOT_RUN, Result
 from harness.runner import plugin, worker
 from harness.sandbox.integrity import before_submissions
 from harness.sandbox.processes import CAN_FORK, Lines, Stopwatch, adopt_orphans, end, end_children
 from harness.testing.own_test import OwnTest, digest
 
-KINDS = ("lint", "own test", "code")
+# The kinds of checks, those that people wait for first.
+KINDS = ("code", "ruff", "mypy", "own test")
+FIRST = KINDS[:2]
 
 
 class Abandoned(Exception):
@@ -45,6 +48,7 @@ class Shard:
     pid: int
     lines: Lines
     token: str
+    stack: IO[bytes]
     work: worker.Work
     limit: float
     watch: Stopwatch
@@ -52,6 +56,7 @@ class Shard:
     results: dict[str, Result]
     running: pytest.Item | None = None
     stopped: str = ""
+    ended: bool = False
 
     def waiting(self) -> list[pytest.Item]:
         return [item for item in self.work.items if item.name not in self.results]
@@ -97,15 +102,15 @@ class Judge:
             if (own := self.own_test(exercise)) is not None:
                 _ = own.unusual
 
-    def own_test_digest(self, exercise: Exercise, text: str) -> str:
-        """What the verdict on the own test in `text` depends on; empty if the exercise has none, or the text does not
-        parse.
+    def own_test_in(self, exercise: Exercise, text: str) -> tuple[str, int]:
+        """What the verdict on the own test in `text` depends on, as a digest, and the test's line; "" and 0 if the
+        exercise has none, or the text does not parse.
         """
         own = self.own_test(exercise)
         try:
-            return digest(text, own.swaps) if own is not None else ""
+            return digest(text, own.test, own.swaps) if own is not None else ("", 0)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return ""
+            return "", 0
 
     def results(
         self,
@@ -117,6 +122,8 @@ class Judge:
         room: Path | None = None,
         at_first_failure: bool = False,
         walk_steps: int = 0,
+        first: Callable[[list[Result]], None] | None = None,
+        slow: Callable[[str], None] | None = None,
         seconds: float = SHARD_SECONDS,
     ) -> list[Result]:
         """Judges one exercise of the submission `folder` in workers, one per kind and two for the code, side by side.
@@ -127,6 +134,8 @@ class Judge:
             room: for grading: the one folder that the submission may write to.
             at_first_failure: a worker ends with its first failure; what follows has no result.
             walk_steps: calls of a walk, in place of as many as its check says.
+            first: called once with the results of the kinds FIRST, as soon as these are all there.
+            slow: called once with the name of a check of the code that has taken SLOW_SECONDS.
             seconds: what a worker's checks may take together.
 
         Raises:
@@ -140,13 +149,17 @@ class Judge:
             for kind in KINDS:
                 for share in self._shares([item for item in items if plugin.kind_of(item) == kind]):
                     running.append(_started(worker.Work(share, folder, room, at_first_failure, walk_steps), seconds))
-            _supervise(running, self._hangup)
+            _supervise([shard for shard in running if shard.kind in FIRST], running, self._hangup, slow)
+            _not_run_after_a_stop([shard for shard in running if shard.kind == "code"])
+            if first is not None:
+                first([result for shard in running if shard.kind in FIRST for result in shard.results.values()])
+            _supervise(running, running, self._hangup)
         finally:
             for shard in running:
                 end(shard.pid)
                 os.close(shard.lines.descriptor)
+                shard.stack.close()
             end_children()
-        _not_run_after_a_stop([shard for shard in running if shard.kind == "code"])
         found = {name: result for shard in running for name, result in shard.results.items()}
         return [found[item.name] for item in items if item.name in found]
 
@@ -174,11 +187,11 @@ def graded() -> Iterator[tuple[Path, Path]]:
 
 def _started(work: worker.Work, seconds: float) -> Shard:
     reading, writing = os.pipe()
-    token = secrets.token_hex(8)
-    pid = worker.start(work, writing, token)
+    token, stack = secrets.token_hex(8), tempfile.TemporaryFile()
+    pid = worker.start(work, writing, token, stack)
     os.close(writing)
     kind = plugin.kind_of(work.items[0])
-    return Shard(kind, pid, Lines(reading), token, work, seconds, Stopwatch(pid), Stopwatch(pid), {})
+    return Shard(kind, pid, Lines(reading), token, stack, work, seconds, Stopwatch(pid), Stopwatch(pid), {})
 
 
 def _not_run_after_a_stop(shards: list[Shard]) -> None:
@@ -194,24 +207,30 @@ def _missing(item: pytest.Item, why: str) -> Result:
     return Result(plugin.requirement_of(item), item.name, "missing", why)
 
 
-def _supervise(shards: list[Shard], hangup: int | None) -> None:
-    """Reads the shards' reports until each has reported or ended; a shard that hangs stops its exercise's code."""
-    open_shards = list(shards)
-    while open_shards:
+def _supervise(
+    wanted: list[Shard], shards: list[Shard], hangup: int | None, slow: Callable[[str], None] | None = None
+) -> None:
+    """Reads the reports of all shards until the wanted ones have reported or ended; what hangs is given up."""
+    while any(not shard.ended for shard in wanted):
+        open_shards = [shard for shard in shards if not shard.ended]
         waiting = [shard.lines.descriptor for shard in open_shards]
         ready, _, _ = select.select([*waiting, *([hangup] if hangup is not None else [])], [], [], 0.1)
         if hangup in ready:
             raise Abandoned
-        for shard in list(open_shards):
+        for shard in open_shards:
+            running = shard.running if shard.kind == "code" and shard.watch.seconds() > SLOW_SECONDS else None
+            if slow is not None and running is not None:
+                slow(running.name)
+                slow = None
             if shard.lines.descriptor in ready:
                 for line in shard.lines.take():
                     _note(shard, line)
             if shard.lines.ended or not shard.waiting():
                 _close(shard)
-                open_shards.remove(shard)
+                shard.ended = True
             elif shard.watch.seconds() > _limit(shard) or shard.whole.seconds() > shard.limit:
                 _give_up(shard)
-                open_shards.remove(shard)
+                shard.ended = True
 
 
 def _note(shard: Shard, line: str) -> None:
@@ -259,17 +278,17 @@ def _reaped(pid: int) -> int:
 
 def _give_up(shard: Shard) -> None:
     missing = shard.waiting()
-    shard.stopped = NOT_RUN
+    shard.stopped, line = NOT_RUN, worker.where(shard.pid, shard.stack, shard.work)
     text = f"did not end within {_limit(shard):g} s: an endless loop, or a wait that nothing ends"
     if shard.whole.seconds() > shard.limit:
         text = f"did not end: the checks of this exercise have taken {shard.limit:g} s together"
-    _end_at(shard, missing, "timeout", text)
+    _end_at(shard, missing, "timeout", f"{text}\nit was in line {line}" if line else text, line)
 
 
-def _end_at(shard: Shard, missing: list[pytest.Item], outcome: str, message: str) -> None:
+def _end_at(shard: Shard, missing: list[pytest.Item], outcome: str, message: str, line: int = 0) -> None:
     """The first of the missing checks is the one that ended the shard; the others were not run."""
     first, *others = missing
-    shard.results[first.name] = Result(plugin.requirement_of(first), first.name, outcome, message)
+    shard.results[first.name] = Result(plugin.requirement_of(first), first.name, outcome, message, line)
     shard.results |= {item.name: _missing(item, shard.stopped) for item in others}
 
 

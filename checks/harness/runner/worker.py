@@ -1,16 +1,20 @@
 """A worker, the process that runs a shard of an exercise's checks: limited, in its own session, reporting by lines."""
 
+import faulthandler
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from json.encoder import c_make_encoder, encode_basestring_ascii  # type: ignore[attr-defined]
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 import pytest
 
@@ -58,16 +62,28 @@ def list_own_modules() -> None:
     _own_modules[:] = [name for name in sys.modules if name.partition(".")[0] in ("checks", "conftest", "harness")]
 
 
-def start(work: Work, writing: int, token: str) -> int:
-    """Starts a worker that reports to the descriptor `writing`, each report beginning with `token`.
+def start(work: Work, writing: int, token: str, stack: IO[bytes]) -> int:
+    """Starts a worker that reports to the descriptor `writing`, each report beginning with `token`, and that writes to
+    the file `stack` where it is when `where` asks.
 
     Returns:
         Its pid; it leads its session.
     """
-    return (_fork if CAN_FORK else _spawn)(work, writing, token)
+    return _fork(work, writing, token, stack) if CAN_FORK else _spawn(work, writing, token)
 
 
-def _fork(work: Work, writing: int, token: str) -> int:
+def where(pid: int, stack: IO[bytes], work: Work) -> int:
+    """The line of the submission that a worker is in; 0 if it cannot be had."""
+    if not CAN_FORK:
+        return 0
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(0.1)
+    said = os.pread(stack.fileno(), 100_000, 0).decode(errors="replace")
+    found = re.search(rf'"{re.escape(str(plugin.submission_path(work.items[0], work.folder)))}", line (\d+)', said)
+    return int(found[1]) if found else 0
+
+
+def _fork(work: Work, writing: int, token: str, stack: IO[bytes]) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -75,6 +91,7 @@ def _fork(work: Work, writing: int, token: str) -> int:
         try:
             os.setsid()
             die_with_parent()
+            faulthandler.register(signal.SIGUSR1, file=stack)
             run(work, writing, token)
             status = 0
         finally:
@@ -133,6 +150,7 @@ def run(work: Work, writing: int, token: str) -> None:
         report({**vars(result)})
 
     config.stash[plugin.SINK] = sink
+    sys.breakpointhook = _no_debugger
     if plugin.kind_of(items[0]) == "code":
         audit.watch(plugin.submission_path(items[0]))
     if room is not None:
@@ -151,12 +169,16 @@ def run(work: Work, writing: int, token: str) -> None:
             sink(Result(plugin.requirement_of(item), item.name, "failed", f"your code raises {describe(error)}"))
 
 
+def _no_debugger(*_: object, **__: object) -> None:
+    raise RuntimeError("breakpoint() stops nobody here; VS Code's Test Explorer debugs a check (Debug Test)")
+
+
 def _guard(config: pytest.Config, first: pytest.Item, room: Path, folder: Path) -> None:
     """What only grading does, since it costs time: the submission's code changes nothing that judges it."""
     kind = plugin.kind_of(first)
     if kind == "code":
         config.stash[plugin.INTEGRITY] = before_submissions()
-    if kind != "lint":
+    if kind in ("code", "own test"):
         config.stash[plugin.FOLDER] = room
         os.environ["TMPDIR"] = str(room)
         tempfile.tempdir = None

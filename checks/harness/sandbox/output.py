@@ -5,7 +5,7 @@ import sys
 import tempfile
 from contextlib import suppress
 
-_KEPT_LINES = 20
+_KEPT_LINES, _KEPT_CHARACTERS = 20, 500
 _KEPT_BYTES = 20_000
 
 
@@ -14,28 +14,28 @@ class Output:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()
-        self._begin = 0
 
     def redirect(self) -> None:
-        """Points both streams at the file, whatever became of them, and marks the place."""
+        """Points both streams at the file, whatever became of them, and empties it."""
         for descriptor in (1, 2):
             os.dup2(self._file.fileno(), descriptor)
         sys.stdout = sys.stderr = open(1, "w", closefd=False, errors="replace")
-        self._begin = os.fstat(self._file.fileno()).st_size
+        os.ftruncate(self._file.fileno(), 0)
+        os.lseek(self._file.fileno(), 0, os.SEEK_SET)
 
     def tail(self) -> str:
-        """The last lines since the mark."""
+        """The last lines since then."""
         with suppress(Exception):
             sys.stdout.flush()
-        return tail(self._file.fileno(), self._begin)
+        return tail(self._file.fileno())
 
 
-def tail(descriptor: int, begin: int = 0) -> str:
-    """The last lines of a file from `begin` on, without what a terminal would not print."""
+def tail(descriptor: int) -> str:
+    """The last lines of a file, without what a terminal would not print."""
     size = os.fstat(descriptor).st_size
-    start = max(begin, size - _KEPT_BYTES)
+    start = max(0, size - _KEPT_BYTES)
     text = os.pread(descriptor, size - start, start).decode("utf-8", "replace")
-    return "\n".join(printable(text).splitlines()[-_KEPT_LINES:])
+    return "\n".join(line[:_KEPT_CHARACTERS] for line in printable(text).splitlines()[-_KEPT_LINES:])
 
 
 def printable(text: str) -> str:

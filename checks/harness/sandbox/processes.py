@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import select
 import signal
 import sys
 import time
@@ -20,6 +19,15 @@ def waited(pid: int) -> float:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):
         return 0.0
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Seconds that a process has computed, where the system tells."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Stopwatch:
@@ -50,19 +58,6 @@ class Lines:
         self.ended = not chunk
         *complete, self._buffer = (self._buffer + chunk).split(b"\n")
         return [line.decode("utf-8", "replace") for line in complete]
-
-    def next(self, watch: Stopwatch, limit: float) -> str | None:
-        """The next line; "" at the end; None once the watched process has taken longer than `limit` seconds."""
-        while b"\n" not in self._buffer:
-            if select.select([self.descriptor], [], [], 0.02)[0]:
-                chunk = os.read(self.descriptor, 65536)
-                if not chunk:
-                    return ""
-                self._buffer += chunk
-            elif watch.seconds() > limit:
-                return None
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line.decode("utf-8", "replace")
 
 
 def end(pid: int) -> int:
@@ -107,6 +102,18 @@ def alive(pid: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def lineage(pid: int) -> tuple[int, ...]:
+    """A process's parent and that one's parent, where the system tells."""
+    found: list[int] = []
+    for _ in range(2):
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+        found.append(pid)
+    return tuple(found)
 
 
 def die_with_parent() -> None:

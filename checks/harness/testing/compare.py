@@ -93,6 +93,8 @@ def _first_difference(actual: Tensor, expected: Tensor, limit: float) -> str:
     at = [int(i) for i in torch.unravel_index(worst, gap.shape)]
     place = f" at {at}" if at else ""
     fact = f"{int(bad.sum())} of {bad.numel()} values differ, most{place}: {came:.6g} came, {wanted:.6g} was wanted"
+    if f"{came:.6g}" == f"{wanted:.6g}":
+        fact += f", {abs(came - wanted):.3g} apart"
     return f"{fact} (tolerance {limit:g})"
 
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 from mypy.api import run_dmypy
@@ -20,7 +21,7 @@ from ruff import find_ruff_bin
 
 from harness.model.exercise import Exercise
 from harness.model.limits import MYPY_DAEMON_IDLE_SECONDS, MYPY_DAEMON_SECONDS, MYPY_SECONDS
-from harness.model.paths import BUILD, TOP
+from harness.model.paths import BUILD, TOP, write_whole
 from harness.model.source import public_names
 from harness.model.submission import read
 
@@ -127,8 +128,8 @@ def _surroundings() -> str:
 def _torch_alone() -> str:
     """A file that imports torch: with it mypy reads what exercises stand on."""
     path = BUILD / "imports_torch.py"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("import torch  # noqa: F401\n", encoding="utf-8")
+    if not path.exists():
+        write_whole(path, "import torch  # noqa: F401\n")
     return str(path)
 
 
@@ -138,10 +139,20 @@ def _daemon_command() -> list[str]:
     return [*command, *options(DAEMON_CACHE), *FINE, "--use-fine-grained-cache", _torch_alone()]
 
 
-def stop_mypy_daemon() -> None:
-    """Ends mypy's daemon, if one runs."""
-    if DAEMON_FILE.exists():
-        run_dmypy(["--status-file", str(DAEMON_FILE), "kill"])
+def mypy_daemon() -> int:
+    """The pid of mypy's daemon, 0 if none runs."""
+    try:
+        return int(json.loads(DAEMON_FILE.read_text(encoding="utf-8"))["pid"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def stop_mypy_daemon(pid: int = 0) -> None:
+    """Ends mypy's daemon: the one that its file names, else `pid`, since the file may have been removed."""
+    if daemon := mypy_daemon() or pid:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(daemon, signal.SIGKILL)
+        DAEMON_FILE.unlink(missing_ok=True)
 
 
 def options(cache: Path) -> list[str]:
@@ -158,8 +169,12 @@ def _mypy_daemon(path: Path) -> tuple[int, str] | None:
     before = signal.signal(signal.SIGALRM, waited)
     signal.setitimer(signal.ITIMER_REAL, MYPY_DAEMON_SECONDS)
     try:
-        report, trouble, code = run_dmypy(["--status-file", str(DAEMON_FILE), "check", "--", str(path)])
+        # With a file that imports torch among its sources the daemon keeps torch, whatever the exercise imports.
+        files = [str(path), _torch_alone()]
+        report, trouble, code = run_dmypy(["--status-file", str(DAEMON_FILE), "check", "--", *files])
     except TimeoutError:
+        stop_mypy_daemon()
+        start_mypy_daemon()
         return None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -36,16 +36,17 @@ class OwnTestNotWritten(NotImplementedError):
     """The learner's test still raises NotImplementedError."""
 
 
-def digest(text: str, swaps: tuple[str, ...]) -> str:
+def digest(text: str, test: str, swaps: tuple[str, ...]) -> tuple[str, int]:
     """What an own test's verdict depends on: the file without the definitions that are swapped out, and without
-    comments.
+    comments; and the line of the function `test`, 0 if there is none.
 
     Raises:
         SyntaxError: the text does not parse.
     """
     tree = ast.parse(text)
     tree.body = [node for node in tree.body if getattr(node, "name", "") not in swaps]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    line = next((node.lineno for node in tree.body if getattr(node, "name", "") == test), 0)
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), line
 
 
 class OwnTest:
@@ -125,17 +126,25 @@ class OwnTest:
         right code two more times among them. A test that is too slow on right code is not run on the others.
         """
         first = next(name for name in self.right if name in self.texts)
-        others = [*self.texts, first]
+        self._try(trials, path, [first])
+        ending = self._endings[path, first]
+        others = [name for name in self.texts if name != first]
+        slow = ending.how == "hung" or ending.seconds > OWN_TEST_SECONDS
+        if slow or ending.how in ("unloadable", "not written"):
+            untried = replace(ending, how="not tried") if slow else ending
+            self._endings |= {(path, other): untried for other in others}
+            return
+        others += [first, first]
         SystemRandom().shuffle(others)
-        for name in [first, *others]:
+        self._try(trials, path, others)
+
+    def _try(self, trials: Trials, path: Path, names: list[str]) -> None:
+        """Keeps of several trials of one name the one that did not return."""
+        tried = [Trial(str(path), self.test, self.swaps, self.texts[name], self._limit(name)) for name in names]
+        for name, ending in zip(names, trials.run(tried), strict=True):
             before = self._endings.get((path, name))
-            if before is not None and before.how != "returned":
-                continue
-            seconds = SLIP_HANG_SECONDS if name in self.exercise.slips else OWN_TEST_HANG_SECONDS
-            ending = trials.run(Trial(str(path), self.test, self.swaps, self.texts[name], seconds))
-            self._endings[path, name] = ending
-            slow = name in self.right and (ending.how == "hung" or ending.seconds > OWN_TEST_SECONDS)
-            if slow or ending.how in ("unloadable", "not written"):
-                untried = replace(ending, how="not tried") if slow else ending
-                self._endings |= {(path, other): untried for other in others if (path, other) not in self._endings}
-                return
+            if before is None or before.how == "returned":
+                self._endings[path, name] = ending
+
+    def _limit(self, name: str) -> float:
+        return SLIP_HANG_SECONDS if name in self.exercise.slips else OWN_TEST_HANG_SECONDS

@@ -7,10 +7,12 @@ import asyncio
 import inspect
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +22,12 @@ from typing import Any
 from harness.model.limits import LOAD_SECONDS, OWN_TEST_SECONDS
 from harness.model.submission import LoadError, describe, line_in, read
 from harness.sandbox.output import tail
-from harness.sandbox.processes import CAN_FORK, Lines, Stopwatch, die_with_parent, end
+from harness.sandbox.processes import CAN_FORK, Lines, Stopwatch, cpu_seconds, die_with_parent, end
 from harness.testing.subject import execute, neutral_state
+
+_PROCESSORS = min(2, os.cpu_count() or 1)
+_MOST = 16
+_LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,12 @@ class Trials:
         self._stream = ours.makefile("rw", encoding="utf-8")
         ours.close()
 
-    def run(self, trial: Trial) -> Ending:
-        """Runs one trial to its end or its limit."""
+    def run(self, trials: list[Trial]) -> list[Ending]:
+        """Runs trials to their ends or limits, side by side; the endings in the same order."""
         if not self._pid:
-            return _watched(trial, _spawn)
-        print(json.dumps(asdict(trial)), file=self._stream, flush=True)
-        return Ending(**json.loads(self._stream.readline()))
+            return _run(trials, _spawn)
+        print(json.dumps([asdict(trial) for trial in trials]), file=self._stream, flush=True)
+        return [Ending(**fields) for fields in json.loads(self._stream.readline())]
 
     def close(self) -> None:
         """Ends the helper process."""
@@ -86,26 +92,71 @@ class Trials:
 def _serve(connection: socket.socket) -> None:
     stream = connection.makefile("rw", encoding="utf-8")
     for line in stream:
-        print(json.dumps(asdict(_watched(_trial(line), _fork))), file=stream, flush=True)
+        endings = _run([_trial(fields) for fields in json.loads(line)], _fork)
+        print(json.dumps([asdict(ending) for ending in endings]), file=stream, flush=True)
 
 
-def _trial(line: str) -> Trial:
-    request = json.loads(line)
-    return Trial(**{**request, "swaps": tuple(request["swaps"])})
+def _trial(fields: dict[str, Any]) -> Trial:
+    return Trial(**{**fields, "swaps": tuple(fields["swaps"])})
 
 
-def _watched(trial: Trial, start: Callable[[Trial, int, int], int]) -> Ending:
-    """Runs a trial in a process of its own, which `start` starts with descriptors for its output and its report."""
-    with tempfile.TemporaryFile() as output:
-        reading, writing = os.pipe()
-        pid = start(trial, output.fileno(), writing)
+class _Running:
+    """A trial in a process of its own, which `start` starts with descriptors for its output and its report."""
+
+    def __init__(self, trial: Trial, start: Callable[[Trial, int, int], int]) -> None:
+        self._output = tempfile.TemporaryFile()
+        self.reading, writing = os.pipe()
+        self._pid = start(trial, self._output.fileno(), writing)
         os.close(writing)
-        try:
-            ending = _await(pid, reading, trial.hang_seconds)
-        finally:
-            end(pid)
-            os.close(reading)
-        return replace(ending, printed=tail(output.fileno()))
+        self._lines, self._watch = Lines(self.reading), Stopwatch(self._pid)
+        self._load, self._limit = True, trial.hang_seconds
+        self._spent, self._looked, self.busy = 0.0, time.monotonic(), True
+
+    def ending(self, readable: bool) -> Ending | None:
+        """How it ended, once it has; its process is gone then."""
+        found: Ending | None = None
+        for line in self._lines.take() if readable else []:
+            if line != "loaded":
+                found = Ending(**json.loads(line))
+                break
+            self._load = False
+            self._watch.restart()
+        limit = LOAD_SECONDS if self._load else self._limit
+        if found is None and self._lines.ended:
+            found = Ending("died", "it exits or crashes the interpreter")
+        elif found is None and self._watch.seconds() > limit:
+            found = Ending("unloadable", f"did not load within {limit:g} s") if self._load else Ending("hung")
+        if found is None:
+            return None
+        end(self._pid)
+        os.close(self.reading)
+        with self._output as output:
+            return replace(found, printed=tail(output.fileno()))
+
+    def look(self) -> None:
+        """Notes whether it has computed since the last look."""
+        now = time.monotonic()
+        if now - self._looked > _LOOK_SECONDS:
+            spent = cpu_seconds(self._pid)
+            self.busy, self._spent, self._looked = spent is None or spent > self._spent, spent or 0.0, now
+
+
+def _run(trials: list[Trial], start: Callable[[Trial, int, int], int]) -> list[Ending]:
+    """Runs as many at a time as there are processors, not counting those that sleep."""
+    endings: dict[int, Ending] = {}
+    running: dict[int, _Running] = {}
+    waiting = list(range(len(trials)))
+    while waiting or running:
+        while waiting and len(running) < _MOST and sum(one.busy for one in running.values()) < _PROCESSORS:
+            number = waiting.pop(0)
+            running[number] = _Running(trials[number], start)
+        readable = select.select([one.reading for one in running.values()], [], [], 0.02)[0]
+        for number, one in list(running.items()):
+            one.look()
+            if (ending := one.ending(one.reading in readable)) is not None:
+                endings[number] = ending
+                del running[number]
+    return [endings[number] for number in range(len(trials))]
 
 
 def _fork(trial: Trial, output: int, writing: int) -> int:
@@ -126,21 +177,6 @@ def _spawn(trial: Trial, output: int, writing: int) -> int:
     command = [sys.executable, "-P", "-m", "harness.testing.own_test_process", str(writing), json.dumps(asdict(trial))]
     process = subprocess.Popen(command, stdout=output, stderr=output, pass_fds=[writing], start_new_session=True)
     return process.pid
-
-
-def _await(pid: int, reading: int, hang_seconds: float) -> Ending:
-    """Reads the child's two lines: "loaded", and how it ended."""
-    lines, watch = Lines(reading), Stopwatch(pid)
-    first = lines.next(watch, LOAD_SECONDS)
-    if first is None:
-        return Ending("unloadable", f"did not load within {LOAD_SECONDS:g} s")
-    if first not in ("", "loaded"):
-        return Ending(**json.loads(first))
-    watch.restart()
-    second = lines.next(watch, hang_seconds)
-    if second is None:
-        return Ending("hung")
-    return Ending(**json.loads(second)) if second else Ending("died", "it exits or crashes the interpreter")
 
 
 def _try(trial: Trial, writing: int) -> None:
@@ -166,10 +202,10 @@ def _try(trial: Trial, writing: int) -> None:
     neutral_state()
     tell("loaded")
     run = vars(module)[trial.test]
-    tell(json.dumps(asdict(_run(run, path))))
+    tell(json.dumps(asdict(_called(run, path))))
 
 
-def _run(run: Any, path: Path) -> Ending:
+def _called(run: Any, path: Path) -> Ending:
     seconds = 0.0
     for _ in range(2):
         watch = Stopwatch(os.getpid())
@@ -190,4 +226,4 @@ def _run(run: Any, path: Path) -> Ending:
 
 
 if __name__ == "__main__":
-    _try(_trial(sys.argv[2]), int(sys.argv[1]))
+    _try(_trial(json.loads(sys.argv[2])), int(sys.argv[1]))
