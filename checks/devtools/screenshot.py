@@ -32,7 +32,9 @@ def watched(workspace: Workspace, kind: str) -> str:
     terminal = Terminal(workspace.make_command("watch", "EX=1"), workspace.top, kind)
     terminal.until(READY)
     (workspace.top / "exercises" / FILE).write_text(text.replace(*SLIP), encoding="utf-8")
-    came = terminal.until("Ctrl-C ends")
+    came = terminal.until("judging ")
+    if "Ctrl-C ends" not in came[came.index("judging ") :]:
+        came += terminal.until("Ctrl-C ends")
     terminal.interrupt()
     assert terminal.ended() and quiet(workspace)
     came = _in_place(came)

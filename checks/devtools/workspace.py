@@ -94,7 +94,7 @@ class Terminal:
         self.pid, self._screen = pty.fork()
         if self.pid == 0:
             os.chdir(folder)
-            os.execvpe(command[0], command, {**os.environ, "TERM": kind, "COLUMNS": "80"})
+            os.execvpe(command[0], command, {**os.environ, "TERM": kind, "COLUMNS": "80", "LINES": "60"})
 
     def until(self, text: str, seconds: float = 60) -> str:
         """What is printed until `text` has come."""

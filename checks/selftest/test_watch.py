@@ -31,7 +31,7 @@ def test_the_loop(workspace: Workspace, watch: Terminal) -> None:
     # At start every exercise is judged that has no verdict.
     first = watch.until(READY)
     assert f"judging exercises/{FILE} …" in first and "not started" in first, first
-    assert f"next: open exercises/{FILE} and work on its TODOs; every save is judged" in first
+    assert f"next: open exercises/{FILE} and work on its TODOs; every save is judged" in " ".join(first.split())
 
     # A save is judged, and only what was saved.
     path.write_text(answer)

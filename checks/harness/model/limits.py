@@ -28,4 +28,4 @@ MEMORY_BYTES = 12 << 30
 OUTPUT_BYTES = 16 << 20
 # A submission's file, and a message that quotes what it says.
 FILE_BYTES = 1_000_000
-MESSAGE_LINES, LINE_CHARACTERS = 40, 500
+MESSAGE_LINES, LINE_CHARACTERS = 12, 500

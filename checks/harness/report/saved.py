@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from harness.model.cache import Entry
 from harness.model.exercise import Exercise
@@ -48,7 +49,8 @@ class Saved:
         text = shown.get()
         self._out.file.write(text)
         self._out.file.flush()
-        self._rows = sum(-(-max(1, len(line)) // self._out.width) for line in text.splitlines())
+        lines = (Text.from_ansi(line).cell_len for line in text.splitlines())
+        self._rows = sum(-(-max(1, length) // self._out.width) for length in lines)
 
     def rest(self, verdict: ExerciseVerdict) -> None:
         """Shows what has come since."""

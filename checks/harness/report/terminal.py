@@ -94,7 +94,7 @@ def detail(
     rows(out, verdict.requirements, late)
     if verdict.state == "not started":
         return
-    found = _failures(verdict, lost(verdict, before))
+    found = (failed for failed in _failures(verdict, lost(verdict, before)) if failed[0].requirement not in late)
     if everything:
         for one in (one for failed in found for one in failed):
             failure(out, path, one)
@@ -131,7 +131,7 @@ def failure(out: Console, path: Path, one: Result, *, full: bool = True) -> None
     """
     head, *rest = one.message.splitlines() or [one.outcome]
     if one.kind == "not implemented":
-        head = f"not written yet: {head.partition(': ')[2] or head}"
+        head = f"not written yet: {head.rpartition(': ')[2]}"
     number = "" if one.kind == "load" else f"{one.requirement} "
     out.print()
     place = f"{shown(path)}:{one.line or 1}:{_column(path, one.line)}"

@@ -8,10 +8,11 @@ there, and
 otherwise runs cold.
 """
 
-import signal
+import _signal
 
-# pytest-watch interrupts it whenever another save comes, while it starts too: it ends without a word.
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+# pytest-watch interrupts it whenever another save comes, while it starts too: it ends without a word. The module that
+# `signal` is made of is there at once.
+_signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import json  # noqa: E402
 import os  # noqa: E402

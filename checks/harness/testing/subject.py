@@ -89,8 +89,12 @@ class Subject:
         if name.startswith("__"):
             raise AttributeError(name)
         if self._module is None:
+            # What the check has set stays, whatever loading does: gradients off, a seed.
+            gradients, stream = torch.is_grad_enabled(), torch.default_generator.get_state()
             self._module = load(self._path)
             neutral_state()
+            torch.set_grad_enabled(gradients)
+            torch.default_generator.set_state(stream)
         if name not in vars(self._module):
             raise AssertionError(f"{self._path.name} defines no {name}; the contract asks for it")
         return vars(self._module)[name]

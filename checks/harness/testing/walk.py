@@ -104,14 +104,14 @@ class Walk(ABC):
         ]
 
     def faults(self, subject: Subject, steps: list[Step]) -> dict[str, Exception]:
-        """The first fault of each requirement. What one was found with is left out of the steps that follow.
+        """The first fault of each requirement. The aspect that one was found with is plain in the steps that follow.
 
         Code that is not written yet costs the requirement that needs it; all of them, where a plain call needs it.
         """
         found: dict[str, Exception] = {}
         budget = _Budget(max(_REPLAYED, 2 * len(steps)))
         while len(found) < len(self.requirements):
-            failure = self._play(subject, steps)
+            failure = self._play(subject, steps) if not (found and budget.spent) else None
             if failure is None:
                 break
             place, error = failure
@@ -121,10 +121,8 @@ class Walk(ABC):
             if blamed is None:
                 costs = self.requirements if isinstance(error, NotImplementedError) else [self.otherwise]
                 return {**dict.fromkeys(costs, told), **found}
-            aspect, words = blamed
-            found.setdefault(aspect.requirement, told)
-            rest = steps[place + 1 :]
-            steps = [step.without(aspect.name) if step.words[aspect.name] == words else step for step in rest]
+            found.setdefault(blamed.requirement, told)
+            steps = [step.without(blamed.name) for step in steps[place + 1 :]]
         return found
 
     def _play(self, subject: Subject, steps: list[Step]) -> tuple[int, Exception] | None:
@@ -178,12 +176,12 @@ class Walk(ABC):
                 if plainer != step:
                     yield [*steps[:place], plainer, *steps[place + 1 :]]
 
-    def _blamed(self, steps: list[Step]) -> tuple[Aspect, str] | None:
+    def _blamed(self, steps: list[Step]) -> Aspect | None:
         """The first aspect that is not plain, in the last step rather than in those before."""
         for step in reversed(steps):
             for aspect in self.aspects:
                 if step.words[aspect.name] != aspect.plain:
-                    return aspect, step.words[aspect.name]
+                    return aspect
         return None
 
 
@@ -205,6 +203,10 @@ class _Budget:
 
     def __init__(self, steps: int) -> None:
         self._left = steps
+
+    @property
+    def spent(self) -> bool:
+        return self._left <= 0
 
     def take(self, steps: int) -> bool:
         self._left -= steps
