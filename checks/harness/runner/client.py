@@ -8,7 +8,7 @@ there, and
 otherwise runs cold.
 """
 
-import _signal
+import _signal  # type: ignore[import-not-found]
 
 # pytest-watch interrupts it whenever another save comes, while it starts too: it ends without a word. The module that
 # `signal` is made of is there at once.
