@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from harness.testing import Close, Subject, Where, is_tensor, seed
 
 B, H, LQ, LK, D = 2, 3, 5, 7, 12
+# What float64 deserves, in 1.6 alone; and what other checks need, so that a step in float32 costs 1.6 alone.
+PRECISE, VALUES = 1e-9, 1e-5
 
 
 def build(subject: Subject, on: Where | None = None, dropout: float = 0.0, d_model: int = D, heads: int = H) -> Any:
