@@ -149,7 +149,6 @@ class Calls(Walk):
             },
             0.25,
         ),
-        Aspect("again", "1.2", {"": "", "with the last mask again": "same", "with the last mask edited": "edit"}, 0.3),
         Aspect(
             "rows",
             "1.2",
@@ -178,7 +177,6 @@ class Calls(Walk):
             },
             0.7,
         ),
-        Aspect("inputs", "1.4", {"": "", "with the last inputs edited": "edit"}, 0.1),
         Aspect(
             "roles",
             "1.4",
@@ -203,6 +201,7 @@ class Calls(Walk):
             },
             0.4,
         ),
+        Aspect("square", "1.4", {"": False, "as many keys as queries": True}, 0.3),
         Aspect("scale", "1.7", {"": 0, "large scores": 1, "large scores of the other sign": -1, "rows unlike": 2}, 0.4),
         Aspect(
             "lengths",
@@ -211,9 +210,8 @@ class Calls(Walk):
                 "": (5, 7),
                 "1 query": (1, 7),
                 "1 key": (5, 1),
-                "1 query, 1 key": (1, 1),
-                "2 queries, 2 keys": (2, 2),
-                "7 queries, 7 keys": (7, 7),
+                "2 queries, 3 keys": (2, 3),
+                "8 queries, 9 keys": (8, 9),
                 "9 queries, 8 keys": (9, 8),
                 "3 queries, 16 keys": (3, 16),
             },
@@ -238,6 +236,8 @@ class Calls(Walk):
             },
             0.2,
         ),
+        Aspect("again", "1.2", {"": "", "with the last mask again": "same", "with the last mask edited": "edit"}, 0.3),
+        Aspect("inputs", "1.4", {"": "", "with the last inputs edited": "edit"}, 0.1),
         Aspect("modes", "1.6", {"": True, "in eval": False}, 0.4),
         Aspect("graph", "1.6", {"": "grad", "under no_grad": "no_grad", "under inference_mode": "inference"}, 0.4),
         Aspect(
@@ -321,8 +321,8 @@ def _drawn(state: State, step: Step) -> Call:
             for x in {id(x): x for x in call.given}.values():
                 x.neg_()
     else:
-        if 0 in step["roles"][1:]:
-            lq = lk = min(lq, lk)
+        if step["square"] or 0 in step["roles"][1:]:
+            lk = lq = min(lq, lk) if step["long"] or lk == 1 else lq
         call = Call(step["module"], (batch, lq, lk), step["kind"])
         _inputs(state, call, step)
     if step["mask"]:
@@ -351,7 +351,9 @@ def _inputs(state: State, call: Call, step: Step) -> None:
         call.given = [base[:, :lq], base[:, 1 : 1 + lk], base[:, 2 : 2 + lk]]
         call.editable = False
         return
-    given = [_laid_out(piece, (batch, length, width), layout) for piece, length in zip(pieces, (lq, lk, lk))]
+    given = [
+        _laid_out(piece, (batch, length, width), layout) for piece, length in zip(pieces, (lq, lk, lk), strict=True)
+    ]
     if rows is not None and layout != "expand":
         rows[::2] = -1
         given[1].mul_(rows.to(given[1].dtype))
@@ -494,7 +496,9 @@ def _formula(values: Tensor, heads: int, given: Sequence[Tensor], mask: Tensor |
     batch, _, width = given[0].shape
     layers = values.split([width] * 4 + [1] * 4)
     q, k, v = (
-        nn.functional.linear(x.double(), layers[i], layers[4 + i][0]).view(batch, -1, heads, width // heads).transpose(1, 2)
+        nn.functional.linear(x.double(), layers[i], layers[4 + i][0])
+        .view(batch, -1, heads, width // heads)
+        .transpose(1, 2)
         for i, x in enumerate(given)
     )
     scores = (q * (width // heads) ** -0.5) @ k.mT
@@ -534,9 +538,7 @@ def _close(came: Tensor, wanted: Tensor, tolerance: float) -> bool:
     return bool((came - wanted).abs_().sub_(wanted.abs().mul_(tolerance)).max().item() <= tolerance)
 
 
-def _same(
-    came: Sequence[Tensor], wanted: Sequence[Tensor], kind: Kind, tolerance: float | None, rate: float
-) -> None:
+def _same(came: Sequence[Tensor], wanted: Sequence[Tensor], kind: Kind, tolerance: float | None, rate: float) -> None:
     """Output and weights are as wanted."""
     for name, x, want in zip(("output", "weights"), came, wanted, strict=True):
         assert x.shape == want.shape, f"forward: {name} of shape {tuple(x.shape)} came, {tuple(want.shape)} was wanted"
@@ -570,7 +572,9 @@ def _same_gradients(
     own = [held.values] if asked != "inputs" else []
     expected = torch.autograd.grad(wanted, [*inputs, *own], probes)
     targets = [*inputs, *(held.parameters() if asked != "inputs" else [])]
-    grads = torch.autograd.grad(came, targets, [p.to(x.dtype) for p, x in zip(probes, came)], allow_unused=True)
+    grads = torch.autograd.grad(
+        came, targets, [p.to(x.dtype) for p, x in zip(probes, came, strict=True)], allow_unused=True
+    )
     roles = [next(place for place, x in enumerate(call.given) if x is leaf) for leaf in inputs]
     names = [*(("query", "key", "value")[place] for place in roles), *(NAMES if own else [])]
     for name, grad in zip(names, grads, strict=True):
