@@ -30,8 +30,8 @@ Requirements
 1.9 (correctness) Write your own test: `test_multihead_attention` passes on right code, whoever wrote it, and fails on
     each of the slips listed below.
 1.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each public class and function
-    that you add) and mypy (typed definitions, not --strict) find nothing. Counts once half of the other requirements are
-    earned.
+    that you add) and mypy (typed definitions, not --strict) find nothing. Counts once half of the other requirements
+    are earned.
 
 In plain text
     head_h  = softmax(q_h k_hᵀ / √Dh) v_h        q_h, k_h, v_h: columns h·Dh … (h+1)·Dh - 1 of the projections

@@ -1,6 +1,6 @@
 """The sizes, modules and inputs of ex01's checks, the formula, nn.MultiheadAttention, and asserts that compare."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -143,3 +143,45 @@ def run(
     )
     ((output * probes[0]).sum() + (weights * probes[1]).sum()).backward()
     return (output.detach(), weights.detach()), [leaf.grad for leaf in leaves]
+
+
+def formula(values: Tensor, heads: int, given: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weights, before dropout, and the projected values."""
+    batch, _, width = given[0].shape
+    layers = values.split([width] * 4 + [1] * 4)
+    q, k, v = (
+        nn.functional.linear(x.double(), layers[i], layers[4 + i][0])
+        .view(batch, -1, heads, width // heads)
+        .transpose(1, 2)
+        for i, x in enumerate(given)
+    )
+    scores = (q * (width // heads) ** -0.5) @ k.mT
+    if mask is None:
+        return scores.softmax(-1), v
+    forbidden = mask == 0
+    return scores.masked_fill(forbidden, -1e300).softmax(-1).masked_fill(forbidden, 0), v
+
+
+def joined(values: Tensor, weights: Tensor, v: Tensor) -> Tensor:
+    """The output."""
+    batch, heads, _, size = v.shape
+    width = heads * size
+    context = (weights @ v).transpose(1, 2).reshape(batch, -1, width)
+    return nn.functional.linear(context, values[3 * width : 4 * width], values[-1])
+
+
+def dropped(want: Tensor, came: Tensor, rate: float) -> Tensor:
+    """The weights that are wanted where those came that did."""
+    assert came.shape == want.shape, (
+        f"forward: weights of shape {tuple(came.shape)} came, {tuple(want.shape)} was wanted"
+    )
+    kept = came.detach() != 0
+    if rate == 1:
+        return want * 0
+    sure = want.detach() > 1e-3
+    if (count := int(sure.sum())) >= 64:
+        share = 1 - int((sure & kept).sum()) / count
+        assert abs(share - rate) < 6 * (rate * (1 - rate) / count) ** 0.5 + 0.02, (
+            f"forward in training: {share:.2f} of the weights are dropped, {rate} was wanted"
+        )
+    return want * kept / (1 - rate)

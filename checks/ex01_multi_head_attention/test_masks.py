@@ -210,6 +210,17 @@ def test_a_bad_mask_is_refused_where_lengths_coincide(subject: Subject, rng: tor
 
 
 @requirement("1.2")
+def test_a_mask_that_fitted_is_refused_for_other_lengths(subject: Subject, rng: torch.Generator) -> None:
+    """What was a good shape in one call is a bad one in a call of other lengths."""
+    query, key, value = inputs(rng)
+    attention, mask = build(subject), torch.ones(B, 1, 1, LK)
+    unpack(attention(query, key, value, mask))
+
+    what = f"forward with a mask of shape {(B, 1, 1, LK)}, which fitted the last call, for 5 keys"
+    refuses(ValueError, lambda: attention(query, key[:, :5], value[:, :5], mask), what)
+
+
+@requirement("1.2")
 @pytest.mark.parametrize(("d_model", "heads"), [(10, 4), (3, 6)])
 def test_a_bad_d_model_is_refused(subject: Subject, d_model: int, heads: int) -> None:
     """A d_model that num_heads does not divide is refused with both numbers."""

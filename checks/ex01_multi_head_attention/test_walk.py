@@ -1,19 +1,19 @@
-"""A walk over what no single check crosses: masks, roles, layouts, precisions, modes, and what happens between calls."""
+"""A walk over what no single check crosses: masks, roles, layouts, precisions, modes, what lies between calls."""
 
 import gc
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.testing import Aspect, Close, Step, Subject, Trace, Walk, is_tensor, refuses, seed, walk_check
 
-from .reference import PRECISE, VALUES, B, D, H, unpack
+from .reference import PRECISE, VALUES, B, D, H, dropped, formula, joined, unpack
 
 LAYERS = ("q_linear", "k_linear", "v_linear", "output_linear")
 NAMES = [f"{layer}.{kind}" for kind in ("weight", "bias") for layer in LAYERS]
@@ -44,6 +44,7 @@ class Held:
     width: int
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
     dtype: torch.dtype = torch.float32
+    fitted: tuple[int, ...] = ()
 
     def parameters(self) -> list[Tensor]:
         """The parameters of the four layers: weights, then biases."""
@@ -110,148 +111,74 @@ class Call:
 class Calls(Walk):
     """Calls of modules of several sizes, in any order."""
 
+    # fmt: off
     aspects = (
         Aspect("exact", "1.6", {"": False, "compared to 1e-9": True}),
         Aspect("writes", "1.4", {"": False, "looking for what is written to": True}),
         Aspect("alive", "1.3", {"": False, "looking for what stays alive": True}, 0.03),
         Aspect("scores", "1.5", {"": False, "compute_attention_scores by itself": True}, 0.03),
         Aspect("apply_mask", "1.2", {"": False, "apply_mask by itself": True}, 0.03),
-        Aspect("refused", "1.2", {"": False, "after a mask of a bad shape": True}, 0.08),
-        Aspect(
-            "dropout",
-            "1.5",
-            {"": 0.0, "with dropout 0.5": 0.5, "with dropout 0.2": 0.2, "with dropout 1": 1.0},
-            0.25,
-        ),
-        Aspect(
-            "mask dtype",
-            "1.2",
-            {
-                "": torch.bool,
-                "a mask of uint8": torch.uint8,
-                "a mask of int32": torch.int32,
-                "a mask of int64": torch.int64,
-                "a mask of float32": torch.float32,
-                "a mask of float64": torch.float64,
-            },
-            0.6,
-        ),
-        Aspect(
-            "kind",
-            "1.7",
-            {
-                "": Kind(torch.float64, None, VALUES, VALUES),
-                "in float32": Kind(torch.float32, None, 2e-5, 2e-3),
-                "in float16": Kind(torch.float16, None, 1e-2, None),
-                "in bfloat16": Kind(torch.bfloat16, None, 1e-1, None),
-                "under autocast to float16": Kind(torch.float32, torch.float16, 1e-2, None),
-                "under autocast to bfloat16": Kind(torch.float32, torch.bfloat16, 1e-1, None),
-            },
-            0.25,
-        ),
-        Aspect(
-            "rows",
-            "1.2",
-            {
-                "": "some",
-                "a whole row hidden": "row",
-                "a whole row hidden in one head": "head",
-                "everything hidden": "none",
-                "everything allowed": "all",
-            },
-        ),
+        Aspect("refused", "1.2", {"": False, "after a mask of a bad shape": True}, 0.1),
+        Aspect("weights", "1.6", {
+            "": "", "after an optimizer's step": "step", "after load_state_dict": "load",
+            "after weight.data was set": "data",
+        }, 0.2),
+        Aspect("dropout", "1.5", {
+            "": 0.0, "with dropout 0.5": 0.5, "with dropout 0.2": 0.2, "with dropout 1": 1.0,
+        }, 0.25),
+        Aspect("mask dtype", "1.2", {
+            "": torch.bool, "a mask of uint8": torch.uint8, "a mask of int32": torch.int32,
+            "a mask of int64": torch.int64, "a mask of float32": torch.float32, "a mask of float64": torch.float64,
+        }, 0.6),
+        Aspect("kind", "1.7", {
+            "": Kind(torch.float64, None, VALUES, VALUES),
+            "in float32": Kind(torch.float32, None, 2e-5, 2e-3),
+            "in float16": Kind(torch.float16, None, 1e-2, None),
+            "in bfloat16": Kind(torch.bfloat16, None, 1e-1, None),
+            "under autocast to float16": Kind(torch.float32, torch.float16, 1e-2, None),
+            "under autocast to bfloat16": Kind(torch.float32, torch.bfloat16, 1e-1, None),
+        }, 0.25),
+        Aspect("again", "1.2", {"": "", "with the last mask again": "same", "with the last mask edited": "edit"}, 0.3),
+        Aspect("rows", "1.2", {
+            "": "some", "a whole row hidden": "row", "a whole row hidden in one head": "head",
+            "everything hidden": "none", "everything allowed": "all",
+        }),
         Aspect("padding", "1.2", {"": 0.0, "padded keys of 1e6": 1e6, "padded keys of -1e6": -1e6}, 0.3),
         Aspect("strides", "1.2", {"": "", "an expanded mask": "expand", "a transposed mask": "transpose"}, 0.3),
-        Aspect(
-            "mask",
-            "1.2",
-            {
-                "": "",
-                "a mask [B, 1, 1, Lk]": "keys",
-                "a mask [B, H, Lq, Lk]": "full",
-                "a mask [1, 1, Lq, Lk]": "pairs",
-                "a mask [1, H, 1, Lk]": "heads",
-                "a mask [B, 1, Lq, 1]": "queries",
-                "a mask [1, 1, 1, 1]": "one",
-                "a causal mask": "causal",
-            },
-            0.7,
-        ),
-        Aspect(
-            "roles",
-            "1.4",
-            {
-                "": (0, 1, 2),
-                "key and value one tensor": (0, 1, 1),
-                "all one tensor": (0, 0, 0),
-                "query and key one tensor": (0, 0, 2),
-                "query and value one tensor": (0, 1, 0),
-                "overlapping inputs": (),
-            },
-        ),
-        Aspect(
-            "layout",
-            "1.4",
-            {
-                "": "",
-                "inputs [L, B, D].transpose(0, 1)": "transpose",
-                "inputs [D, L, B].permute(2, 1, 0)": "permute",
-                "inputs expanded over the batch": "expand",
-                "every second feature of the inputs": "step",
-            },
-            0.4,
-        ),
+        Aspect("mask", "1.2", {
+            "": "", "a mask [B, 1, 1, Lk]": "keys", "a mask [B, H, Lq, Lk]": "full", "a mask [1, 1, Lq, Lk]": "pairs",
+            "a mask [1, H, 1, Lk]": "heads", "a mask [B, 1, Lq, 1]": "queries", "a mask [1, 1, 1, 1]": "one",
+            "a causal mask": "causal",
+        }, 0.7),
+        Aspect("inputs", "1.4", {"": "", "with the last inputs edited": "edit"}, 0.1),
+        Aspect("roles", "1.4", {
+            "": (0, 1, 2), "key and value one tensor": (0, 1, 1), "all one tensor": (0, 0, 0),
+            "query and key one tensor": (0, 0, 2), "query and value one tensor": (0, 1, 0), "overlapping inputs": (),
+        }),
+        Aspect("layout", "1.4", {
+            "": "", "inputs [L, B, D].transpose(0, 1)": "transpose", "inputs [D, L, B].permute(2, 1, 0)": "permute",
+            "inputs expanded over the batch": "expand", "every second feature of the inputs": "step",
+        }, 0.4),
         Aspect("square", "1.4", {"": False, "as many keys as queries": True}, 0.3),
         Aspect("scale", "1.7", {"": 0, "large scores": 1, "large scores of the other sign": -1, "rows unlike": 2}, 0.4),
-        Aspect(
-            "lengths",
-            "1.1",
-            {
-                "": (5, 7),
-                "1 query": (1, 7),
-                "1 key": (5, 1),
-                "2 queries, 3 keys": (2, 3),
-                "8 queries, 9 keys": (8, 9),
-                "9 queries, 8 keys": (9, 8),
-                "3 queries, 16 keys": (3, 16),
-            },
-            0.6,
-        ),
+        Aspect("lengths", "1.1", {
+            "": (5, 7), "1 query": (1, 7), "1 key": (5, 1), "2 queries, 3 keys": (2, 3), "8 queries, 9 keys": (8, 9),
+            "9 queries, 8 keys": (9, 8), "3 queries, 16 keys": (3, 16),
+        }, 0.6),
         Aspect("long", "1.1", {"": None, "257 queries, 3 keys": (257, 3), "2 queries, 300 keys": (2, 300)}, 0.04),
         Aspect("batch", "1.1", {"": B, "1 batch row": 1, "3 batch rows": 3}, 0.4),
-        Aspect(
-            "module",
-            "1.6",
-            {"": (H, D), "1 head of 8": (1, 8), "6 heads of 1": (6, 6), "5 heads of 4": (5, 20)},
-            0.3,
-        ),
-        Aspect(
-            "weights",
-            "1.6",
-            {
-                "": "",
-                "after an optimizer's step": "step",
-                "after load_state_dict": "load",
-                "after weight.data was set": "data",
-            },
-            0.2,
-        ),
-        Aspect("again", "1.2", {"": "", "with the last mask again": "same", "with the last mask edited": "edit"}, 0.3),
-        Aspect("inputs", "1.4", {"": "", "with the last inputs edited": "edit"}, 0.1),
+        Aspect("module", "1.6", {
+            "": (H, D), "1 head of 8": (1, 8), "6 heads of 1": (6, 6), "5 heads of 4": (5, 20),
+        }, 0.3),
         Aspect("modes", "1.6", {"": True, "in eval": False}, 0.4),
         Aspect("graph", "1.6", {"": "grad", "under no_grad": "no_grad", "under inference_mode": "inference"}, 0.4),
-        Aspect(
-            "gradients",
-            "1.6",
-            {
-                "": "",
-                "with all gradients": "all",
-                "with gradients of the weights": "weights",
-                "with gradients of the inputs": "inputs",
-            },
-            0.7,
-        ),
+        Aspect("gradients", "1.6", {
+            "": "", "with all gradients": "all", "with gradients of the weights": "weights",
+            "with gradients of the inputs": "inputs",
+        }, 0.7),
+        Aspect("fresh", "1.6", {"": False, "of a new module": True}, 0.1),
     )
+    # fmt: on
     otherwise = "1.6"
 
     def begin(self, subject: Subject) -> State:
@@ -289,7 +216,7 @@ class Calls(Walk):
 
 def _held(state: State, call: Call, step: Step) -> Held:
     """The module of a call, in its precision and mode, with its dropout and its weights."""
-    held = state.modules.get(call.shape)
+    held = None if step["fresh"] else state.modules.get(call.shape)
     if held is None:
         heads, width = call.shape
         held = Held(state.subject.MultiHeadAttention(width, heads, dropout=0.5), heads, width)
@@ -414,6 +341,8 @@ def _refuses(held: Held, call: Call, number: int) -> None:
     """A mask that fits another call is refused."""
     shape, dim = [size if number >> place & 1 else 1 for place, size in enumerate(call.scores)], number // 16 % 4
     shape[dim] = call.scores[dim] + 1
+    if any(size not in (1, full) for size, full in zip(held.fitted, call.scores, strict=False)):
+        shape = [*held.fitted]
     what = f"forward with a mask of shape {tuple(shape)} for scores of shape {call.scores}"
     with _autocast(call.kind):
         refuses(ValueError, lambda: held.attention(*call.given, torch.ones(shape)), what)
@@ -456,7 +385,8 @@ def _compare(state: State, held: Held, call: Call, step: Step, seen: Trace | Non
     values = held.values.requires_grad_(differentiable and asked != "inputs")
 
     with torch.set_grad_enabled(differentiable):
-        want, v = _formula(values, held.heads, call.given, mask)
+        want, v = formula(values, held.heads, call.given, mask)
+    held.fitted = held.fitted if mask is None else tuple(mask.shape)
     read = [*call.given, *([] if mask is None else [mask]), *parameters]
     versions = [x._version for x in read]
     arguments = call.given if mask is None else [*call.given, mask]
@@ -471,8 +401,8 @@ def _compare(state: State, held: Held, call: Call, step: Step, seen: Trace | Non
     rate = step["dropout"] if step["modes"] else 0.0
     with torch.set_grad_enabled(differentiable):
         if rate:
-            want = _dropped(want, came[1], rate)
-        wanted = (_joined(values, want, v), want)
+            want = dropped(want, came[1], rate)
+        wanted = (joined(values, want, v), want)
     tolerance = call.kind.large if call.large else call.kind.tolerance
     if step["exact"] and call.kind.dtype == torch.float64 and not call.large:
         tolerance = PRECISE
@@ -489,48 +419,6 @@ def _graph(graph: str) -> AbstractContextManager[Any]:
     if graph == "grad":
         return nullcontext()
     return torch.no_grad() if graph == "no_grad" else torch.inference_mode()
-
-
-def _formula(values: Tensor, heads: int, given: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weights, before dropout, and the projected values."""
-    batch, _, width = given[0].shape
-    layers = values.split([width] * 4 + [1] * 4)
-    q, k, v = (
-        nn.functional.linear(x.double(), layers[i], layers[4 + i][0])
-        .view(batch, -1, heads, width // heads)
-        .transpose(1, 2)
-        for i, x in enumerate(given)
-    )
-    scores = (q * (width // heads) ** -0.5) @ k.mT
-    if mask is None:
-        return scores.softmax(-1), v
-    forbidden = mask == 0
-    return scores.masked_fill(forbidden, -1e300).softmax(-1).masked_fill(forbidden, 0), v
-
-
-def _joined(values: Tensor, weights: Tensor, v: Tensor) -> Tensor:
-    """The output."""
-    batch, heads, _, size = v.shape
-    width = heads * size
-    context = (weights @ v).transpose(1, 2).reshape(batch, -1, width)
-    return nn.functional.linear(context, values[3 * width : 4 * width], values[-1])
-
-
-def _dropped(want: Tensor, came: Tensor, rate: float) -> Tensor:
-    """The weights that are wanted where those came that did."""
-    assert came.shape == want.shape, (
-        f"forward: weights of shape {tuple(came.shape)} came, {tuple(want.shape)} was wanted"
-    )
-    kept = came.detach() != 0
-    if rate == 1:
-        return want * 0
-    sure = want.detach() > 1e-3
-    if (count := int(sure.sum())) >= 64:
-        share = 1 - int((sure & kept).sum()) / count
-        assert abs(share - rate) < 6 * (rate * (1 - rate) / count) ** 0.5 + 0.02, (
-            f"forward in training: {share:.2f} of the weights are dropped, {rate} was wanted"
-        )
-    return want * kept / (1 - rate)
 
 
 def _close(came: Tensor, wanted: Tensor, tolerance: float) -> bool:

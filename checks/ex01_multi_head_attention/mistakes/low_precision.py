@@ -117,6 +117,5 @@ MISTAKES = [
         return scores.masked_fill(mask == 0, self._lowest)
 """,
         ),
-        only=True,
     ),
 ]

@@ -169,7 +169,7 @@ MISTAKES = [
     Mistake(
         "good_shapes_remembered",
         "1.2",
-        "after a mask of a bad shape",
+        "fitted the last call",
         ("        self.num_heads = num_heads\n", "        self.num_heads = num_heads\n        self._good = set()\n"),
         (
             "            self._check_mask(mask, scores_shape)\n",
@@ -184,7 +184,7 @@ MISTAKES = [
     Mistake(
         "one_query_sees_all",
         "1.2",
-        "1 query",
+        "a mask",
         (APPLIED, "            mask = mask if query.size(1) > 1 else torch.ones_like(mask)\n" + APPLIED),
         only=True,
     ),

@@ -210,7 +210,7 @@ MISTAKES = [
     Mistake(
         "constant_of_a_call_at_inference",
         "1.6",
-        "under inference_mode",
+        "inference tensors",
         (
             SOFTMAX,
             """\
@@ -224,7 +224,7 @@ MISTAKES = [
     Mistake(
         "heads_of_the_last_module_made",
         "1.6",
-        "heads",
+        "head",
         ("        self.num_heads = num_heads\n", "        MultiHeadAttention.num_heads = num_heads\n"),
         only=True,
     ),
