@@ -79,6 +79,7 @@ def test_a_first_call_without_gradients_leaves_nothing(
     """A module whose first call makes no graph trains as any other."""
     given = [x.requires_grad_() for x in inputs(rng)]
     attention, fresh = build(subject), build(subject)
+    fresh.load_state_dict(attention.state_dict())
     with getattr(torch, mode)():
         attention(*given)
 
@@ -99,6 +100,7 @@ def test_a_first_call_without_gradients_leaves_nothing(
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference"])
 def test_no_prebuilt_attention_is_reached(subject: Subject, close: Close, rng: torch.Generator, mode: str) -> None:
     """forward, in every precision, short and long, with and without a mask, reaches no prebuilt attention."""
+    build(subject)  # The file is loaded here, with torch's state as it is by default.
     modes = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
     with modes.get(mode, nullcontext)(), forbid(prebuilt_attention(), "forward"):
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
