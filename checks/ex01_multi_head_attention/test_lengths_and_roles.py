@@ -99,6 +99,18 @@ def test_overlapping_and_strided_inputs(subject: Subject, close: Close, rng: tor
 
 
 @requirement("1.4")
+def test_inputs_edited_in_place_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The same tensors with other values in them are other inputs, also without gradients."""
+    given, attention = inputs(rng), build(subject)
+
+    with torch.no_grad():
+        agree(close, attention, given)
+        for name, x in zip(("query", "key", "value"), given, strict=True):
+            x.neg_()
+            agree(close, attention, given, hint=f"{name} was edited in place since the last call")
+
+
+@requirement("1.4")
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64], ids=str)
 def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
     """forward leaves query, key, value and mask as they were, and does not write to them and restore them either."""

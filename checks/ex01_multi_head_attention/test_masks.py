@@ -74,6 +74,17 @@ def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator, 
 
 
 @requirement("1.2")
+def test_a_mask_edited_in_place_counts_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The same mask with other values in it is another mask."""
+    given, mask, attention = inputs(rng), some_mask((B, 1, LQ, LK), rng), build(subject)
+    agree(close, attention, given, mask)
+
+    mask.logical_not_()
+
+    agree(close, attention, given, mask, hint="the mask was edited in place since the last call")
+
+
+@requirement("1.2")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_padded_keys_change_nothing(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
     """Keys that are masked out give what their absence gives, even with values of 1e6."""

@@ -150,7 +150,6 @@ class Calls(Walk):
             "a mask [1, H, 1, Lk]": "heads", "a mask [B, 1, Lq, 1]": "queries", "a mask [1, 1, 1, 1]": "one",
             "a causal mask": "causal",
         }, 0.7),
-        Aspect("inputs", "1.4", {"": "", "with the last inputs edited": "edit"}, 0.1),
         Aspect("roles", "1.4", {
             "": (0, 1, 2), "key and value one tensor": (0, 1, 1), "all one tensor": (0, 0, 0),
             "query and key one tensor": (0, 0, 2), "query and value one tensor": (0, 1, 0), "overlapping inputs": (),
@@ -160,7 +159,7 @@ class Calls(Walk):
             "inputs expanded over the batch": "expand", "every second feature of the inputs": "step",
         }, 0.4),
         Aspect("square", "1.4", {"": False, "as many keys as queries": True}, 0.3),
-        Aspect("scale", "1.7", {"": 0, "large scores": 1, "large scores of the other sign": -1, "rows unlike": 2}, 0.4),
+        Aspect("scale", "1.7", {"": 0, "large scores": 1, "large scores of the other sign": -1, "large scores of both": 2}, 0.4),
         Aspect("lengths", "1.1", {
             "": (5, 7), "1 query": (1, 7), "1 key": (5, 1), "2 queries, 3 keys": (2, 3), "8 queries, 9 keys": (8, 9),
             "9 queries, 8 keys": (9, 8), "3 queries, 16 keys": (3, 16),
@@ -170,6 +169,7 @@ class Calls(Walk):
         Aspect("module", "1.6", {
             "": (H, D), "1 head of 8": (1, 8), "6 heads of 1": (6, 6), "5 heads of 4": (5, 20),
         }, 0.3),
+        Aspect("inputs", "1.4", {"": "", "with the last inputs edited": "edit"}, 0.1),
         Aspect("modes", "1.6", {"": True, "in eval": False}, 0.4),
         Aspect("graph", "1.6", {"": "grad", "under no_grad": "no_grad", "under inference_mode": "inference"}, 0.4),
         Aspect("gradients", "1.6", {
@@ -249,7 +249,7 @@ def _drawn(state: State, step: Step) -> Call:
                 x.neg_()
     else:
         if step["square"] or 0 in step["roles"][1:]:
-            lk = lq = min(lq, lk) if step["long"] or lk == 1 else lq
+            lk = lq = min(lq, lk) if step["long"] else lq
         call = Call(step["module"], (batch, lq, lk), step["kind"])
         _inputs(state, call, step)
     if step["mask"]:

@@ -226,7 +226,6 @@ MISTAKES = [
         "1.6",
         "head",
         ("        self.num_heads = num_heads\n", "        MultiHeadAttention.num_heads = num_heads\n"),
-        only=True,
     ),
     Mistake(
         "prebuilt_in_half_precision",

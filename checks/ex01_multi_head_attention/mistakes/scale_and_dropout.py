@@ -171,7 +171,6 @@ MISTAKES = [
         weights = nn.functional.dropout(weights, self._rate, self.training)
 """,
         ),
-        only=True,
     ),
     Mistake(
         "dropout_one_gives_nan",
