@@ -119,10 +119,6 @@ class Calls(Walk):
         Aspect("scores", "1.5", {"": False, "compute_attention_scores by itself": True}, 0.03),
         Aspect("apply_mask", "1.2", {"": False, "apply_mask by itself": True}, 0.03),
         Aspect("refused", "1.2", {"": False, "after a mask of a bad shape": True}, 0.1),
-        Aspect("weights", "1.6", {
-            "": "", "after an optimizer's step": "step", "after load_state_dict": "load",
-            "after weight.data was set": "data",
-        }, 0.2),
         Aspect("dropout", "1.5", {
             "": 0.0, "with dropout 0.5": 0.5, "with dropout 0.2": 0.2, "with dropout 1": 1.0,
         }, 0.25),
@@ -138,6 +134,10 @@ class Calls(Walk):
             "under autocast to float16": Kind(torch.float32, torch.float16, 1e-2, None),
             "under autocast to bfloat16": Kind(torch.float32, torch.bfloat16, 1e-1, None),
         }, 0.25),
+        Aspect("weights", "1.6", {
+            "": "", "after an optimizer's step": "step", "after load_state_dict": "load",
+            "after weight.data was set": "data",
+        }, 0.2),
         Aspect("again", "1.2", {"": "", "with the last mask again": "same", "with the last mask edited": "edit"}, 0.3),
         Aspect("rows", "1.2", {
             "": "some", "a whole row hidden": "row", "a whole row hidden in one head": "head",
@@ -159,7 +159,9 @@ class Calls(Walk):
             "inputs expanded over the batch": "expand", "every second feature of the inputs": "step",
         }, 0.4),
         Aspect("square", "1.4", {"": False, "as many keys as queries": True}, 0.3),
-        Aspect("scale", "1.7", {"": 0, "large scores": 1, "large scores of the other sign": -1, "large scores of both": 2}, 0.4),
+        Aspect("scale", "1.7", {
+            "": 0, "large scores": 1, "large scores of the other sign": -1, "large scores of both signs": 2,
+        }, 0.4),
         Aspect("lengths", "1.1", {
             "": (5, 7), "1 query": (1, 7), "1 key": (5, 1), "2 queries, 3 keys": (2, 3), "8 queries, 9 keys": (8, 9),
             "9 queries, 8 keys": (9, 8), "3 queries, 16 keys": (3, 16),
@@ -249,7 +251,7 @@ def _drawn(state: State, step: Step) -> Call:
                 x.neg_()
     else:
         if step["square"] or 0 in step["roles"][1:]:
-            lk = lq = min(lq, lk) if step["long"] else lq
+            lk = lq = min(lq, lk) if step["long"] else max(2, lq)
         call = Call(step["module"], (batch, lq, lk), step["kind"])
         _inputs(state, call, step)
     if step["mask"]:
