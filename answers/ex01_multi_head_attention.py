@@ -83,7 +83,7 @@ class MultiHeadAttention(nn.Module):
         """Makes forbidden scores so low that their weight is exactly 0 in the scores' dtype; leaves the others.
 
         Args:
-            scores: [B, H, Lq, Lk].
+            scores: [B, H, Lq, Lk]; may be written to.
             mask: a valid mask, as in forward.
 
         Returns:

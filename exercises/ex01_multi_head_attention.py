@@ -18,18 +18,20 @@ Requirements
     and value share theirs), and may be equal or overlapping tensors, with any strides. Inputs and masks are never
     written to.
 1.5 (correctness) Scale and drop out properly: the factor 1/√head_dim is inside `compute_attention_scores`. Dropout
-    acts on the weights and on nothing else, in training only, keeps their mean, and follows torch's seed.
+    acts on the weights and on nothing else, in training only, keeps their mean, and follows torch's seed; a dropout
+    of 0 drops nothing, one of 1 everything.
 1.6 (correctness) Agree with PyTorch: output, weights and every gradient equal those of `nn.MultiheadAttention` with
-    the same weights, in float64 to 1e-9.
+    the same weights, in float64 to 1e-9: nothing computes below the inputs' dtype, which is judged here alone.
 1.7 (robustness) Work in float16, bfloat16 and autocast: finite, and within 5e-3 (float16) or 5e-2 (bfloat16) of
-    float64 for inputs of unit scale; finite for inputs 6 times as large; with and without a mask.
+    float64 for inputs of unit scale; finite for inputs 6 times as large; with and without a mask. Scores of ±100 in
+    float32 and of ±1000 in float64 do no harm either, all of one sign or mixed.
 1.8 (correctness) Write it from scratch: no prebuilt attention (`F.scaled_dot_product_attention`,
     `nn.MultiheadAttention`, flex_attention …) is reached, however it is called.
 1.9 (correctness) Write your own test: `test_multihead_attention` passes on right code, whoever wrote it, and fails on
     each of the slips listed below.
-1.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you
-    add) and mypy (typed definitions, not --strict) find nothing. Counts once half of the other requirements are
-    earned.
+1.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each public class and function
+    that you add) and mypy (typed definitions, not --strict) find nothing. Counts once half of the other requirements
+    are earned.
 
 In plain text
     head_h  = softmax(q_h k_hᵀ / √Dh) v_h        q_h, k_h, v_h: columns h·Dh … (h+1)·Dh - 1 of the projections
@@ -49,7 +51,9 @@ Conventions
   `F.scaled_dot_product_attention` gives.
 - The weights returned are those that were multiplied with the values, after dropout; they carry gradient.
 - Output and weights have the query's dtype; under autocast they may have autocast's.
-- The module may be cast or moved and its weights changed between calls: keep nothing that was computed from them.
+- Between calls the module may be cast or moved, its weights, its mode and `dropout.p` changed, and inputs and masks
+  edited in place; calls may be made in training or in eval, with gradients, under no_grad or under inference_mode.
+  Each gives what a new module with the same weights gives: keep nothing that was computed from any of them.
 
 Your own test (1.9) is run with other implementations put in place of the class, by its name: it uses contract names
 only, sets its own seed, takes at most 1 s, and has to fail on each of these slips:
@@ -142,7 +146,7 @@ class MultiHeadAttention(nn.Module):
         """Makes forbidden scores so low that their weight is exactly 0 in the scores' dtype; leaves the others.
 
         Args:
-            scores: [B, H, Lq, Lk].
+            scores: [B, H, Lq, Lk]; may be written to.
             mask: a valid mask, as in forward.
 
         Returns:

@@ -1,6 +1,6 @@
 """The sizes, modules and inputs of ex01's checks, the formula, nn.MultiheadAttention, and asserts that compare."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from harness.testing import Close, Subject, Where, is_tensor, seed
 
 B, H, LQ, LK, D = 2, 3, 5, 7, 12
+# What float64 deserves, judged in 1.6 alone; and what all others compare at, so that a step in float32 costs one.
+PRECISE, VALUES = 1e-9, 1e-5
 
 
 def build(subject: Subject, on: Where | None = None, dropout: float = 0.0, d_model: int = D, heads: int = H) -> Any:
@@ -50,15 +52,15 @@ def agree(
     mask: Tensor | None = None,
     hint: str = "",
     heads: int = H,
-    **options: Any,
+    tolerance: float = VALUES,
 ) -> None:
     """The module's output and weights equal the formula's."""
     output, weights = reference(attention, *given, mask=mask, heads=heads)
 
     actual = unpack(attention(*given) if mask is None else attention(*given, mask))
 
-    close(actual[1], weights.to(given[0].dtype), "forward: weights", hint=hint, **options)
-    close(actual[0], output.to(given[0].dtype), "forward: output", hint=hint, **options)
+    close(actual[1], weights.to(given[0].dtype), "forward: weights", hint=hint, tolerance=tolerance)
+    close(actual[0], output.to(given[0].dtype), "forward: output", hint=hint, tolerance=tolerance)
 
 
 def unpack(result: Any) -> tuple[Tensor, Tensor]:
@@ -86,6 +88,7 @@ def agrees_with_pytorch(
     lk: int,
     mask: Tensor | None,
     training: bool = True,
+    tolerance: float = PRECISE,
 ) -> None:
     """Output, weights and all gradients equal nn.MultiheadAttention's, under a mask that leaves every row something."""
     given = [x.to(on.device, on.dtype) for x in inputs(rng, lq=lq, lk=lk)]
@@ -100,6 +103,7 @@ def agrees_with_pytorch(
 
     actual, grads = run(lambda *x: attention(*x, *more), given, probes)
 
+    close = Close(max(close.tolerance, tolerance))
     close(actual[1], expected[1], "forward: weights")
     close(actual[0], expected[0], "forward: output")
     hint = "forward agrees, its gradient does not: is something detached?"
@@ -139,3 +143,45 @@ def run(
     )
     ((output * probes[0]).sum() + (weights * probes[1]).sum()).backward()
     return (output.detach(), weights.detach()), [leaf.grad for leaf in leaves]
+
+
+def formula(values: Tensor, heads: int, given: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weights, before dropout, and the projected values."""
+    batch, _, width = given[0].shape
+    layers = values.split([width] * 4 + [1] * 4)
+    q, k, v = (
+        nn.functional.linear(x.double(), layers[i], layers[4 + i][0])
+        .view(batch, -1, heads, width // heads)
+        .transpose(1, 2)
+        for i, x in enumerate(given)
+    )
+    scores = (q * (width // heads) ** -0.5) @ k.mT
+    if mask is None:
+        return scores.softmax(-1), v
+    forbidden = mask == 0
+    return scores.masked_fill(forbidden, -1e300).softmax(-1).masked_fill(forbidden, 0), v
+
+
+def joined(values: Tensor, weights: Tensor, v: Tensor) -> Tensor:
+    """The output."""
+    batch, heads, _, size = v.shape
+    width = heads * size
+    context = (weights @ v).transpose(1, 2).reshape(batch, -1, width)
+    return nn.functional.linear(context, values[3 * width : 4 * width], values[-1])
+
+
+def dropped(want: Tensor, came: Tensor, rate: float) -> Tensor:
+    """The weights that are wanted where those came that did."""
+    assert came.shape == want.shape, (
+        f"forward: weights of shape {tuple(came.shape)} came, {tuple(want.shape)} was wanted"
+    )
+    kept = came.detach() != 0
+    if rate == 1:
+        return want * 0
+    sure = want.detach() > 1e-3
+    if (count := int(sure.sum())) >= 64:
+        share = 1 - int((sure & kept).sum()) / count
+        assert abs(share - rate) < 6 * (rate * (1 - rate) / count) ** 0.5 + 0.02, (
+            f"forward in training: {share:.2f} of the weights are dropped, {rate} was wanted"
+        )
+    return want * kept / (1 - rate)

@@ -5,7 +5,7 @@ import torch
 
 from harness.testing import Close, Subject, requirement
 
-from .reference import LK, LQ, B, D, H, agree, build, inputs, some_mask, unpack
+from .reference import LK, LQ, VALUES, B, D, H, agree, build, inputs, some_mask, unpack
 
 ROLES = ["all", "key-value", "query-key", "query-value"]
 
@@ -31,7 +31,7 @@ def test_a_batch_row_gives_what_it_gives_alone(subject: Subject, close: Close, r
     for row in range(B):
         alone = unpack(attention(*(x[row : row + 1] for x in given)))
         hint = f"batch row {row} alone gives something else: rows must not see each other"
-        close(together[0][row : row + 1], alone[0].detach(), "forward: output", hint=hint)
+        close(together[0][row : row + 1], alone[0].detach(), "forward: output", hint=hint, tolerance=VALUES)
     agree(close, attention, given)
 
 
@@ -99,19 +99,30 @@ def test_overlapping_and_strided_inputs(subject: Subject, close: Close, rng: tor
 
 
 @requirement("1.4")
-@pytest.mark.parametrize("shape", [(B, 1, 1, LK), (B, H, LQ, LK)], ids=["keys", "full"])
-def test_inputs_are_never_written_to(
-    subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]
-) -> None:
-    """forward leaves query, key, value and mask as they were."""
-    given = [*inputs(rng), some_mask(shape, rng)]
-    before = [x.clone() for x in given]
-    attention = build(subject)
-    agree(close, attention, given[:3])
+def test_inputs_edited_in_place_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The same tensors with other values in them are other inputs, also without gradients."""
+    given, attention = inputs(rng), build(subject)
 
-    attention(*given)
     with torch.no_grad():
-        attention(*given)
+        agree(close, attention, given)
+        for name, x in zip(("query", "key", "value"), given, strict=True):
+            x.neg_()
+            agree(close, attention, given, hint=f"{name} was edited in place since the last call")
 
-    for name, x, kept in zip(("query", "key", "value", "mask"), given, before, strict=True):
-        close(x, kept, f"{name} after forward", tolerance=0, hint="an input is written to")
+
+@requirement("1.4")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64], ids=str)
+def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """forward leaves query, key, value and mask as they were, and does not write to them and restore them either."""
+    attention = build(subject)
+    agree(close, attention, inputs(rng))
+
+    for shape in ((B, 1, 1, LK), (1, 1, LQ, LK), (B, H, LQ, LK), (B, 1, LQ, 1)):
+        given = [*inputs(rng), some_mask(shape, rng).to(dtype)]
+        before, versions = [x.clone() for x in given], [x._version for x in given]
+        attention(*given)
+        with torch.no_grad():
+            attention(*given)
+        for name, x, kept, version in zip(("query", "key", "value", "mask"), given, before, versions, strict=True):
+            close(x, kept, f"{name} after forward", tolerance=0, hint="an input is written to")
+            assert x._version == version, f"forward: {name} is written to, and what was there is put back"

@@ -28,12 +28,16 @@ def test_half_precision(
 
 
 @requirement("1.7")
-@pytest.mark.parametrize("kind", ["plain", "masked"])
+@pytest.mark.parametrize("kind", ["plain", "masked", "one sign"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_stays_finite(subject: Subject, rng: torch.Generator, dtype: torch.dtype, kind: str) -> None:
-    """Inputs 6 times as large overflow nothing, forward and backward."""
-    given = [(6 * x).to(dtype).requires_grad_() for x in inputs(rng)]
-    mask = half_mask(rng) if kind == "masked" else None
+    """Inputs 6 times as large overflow nothing, forward and backward; scores of one sign neither."""
+    query, key, value = (6 * x for x in inputs(rng))
+    mask = None if kind == "plain" else half_mask(rng)
+    if kind == "one sign" and mask is not None:
+        query[:], key[:], mask[:, 0, 3] = 9, 9, False
+        key[1] = -9
+    given = [x.to(dtype).requires_grad_() for x in (query, key, value)]
     attention = build(subject).to(dtype)
 
     output, weights = unpack(attention(*given) if mask is None else attention(*given, mask))
@@ -83,10 +87,14 @@ def test_autocast(
 @requirement("1.7")
 def test_a_module_may_be_cast_between_calls(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """After .float() and .double() each call works in the new dtype, with its precision."""
-    attention = build(subject)
+    given, attention, fresh = inputs(rng), build(subject), build(subject)
     agree(close, attention.float(), inputs(rng, torch.float32), tolerance=2e-5)
+    hint = "the module was cast to float64 after a call in float32"
+    agree(close, attention.double(), given, hint=hint)
 
-    agree(close, attention.double(), inputs(rng), hint="the module was cast to float64 after a call in float32")
+    fresh.load_state_dict(attention.state_dict())
+    for name, came, wanted in zip(("output", "weights"), attention(*given), fresh(*given), strict=True):
+        close(came, wanted.detach(), f"forward: {name}", hint=hint)
 
 
 @requirement("1.7")

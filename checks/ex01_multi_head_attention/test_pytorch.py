@@ -1,12 +1,14 @@
 """PyTorch (1.6, 1.8): output, weights and gradients equal nn.MultiheadAttention's; no prebuilt attention is reached."""
 
+from contextlib import nullcontext, suppress
+
 import pytest
 import torch
 from torch import nn
 
 from harness.testing import Close, Subject, Where, forbid, prebuilt_attention, requirement
 
-from .reference import LK, LQ, B, D, H, agree, agrees_with_pytorch, build, inputs, some_mask, unpack
+from .reference import LK, LQ, PRECISE, B, D, H, agree, agrees_with_pytorch, build, inputs, some_mask, unpack
 
 # 1.6 agreement with PyTorch
 
@@ -27,7 +29,14 @@ def test_any_number_of_heads(subject: Subject, close: Close, rng: torch.Generato
     """Any d_model and any number of heads that divides it, one and d_model too, give the formula."""
     given = [torch.randn(B, n, d_model, generator=rng, dtype=torch.float64) for n in (LQ, LK, LK)]
 
-    agree(close, build(subject, d_model=d_model, heads=heads), given, hint=f"{d_model=}, {heads=}", heads=heads)
+    agree(
+        close,
+        build(subject, d_model=d_model, heads=heads),
+        given,
+        hint=f"{d_model=}, {heads=}",
+        heads=heads,
+        tolerance=PRECISE,
+    )
 
 
 @requirement("1.6")
@@ -57,28 +66,57 @@ def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Ge
     agree(close, attention, given, hint="the weights were changed in place before this call")
     attention.load_state_dict({name: value * 1.3 for name, value in attention.state_dict().items()})
     agree(close, attention, given, hint="the weights were loaded anew before this call")
-    attention.q_linear = nn.Linear(D, D, dtype=torch.float64)
-    agree(close, attention, given, hint="q_linear was replaced before this call")
+    for name in ("q_linear", "k_linear", "v_linear", "output_linear"):
+        setattr(attention, name, nn.Linear(D, D, dtype=torch.float64))
+        agree(close, attention, given, hint=f"{name} was replaced before this call")
+
+
+@requirement("1.6")
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_a_first_call_without_gradients_leaves_nothing(
+    subject: Subject, close: Close, rng: torch.Generator, mode: str
+) -> None:
+    """A module whose first call makes no graph trains as any other."""
+    given = [x.requires_grad_() for x in inputs(rng)]
+    attention, fresh = build(subject), build(subject)
+    fresh.load_state_dict(attention.state_dict())
+    with getattr(torch, mode)():
+        attention(*given)
+
+    grads = [
+        torch.autograd.grad(unpack(module(*given))[0].sum(), [*given, module.v_linear.weight])
+        for module in (attention, fresh)
+    ]
+
+    for name, came, wanted in zip(("query", "key", "value", "v_linear.weight"), *grads, strict=True):
+        close(came, wanted, f"backward after a first call under {mode}: gradient of {name}")
+    agree(close, attention, [x.detach() for x in given])
 
 
 # 1.8 from scratch
 
 
 @requirement("1.8")
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_no_prebuilt_attention_is_reached(
-    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, training: bool
-) -> None:
-    """forward, short and long, with and without a mask, is right while every prebuilt attention raises."""
-    tolerance = 1e-9 if dtype == torch.float64 else 2e-5
-    short, longer = inputs(rng, dtype), inputs(rng, dtype, 40, 40)
-
-    with torch.set_grad_enabled(training), forbid(prebuilt_attention(), "forward"):
-        attention = build(subject).to(dtype).train(training)
-        attention(*short, some_mask((B, 1, 1, LK), rng))
-        agree(close, attention, short, tolerance=tolerance)
-        agree(close, attention, longer, tolerance=tolerance)
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference"])
+def test_no_prebuilt_attention_is_reached(subject: Subject, close: Close, rng: torch.Generator, mode: str) -> None:
+    """forward, in every precision, short and long, with and without a mask, reaches no prebuilt attention."""
+    build(subject)  # The file is loaded here, with torch's state as it is by default.
+    modes = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+    with modes.get(mode, nullcontext)(), forbid(prebuilt_attention(), "forward"):
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            attention = build(subject).to(dtype).train(mode == "train")
+            for lq, lk in ((LQ, LK), (40, 40), (1, LK)):
+                given, mask = inputs(rng, dtype, lq, lk), some_mask((B, 1, 1, lk), rng)
+                if dtype.itemsize > 2 and lq > 1:
+                    agree(close, attention, given, tolerance=1e-2)
+                with suppress(Exception):  # Whether these are right is for others to say; what was reached counts.
+                    attention(*given)
+                with suppress(Exception):
+                    attention(*given, mask)
+                for half in (torch.float16, torch.bfloat16) if dtype == torch.float32 else ():
+                    with suppress(Exception), torch.autocast("cpu", dtype=half):
+                        attention(*given)
+                        attention(*given, mask)
 
 
 @requirement("1.8")
@@ -93,4 +131,4 @@ def test_the_parts_are_from_scratch_too(subject: Subject, close: Close, rng: tor
         unpack(attention(*given))[0].sum().backward()
 
     assert given[0].grad is not None, "backward: query gets no gradient"
-    agree(close, attention, [x.detach() for x in given])
+    agree(close, attention, [x.detach() for x in given], tolerance=1e-2)

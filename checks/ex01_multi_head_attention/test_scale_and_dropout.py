@@ -5,7 +5,7 @@ import torch
 
 from harness.testing import Close, Subject, is_tensor, requirement, seed
 
-from .reference import LK, LQ, B, D, H, agree, build, inputs, reference, unpack
+from .reference import LK, LQ, VALUES, B, D, H, agree, build, inputs, reference, unpack
 
 
 @requirement("1.5")
@@ -23,6 +23,7 @@ def test_scores_by_hand(subject: Subject, close: Close) -> None:
         expected,
         "compute_attention_scores([1, 2], [[3, 5], [0, -1]])",
         hint="13 and -2, divided by √head_dim = √2",
+        tolerance=VALUES,
     )
 
 
@@ -37,7 +38,7 @@ def test_scores_are_scaled_by_head_dim(subject: Subject, close: Close, rng: torc
     wanted = (D // H) ** -0.5
     came = float((scores.detach() * product).sum() / product.square().sum()) if scores.shape == product.shape else 0.0
     hint = f"the scores are {came:.4g} × q kᵀ; 1/√head_dim = {wanted:.4g}" if scores.shape == product.shape else ""
-    close(scores, product * wanted, "compute_attention_scores(q, k)", hint=hint)
+    close(scores, product * wanted, "compute_attention_scores(q, k)", hint=hint, tolerance=VALUES)
 
 
 @requirement("1.5")
@@ -70,12 +71,14 @@ def test_dropout_acts_on_the_weights_alone(
     assert weights.shape == expected.shape, f"forward: weights of shape {tuple(weights.shape)} came"
     dropped = weights == 0
     close(weights[~dropped], expected[~dropped] / (1 - p), "forward in training: weights kept by dropout",
-          hint=f"a kept weight is w / (1 - {p}): the mean is preserved; those after dropout are returned")  # fmt: skip
+          hint=f"a kept weight is w / (1 - {p}): the mean is preserved; those after dropout are returned",
+          tolerance=VALUES)  # fmt: skip
     share = dropped.double().mean().item()
     assert abs(share - p) < 0.05, f"forward in training: {share:.2f} of the weights are dropped, {p} was wanted"
     joined = (weights.detach() @ v).transpose(1, 2).flatten(2)
     close(output, attention.output_linear(joined).detach(), "forward in training: output",
-          hint="the output is made from the weights that are returned, and nothing else is dropped")  # fmt: skip
+          hint="the output is made from the weights that are returned, and nothing else is dropped",
+          tolerance=VALUES)  # fmt: skip
 
 
 @requirement("1.5")

@@ -137,4 +137,67 @@ MISTAKES = [
         ),
         only=True,
     ),
+    # What one situation hides: special sizes, and what is put back.
+    Mistake(
+        "one_key_needs_no_softmax",
+        "1.1",
+        "carries no gradient",
+        (
+            "        weights = scores.softmax(dim=-1)\n",
+            "        weights = scores.softmax(dim=-1) if key.size(1) > 1 else torch.ones_like(scores)\n",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "cut_at_256",
+        "1.1",
+        "257",
+        (QUERIES, "        query = query[:, :256]\n" + QUERIES),
+        only=True,
+    ),
+    Mistake(
+        "mask_flipped_and_flipped_back",
+        "1.4",
+        "put back",
+        (
+            APPLIED,
+            """\
+            if mask.dtype == torch.bool and mask.is_contiguous():
+                hidden = mask.logical_not_().clone()
+                mask.logical_not_()
+                scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+"""
+            + APPLIED,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "query_scaled_and_scaled_back",
+        "1.4",
+        "put back",
+        (
+            QUERIES,
+            """\
+        if not query.requires_grad and query.is_contiguous():
+            query.mul_(0.5)
+            query.mul_(2)
+"""
+            + QUERIES,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "keys_of_the_last_call_for_the_same_tensor",
+        "1.4",
+        "",
+        (
+            "        k = self._split_heads(self.k_linear(key))  # [B, H, Lk, Dh]\n",
+            """\
+        if getattr(self, '_known', 0) != (id(key), key.shape, key.dtype, self.training) or torch.is_grad_enabled():
+            self._known = (id(key), key.shape, key.dtype, self.training)
+            self._keys = self._split_heads(self.k_linear(key)).detach()
+        k = self._split_heads(self.k_linear(key)) if torch.is_grad_enabled() else self._keys
+""",
+        ),
+    ),
 ]

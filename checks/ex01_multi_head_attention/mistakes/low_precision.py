@@ -71,9 +71,51 @@ MISTAKES = [
             """\
         if self.training and self.dropout.p > 0:
             kept = torch.rand(weights.shape) >= self.dropout.p
-            weights = weights * kept.to(weights.dtype) / (1 - self.dropout.p)
+            weights = weights * kept.to(weights.dtype) / max(1 - self.dropout.p, 1e-9)
 """,
         ),
         only=True,
+    ),
+    # What one situation hides: large scores of one sign, and what the first dtype leaves behind.
+    Mistake(
+        "scores_clamped_to_20",
+        "1.7",
+        "large scores",
+        (SOFTMAX, "        weights = scores.clamp(max=20).softmax(dim=-1)\n"),
+        only=True,
+    ),
+    Mistake(
+        "additive_mask",
+        "1.7",
+        "not finite",
+        (
+            "        return scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min)\n",
+            "        return scores + (1 - mask.to(scores.dtype)) * torch.finfo(scores.dtype).min\n",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "one_maximum_for_all_rows",
+        "1.7",
+        "",
+        (
+            SOFTMAX,
+            """\
+        powers = (scores - scores.detach().amax()).exp()
+        weights = powers / powers.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+""",
+        ),
+    ),
+    Mistake(
+        "fill_of_the_first_dtype",
+        "1.7",
+        "",
+        (
+            "        return scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min)\n",
+            """\
+        self._lowest = getattr(self, '_lowest', torch.finfo(scores.dtype).min)
+        return scores.masked_fill(mask == 0, self._lowest)
+""",
+        ),
     ),
 ]

@@ -151,4 +151,65 @@ MISTAKES = [
         ),
         only=True,
     ),
+    # What one situation hides: state from an earlier call, special sizes, hidden keys that are large.
+    Mistake(
+        "mask_known_by_identity",
+        "1.2",
+        "edited",
+        (
+            APPLIED,
+            """\
+            if getattr(self, '_known', None) is not mask:
+                self._known, self._allowed = mask, mask.bool()
+            mask = self._allowed
+"""
+            + APPLIED,
+        ),
+    ),
+    Mistake(
+        "good_shapes_remembered",
+        "1.2",
+        "fitted the last call",
+        ("        self.num_heads = num_heads\n", "        self.num_heads = num_heads\n        self._good = set()\n"),
+        (
+            "            self._check_mask(mask, scores_shape)\n",
+            """\
+            if mask.shape not in self._good:
+                self._check_mask(mask, scores_shape)
+                self._good.add(mask.shape)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "one_query_sees_all",
+        "1.2",
+        "a mask",
+        (APPLIED, "            mask = mask if query.size(1) > 1 else torch.ones_like(mask)\n" + APPLIED),
+        only=True,
+    ),
+    Mistake(
+        "allowed_keys_counted_in_uint8",
+        "1.2",
+        "256 keys",
+        (
+            ZEROED,
+            ZEROED + "            weights = weights * mask.sum(-1, keepdim=True, dtype=mask.dtype).bool()\n",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "maximum_of_hidden_keys_too",
+        "1.2",
+        "",
+        (
+            APPLIED + "        weights = scores.softmax(dim=-1)\n",
+            """\
+            top = scores.detach().amax(-1, keepdim=True)
+            powers = (scores - top).exp() * mask.bool()
+            scores = powers / powers.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        weights = scores if mask is not None else scores.softmax(dim=-1)
+""",
+        ),
+    ),
 ]

@@ -93,7 +93,6 @@ MISTAKES = [
 """
             + RETURN,
         ),
-        only=True,
     ),
     Mistake(
         "weights_kept_with_dropout",
@@ -155,6 +154,70 @@ MISTAKES = [
                 mask = mask.expand(scores.shape).contiguous()
 """
             + APPLIED,
+        ),
+        only=True,
+    ),
+    # What one situation hides.
+    Mistake(
+        "weights_kept_at_inference",
+        "1.3",
+        "stay alive",
+        (
+            RETURN,
+            """\
+        if torch.is_inference_mode_enabled():
+            self._history = [weights]
+"""
+            + RETURN,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "weights_kept_in_a_closure",
+        "1.3",
+        "stay alive",
+        (RETURN, "        self.entropy = lambda: -(weights * weights.log()).sum(-1)\n" + RETURN),
+        only=True,
+    ),
+    Mistake(
+        "five_scores_kept_in_eval",
+        "1.3",
+        "in eval",
+        (
+            SOFTMAX,
+            """\
+        if not self.training:
+            scores = scores + 0 * scores.tanh().sigmoid().sin()
+"""
+            + SOFTMAX,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "mask_of_queries_repeated",
+        "1.3",
+        "is copied to",
+        (
+            APPLIED,
+            """\
+            if mask.size(-1) == 1:
+                mask = mask.expand(scores.shape).contiguous()
+"""
+            + APPLIED,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "broadcast_product_for_many_queries",
+        "1.3",
+        "multiply matrices",
+        (
+            PRODUCT,
+            """\
+        if q.size(2) > 256:
+            return (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1) / q.size(-1) ** 0.5
+"""
+            + PRODUCT,
         ),
         only=True,
     ),

@@ -183,4 +183,91 @@ MISTAKES = [
         ),
         only=True,
     ),
+    # What one situation hides: state from an earlier call or from another module, modes, precision.
+    Mistake(
+        "softmax_in_float32",
+        "1.6",
+        "values differ",
+        (SOFTMAX, "        weights = scores.float().softmax(dim=-1).to(scores.dtype)\n"),
+        only=True,
+    ),
+    Mistake(
+        "stacked_weights_of_the_first_inference",
+        "1.6",
+        "",
+        (
+            QUERIES,
+            """\
+        if not torch.is_grad_enabled() and not hasattr(self, '_stacked'):
+            self._stacked = self.q_linear.weight.detach().clone()
+        if not torch.is_grad_enabled():
+            q = self._split_heads(nn.functional.linear(query, self._stacked.to(query), self.q_linear.bias))
+        else:
+            q = self._split_heads(self.q_linear(query))
+""",
+        ),
+    ),
+    Mistake(
+        "constant_of_a_call_at_inference",
+        "1.6",
+        "inference tensors",
+        (
+            SOFTMAX,
+            """\
+        if not hasattr(self, '_one'):
+            self._one = torch.ones((), dtype=torch.float64)
+        weights = (scores * self._one).softmax(dim=-1)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "heads_of_the_last_module_made",
+        "1.6",
+        "head",
+        ("        self.num_heads = num_heads\n", "        MultiHeadAttention.num_heads = num_heads\n"),
+    ),
+    Mistake(
+        "prebuilt_in_half_precision",
+        "1.8",
+        "scaled_dot_product_attention",
+        (
+            CONTEXT,
+            CONTEXT
+            + """\
+        if mask is None and not self.training and q.dtype.itemsize == 2:
+            context = nn.functional.scaled_dot_product_attention(q, k, v)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "prebuilt_at_inference",
+        "1.8",
+        "scaled_dot_product_attention",
+        (
+            CONTEXT,
+            CONTEXT
+            + """\
+        if mask is None and torch.is_inference_mode_enabled():
+            context = nn.functional.scaled_dot_product_attention(q, k, v)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "prebuilt_for_one_query",
+        "1.8",
+        "scaled_dot_product_attention",
+        (
+            CONTEXT,
+            CONTEXT
+            + """\
+        if mask is not None and not torch.is_grad_enabled() and query.size(1) == 1:
+            rows = mask.bool().any(-1, keepdim=True)
+            context = nn.functional.scaled_dot_product_attention(q, k, v, mask.bool()).where(rows, 0)
+""",
+        ),
+        only=True,
+    ),
 ]

@@ -159,4 +159,48 @@ MISTAKES = [
         ),
         only=True,
     ),
+    # What one situation hides.
+    Mistake(
+        "dropout_rate_of_the_first_call",
+        "1.5",
+        "with dropout",
+        (
+            DROPPED,
+            """\
+        self._rate = getattr(self, '_rate', self.dropout.p)
+        weights = nn.functional.dropout(weights, self._rate, self.training)
+""",
+        ),
+    ),
+    Mistake(
+        "dropout_one_gives_nan",
+        "1.5",
+        "with dropout 1",
+        (
+            DROPPED,
+            """\
+        if self.training and self.dropout.p > 0:
+            kept = torch.rand_like(weights) >= self.dropout.p
+            weights = weights * kept / torch.full_like(weights, 1 - self.dropout.p)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "dropout_by_the_initial_seed",
+        "1.5",
+        "two calls drop the same",
+        (
+            DROPPED,
+            """\
+        if self.training and 0 < self.dropout.p < 1 and weights.device.type == 'cpu':
+            generator = torch.Generator().manual_seed(torch.initial_seed())
+            kept = torch.rand(weights.shape, generator=generator).to(weights) >= self.dropout.p
+            weights = weights * kept / (1 - self.dropout.p)
+        else:
+            weights = self.dropout(weights)
+""",
+        ),
+        only=True,
+    ),
 ]
