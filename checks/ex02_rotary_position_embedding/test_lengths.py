@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.testing import Close, Subject, is_tensor, requirement
 
-from .reference import DH, DTYPES, LOOSE, NEAR, D, H, L, Turns, agree, build, named, rows, some_x
+from .reference import DH, DTYPES, LOOSE, NEAR, D, H, L, Turns, agree, build, named, none_seen, rows, some_x
 
 
 def agree_without_turns(close: Close, rope: Any, x: Tensor, after: str, tolerance: float = NEAR) -> None:
@@ -19,17 +19,6 @@ def agree_without_turns(close: Close, rope: Any, x: Tensor, after: str, toleranc
     turns = Turns()
     agree(close, rope, x, tolerance=tolerance, inside=turns)
     none_seen(turns, f"forward({x.size(-2)} rows of {named(x.dtype)}) {after}")
-
-
-def none_seen(turns: Turns, what: str) -> None:
-    """Fails if any cosine or sine was computed."""
-    seen = [
-        f"{name} ({count} {'calls' if '.' in name else 'elements'})"
-        for name, count in sorted(turns.seen.items())
-        if count
-    ]
-    hint = "keep cosines and sines for all positions so far: a shorter call takes a slice, another dtype the same table"
-    assert not seen, f"{what}: computes {' and '.join(seen)} again\n{hint}"
 
 
 @requirement("2.3")
