@@ -24,6 +24,8 @@ LOOSE = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
 
+PARAMETERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "o_proj.bias")
+
 
 def angles_of(positions: Tensor, dim: int, base: float = 10000.0) -> Tensor:
     """The angle of every pair at every position, in float64: [L, Dh / 2]."""
@@ -64,7 +66,7 @@ def agree(
     seq_len: int | None = None,
     *,
     hint: str = "",
-    tolerance: float = NEAR,
+    tolerance: float = ROUGH,
     inside: "Turns | None" = None,
 ) -> None:
     """forward, called `inside` a probe, turns every pair of x by its angle, in whatever dtype the result comes."""
@@ -172,3 +174,47 @@ def refuses_mask(attention: Any, x: Tensor, shape: tuple[int, ...], heads: int =
     what = f"attention with a mask of shape {shape} for scores of shape {scores}"
     printed = (", ".join(map(str, sizes)) for sizes in (shape, scores))
     refuses(ValueError, lambda: attention(x, torch.ones(shape)), what, *printed)
+
+
+def weights_of(attention: Any) -> dict[str, Tensor]:
+    """Copies of the layer's weights in float64, by their given names."""
+    return {name: attention.get_parameter(name).detach().double().clone() for name in PARAMETERS}
+
+
+def formula(
+    attention: Any,
+    x: Tensor,
+    mask: Tensor | None = None,
+    weights: dict[str, Tensor] | None = None,
+    heads: int = H,
+) -> Tensor:
+    """The formula in float64, with the layer's weights or those given."""
+    weights = weights or weights_of(attention)
+    positions = torch.arange(x.size(1))
+    q, k, v = (
+        (x.double() @ weights[f"{name}.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    scores = turned(q, positions) @ turned(k, positions).mT / q.size(-1) ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(mask == 0, float("-inf"))
+    context = scores.softmax(-1).nan_to_num(0.0) @ v
+    result: Tensor = context.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].T + weights["o_proj.bias"]
+    return result
+
+
+def attends(
+    close: Close,
+    attention: Any,
+    x: Tensor,
+    mask: Tensor | None = None,
+    hint: str = "",
+    heads: int = H,
+    tolerance: float = ROUGH,
+) -> None:
+    """The layer's output equals the formula's, in x's dtype."""
+    expected = formula(attention, x, mask, heads=heads).to(x.dtype)
+
+    output = attention(x) if mask is None else attention(x, mask)
+
+    close(output, expected, "attention(x)" if mask is None else "attention(x, mask)", tolerance=tolerance, hint=hint)

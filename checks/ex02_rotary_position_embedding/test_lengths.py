@@ -11,10 +11,10 @@ from torch import Tensor
 
 from harness.testing import Close, Subject, is_tensor, requirement
 
-from .reference import DH, DTYPES, LOOSE, NEAR, D, H, L, Turns, agree, build, named, none_seen, rows, some_x
+from .reference import DH, DTYPES, LOOSE, ROUGH, D, H, L, Turns, agree, build, named, none_seen, rows, some_x
 
 
-def agree_without_turns(close: Close, rope: Any, x: Tensor, after: str, tolerance: float = NEAR) -> None:
+def agree_without_turns(close: Close, rope: Any, x: Tensor, after: str, tolerance: float = ROUGH) -> None:
     """forward is right, and computes no cosine or sine."""
     turns = Turns()
     agree(close, rope, x, tolerance=tolerance, inside=turns)
@@ -40,7 +40,7 @@ def test_dtypes_in_any_order(subject: Subject, close: Close, rng: torch.Generato
 
     for dtype in (first, torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32):
         hint = f"the same module was called in {named(first)} first: a table in x's dtype must not serve other dtypes"
-        agree(close, rope, rows(rng, L, dtype), hint=hint, tolerance=LOOSE.get(dtype, NEAR))
+        agree(close, rope, rows(rng, L, dtype), hint=hint, tolerance=LOOSE.get(dtype, ROUGH))
 
 
 @requirement("2.3")
@@ -98,7 +98,7 @@ def test_other_dtypes_compute_no_cosine_again(
     rope(rows(rng, 23, first))
 
     for dtype in (*DTYPES, first):
-        x, tolerance = rows(rng, 9, dtype), LOOSE.get(dtype, NEAR)
+        x, tolerance = rows(rng, 9, dtype), LOOSE.get(dtype, ROUGH)
         agree_without_turns(close, rope, x, after=f"after a call with 23 rows of {named(first)}", tolerance=tolerance)
 
 

@@ -9,10 +9,24 @@ from torch import Tensor
 
 from harness.testing import Close, Subject, is_tensor, requirement
 
-from .reference import DH, DTYPES, FAR, LOOSE, MASK_DTYPES, NEAR, B, L, build, named, rows, some_mask, some_x, turned
-
-# What rounding to a dtype may change, relative to the value.
-ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
+from .reference import (
+    DH,
+    DTYPES,
+    FAR,
+    LOOSE,
+    MASK_DTYPES,
+    NEAR,
+    ROUNDING,
+    B,
+    L,
+    attends,
+    build,
+    named,
+    rows,
+    some_mask,
+    some_x,
+    turned,
+)
 
 
 def legs(rng: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -95,6 +109,19 @@ def test_a_half_precision_call_is_precise(
     rope = subject.RotaryPositionEmbedding(8, 4096)
 
     precise(rope.to(dtype) if cast else rope, legs(rng, dtype), f"forward in {named(dtype)}")
+
+
+@requirement("2.7")
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
+def test_attention_is_precise(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, masked: bool
+) -> None:
+    """The attention layer computes in x's dtype or better."""
+    mask = torch.ones(1, 1, L, L).tril() if masked else None
+
+    hint = "nothing is computed below x's dtype, nor cosines and sines below float32"
+    attends(close, build(subject).to(dtype), some_x(rng).to(dtype), mask, hint=hint, tolerance=NEAR)
 
 
 @requirement("2.7")

@@ -1,4 +1,4 @@
-"""A walk of the rotation (2.1 to 2.3, 2.6 to 2.8): lengths, positions, layouts, dtypes, modes, and what happens between."""
+"""A walk of the rotation (2.1 to 2.3, 2.6 to 2.8): lengths, positions, layouts, dtypes, modes, what happens between."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,7 +10,21 @@ from torch import Tensor
 
 from harness.testing import Aspect, Close, Step, Subject, Walk, is_tensor, refuses, walk_check
 
-from .reference import FAR, HALF, NEAR, ROUGH, ROUNDING, Turns, angles_of, let_go, named, none_seen, tensors, turned_pairs, untouched
+from .reference import (
+    FAR,
+    HALF,
+    NEAR,
+    ROUGH,
+    ROUNDING,
+    Turns,
+    angles_of,
+    let_go,
+    named,
+    none_seen,
+    tensors,
+    turned_pairs,
+    untouched,
+)
 
 close = Close(ROUGH)
 _all = torch.Tensor.all  # Bound before any submission is loaded.
@@ -36,7 +50,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "rows":
         return x[:, :, :1].expand(x.shape)
     if layout == "overlapping":
-        batch, heads, _, dim = x.shape
+        _, heads, _, dim = x.shape
         return x.flatten().repeat(3).as_strided(x.shape, (heads * dim, dim, 2, 1))
     if layout == "sliced":
         return torch.stack((x, -x), dim=-1).flatten(-2)[..., ::2]
@@ -67,13 +81,21 @@ class Turning(Walk):
         Aspect(
             "cast",
             "2.7",
-            {"": (), "after .to(bfloat16)": (torch.bfloat16,), "after .to(float16).to(float64)": HALF[:1] + (torch.float64,)},
+            {
+                "": (),
+                "after .to(bfloat16)": (torch.bfloat16,),
+                "after .to(float16).to(float64)": (torch.float16, torch.float64),
+            },
             rate=0.15,
         ),
         Aspect(
             "inference",
             "2.7",
-            {"": None, "after a call in inference_mode": torch.inference_mode, "after one under no_grad": torch.no_grad},
+            {
+                "": None,
+                "after a call in inference_mode": torch.inference_mode,
+                "after one under no_grad": torch.no_grad,
+            },
             rate=0.2,
         ),
         Aspect("eval", "2.7", {"": False, "in eval()": True}, rate=0.3),
@@ -93,10 +115,16 @@ class Turning(Walk):
         Aspect(
             "module",
             "2.2",
-            {"": (10, 1e4), "dim 2": (2, 1e4), "dim 34, base 500000.0": (34, 500000.0), "dim 14, base 100": (14, 100),
-             "dim 6, base 2": (6, 2)},
+            {
+                "": (10, 1e4),
+                "dim 2": (2, 1e4),
+                "dim 34, base 500000.0": (34, 500000.0),
+                "dim 14, base 100": (14, 100),
+                "dim 6, base 2": (6, 2),
+                "dim 256, base 1e6": (256, 1e6),
+            },
             rate=0.25,
-        ),  # fmt: skip
+        ),
         Aspect(
             "method",
             "2.1",

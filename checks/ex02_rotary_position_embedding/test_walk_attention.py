@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from harness.testing import Aspect, Close, Step, Subject, Walk, is_tensor, walk_check
 
 from .reference import (
-    HALF, MASK_DTYPES, NEAR, ROUGH, Turns, angles_of, let_go, named, none_seen, refuses_mask, untouched,
+    HALF,
+    MASK_DTYPES,
+    NEAR,
+    ROUGH,
+    Turns,
+    angles_of,
+    let_go,
+    named,
+    none_seen,
+    refuses_mask,
+    untouched,
 )
 
 close = Close(ROUGH)
@@ -121,7 +131,7 @@ def draw_mask(kind: str, sizes: dict[str, int], rng: torch.Generator) -> Tensor:
 
 def hide(mask: Tensor, what: str, rng: torch.Generator) -> Tensor:
     """A mask with more hidden: a row, a batch row, a head, or the first keys."""
-    batch, heads, rows, keys = mask.shape
+    rows, keys = mask.shape[2:]
     if what == "row":
         mask[..., int(torch.randint(rows, (), generator=rng)), :] = False
     elif what == "batch":
@@ -145,7 +155,11 @@ class Attending(Walk):
         Aspect(
             "inference",
             "2.7",
-            {"": None, "after a call in inference_mode": torch.inference_mode, "after one under no_grad": torch.no_grad},
+            {
+                "": None,
+                "after a call in inference_mode": torch.inference_mode,
+                "after one under no_grad": torch.no_grad,
+            },
             rate=0.15,
         ),
         Aspect(
@@ -154,40 +168,72 @@ class Attending(Walk):
             {"": torch.float64, "in float32": torch.float32, "in bfloat16": HALF[1], "in float16": HALF[0]},
             rate=0.4,
         ),
-        Aspect("refused", "2.8", {"": "", "after a [B, L] mask": "BL", "after a [B, 1, 1, L + 1] mask": "B11+",
-                                  "after a [B + 1, 1, 1, L] mask": "+11L", "after an [L, L] mask": "LL"}, rate=0.2),  # fmt: skip
+        Aspect(
+            "refused",
+            "2.8",
+            {
+                "": "",
+                "after a [B, L] mask": "BL",
+                "after a [B, 1, 1, L + 1] mask": "B11+",
+                "after a [B + 1, 1, 1, L] mask": "+11L",
+                "after an [L, L] mask": "LL",
+            },
+            rate=0.2,
+        ),
         Aspect(
             "weights",
             "2.4",
-            {"": "", "with weights changed in place": "in place", "with weights loaded": "loaded",
-             "with weights assigned to .data": "data"},
+            {
+                "": "",
+                "with weights changed in place": "in place",
+                "with weights loaded": "loaded",
+                "with weights assigned to .data": "data",
+            },
             rate=0.3,
-        ),  # fmt: skip
+        ),
         Aspect("eval", "2.4", {"": False, "in eval()": True}),
         Aspect("mode", "2.4", {"": torch.enable_grad, "under no_grad": torch.no_grad}, rate=0.2),
         Aspect("again", "2.4", {"": False, "after a call with another mask in the same tensor": True}, rate=0.2),
         Aspect(
             "hidden",
             "2.4",
-            {"": "", "a row hidden": "row", "a batch row hidden": "batch", "a head hidden": "head", "the first keys hidden": "first"},
+            {
+                "": "",
+                "a row hidden": "row",
+                "a batch row hidden": "batch",
+                "a head hidden": "head",
+                "the first keys hidden": "first",
+            },
         ),
         Aspect(
             "mask's dtype",
             "2.4",
             {f"mask of {named(dtype)}" if dtype != torch.bool else "": dtype for dtype in MASK_DTYPES},
         ),
-        Aspect("mask's layout", "2.4", {"": "", "a transposed mask": "transposed", "an expanded mask": "expanded"}, rate=0.3),
+        Aspect(
+            "mask's layout",
+            "2.4",
+            {"": "", "a transposed mask": "transposed", "an expanded mask": "expanded"},
+            rate=0.3,
+        ),
         Aspect("mask", "2.4", MASKS, rate=0.7),
         Aspect("scores", "2.4", {"": 0, "scores near ±100": 14, "scores near ±1000": 45}, rate=0.4),
         Aspect("scores of", "2.4", {"": slice(None), "in one batch row": slice(1)}),
-        Aspect("layer", "2.4", {"": (12, 3), "D=14, H=1": (14, 1), "D=20, H=2": (20, 2), "D=16, H=8": (16, 8)}, rate=0.3),
+        Aspect(
+            "layer", "2.4", {"": (12, 3), "D=14, H=1": (14, 1), "D=20, H=2": (20, 2), "D=16, H=8": (16, 8)}, rate=0.3
+        ),
         Aspect("rows", "2.4", {f"L={rows}" if rows != 5 else "": rows for rows in (5, 1, 2, 8, 9, 17)}),
         Aspect("long", "2.4", {"": 0, "L=260": 260}, rate=0.01),
         Aspect("batch", "2.4", {"": 2, "B=1": 1, "B=3": 3, "B=5": 5}),
         Aspect(
             "layout",
             "2.4",
-            {"": "", "x transposed": "transposed", "x expanded over its rows": "rows", "x expanded over the batch": "batch"},
+            {
+                "": "",
+                "x transposed": "transposed",
+                "x expanded over its rows": "rows",
+                "x expanded over the batch": "batch",
+            },
         ),
     )
     otherwise = "2.4"
@@ -258,7 +304,7 @@ class Attending(Walk):
         if kind:
             base = hide(draw_mask(kind, sizes, rng), step["hidden"], rng)
             if kind == "padding of 1e6" and dtype not in HALF:
-                x.masked_fill_(~base[:, 0, 0].unsqueeze(-1), 1e6)
+                x.masked_fill_((~base & base.any(dim=-1, keepdim=True))[:, 0, 0].unsqueeze(-1), 1e6)
             base = base.to(step["mask's dtype"])
             if step["mask's layout"] == "transposed":
                 base = base.mT.contiguous().mT
