@@ -78,6 +78,20 @@ class Turning(Walk):
         Aspect("let go", "2.3", {"": False, "x and result let go afterwards": True}, rate=0.2),
         Aspect("gradient", "2.7", {"": False, "x asks for a gradient": True}),
         Aspect("exact", "2.7", {"": False, "compared as 2.7 asks": True}),
+        Aspect("beside", "2.3", {"": 0, "beside a module of base 50": 50, "beside one of base 3e6": 3e6}, rate=0.15),
+        Aspect(
+            "module",
+            "2.2",
+            {
+                "": (10, 1e4),
+                "dim 2": (2, 1e4),
+                "dim 34, base 500000.0": (34, 500000.0),
+                "dim 14, base 100": (14, 100),
+                "dim 6, base 2": (6, 2),
+                "dim 256, base 1e6": (256, 1e6),
+            },
+            rate=0.25,
+        ),
         Aspect(
             "cast",
             "2.7",
@@ -106,24 +120,10 @@ class Turning(Walk):
             rate=0.6,
         ),
         Aspect("refused", "2.8", {"": None, "after a seq_len of L - 1": 1, "after one of -L": 0}, rate=0.2),
-        Aspect("beside", "2.3", {"": 0, "beside a module of base 50": 50, "beside one of base 3e6": 3e6}, rate=0.15),
         Aspect(
             "first",
             "2.6",
             {f"rows begin at position {first}" if first else "": first for first in (0, 1, 3, 8, 40, 63, 300)},
-        ),
-        Aspect(
-            "module",
-            "2.2",
-            {
-                "": (10, 1e4),
-                "dim 2": (2, 1e4),
-                "dim 34, base 500000.0": (34, 500000.0),
-                "dim 14, base 100": (14, 100),
-                "dim 6, base 2": (6, 2),
-                "dim 256, base 1e6": (256, 1e6),
-            },
-            rate=0.25,
         ),
         Aspect(
             "method",
@@ -152,6 +152,7 @@ class Turning(Walk):
         rng, dtype, (dim, base) = step.rng(), step["dtype"], step["module"]
         rope = state.rope if (dim, base) == (10, 1e4) else state.subject.RotaryPositionEmbedding(dim, 6, base)
         seen = self._before(state, rope, step, rng)
+        state.seen = seen if rope is state.rope else state.seen
         scale, near = step["numbers"]
         x = torch.randn(*step["sizes"], rows_of(step), dim, generator=rng, dtype=torch.float64)
         x = laid_out((scale * x + near).to(dtype), step["layout"])
@@ -194,6 +195,8 @@ class Turning(Walk):
             kept = {"x": ref(x.untyped_storage()), "the result": ref(result.untyped_storage())}
             given = before = x = result = None  # type: ignore[assignment]
             let_go(kept, what)
+        if step["beside"] or rope is not state.rope:
+            state.subject.RotaryPositionEmbedding(10, 6)  # Of what modules share, the last one's is as before.
 
     def _before(self, state: Rotation, rope: Any, step: Step, rng: torch.Generator) -> int:
         """What happens before the call; below which position cosines and sines are known."""
@@ -212,13 +215,17 @@ class Turning(Walk):
                 result = rope(x)
             same(result, x, angles_of(torch.arange(length + 2), *step["module"]), "forward(x), without gradients")
             seen = max(seen, length + 2)
-            state.seen = seen if own else state.seen
         if step["beside"]:
-            state.subject.RotaryPositionEmbedding(x.size(-1), 6, step["beside"])(x)
+            rope(x)
+            result = state.subject.RotaryPositionEmbedding(x.size(-1), 6, step["beside"])(x)
+            angles = angles_of(torch.arange(length + 2), x.size(-1), step["beside"])
+            same(result, x, angles, f"RotaryPositionEmbedding({x.size(-1)}, 6, {step['beside']}): forward(x)")
+            seen = max(seen, length + 2)
         if (rows := step["refused"]) is not None:
             seq_len = rows * length - 1
             what = f"forward({length} rows, seq_len={seq_len})"
-            refuses(ValueError, lambda: rope(x[:, :, 2:], seq_len), what, seq_len, length)
+            with step["mode"]():
+                refuses(ValueError, lambda: rope(x[:, :, 2:], seq_len), what, seq_len, length)
         return seen
 
     def _backward(self, result: Tensor, x: Tensor, angles: Tensor, what: str, step: Step, rng: torch.Generator) -> None:

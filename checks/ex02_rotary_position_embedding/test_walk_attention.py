@@ -36,15 +36,16 @@ class Layer:
 
     attention: Any
     heads: int
-    inward: Tensor  # [3 D, D]: of queries, keys and values
-    outward: Tensor  # [D, D]
-    bias: Tensor  # [D]
+    numbers: Tensor  # [4 D + 1, D]: the weights of queries, keys, values and output, and the output's bias
     seen: int = 0
 
     @property
     def weights(self) -> dict[str, Tensor]:
+        """By the given names."""
         names = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "o_proj.bias")
-        return dict(zip(names, (*self.inward.chunk(3), self.outward, self.bias), strict=True))
+        features = self.numbers.size(1)
+        *four, bias = self.numbers.split(features)
+        return dict(zip(names, (*four, bias[0]), strict=True))
 
 
 def layer_of(subject: Subject, features: int, heads: int) -> Layer:
@@ -52,28 +53,32 @@ def layer_of(subject: Subject, features: int, heads: int) -> Layer:
     attention = subject.MultiHeadAttentionWithRoPE(features, heads, 6).double()
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         kind = type(getattr(attention, name))
-        assert kind is nn.Linear, f"{name}: a {kind.__name__}, nn.Linear was given"
-    layer = Layer(attention, heads, *(torch.empty(0) for _ in range(3)))
-    renew(layer, features, torch.Generator().manual_seed(features), "loaded")
+        assert kind is nn.Linear, f"{name}: a {kind.__name__} came, nn.Linear was given"
+    numbers = random_weights(features, heads, torch.Generator().manual_seed(features))
+    layer = Layer(attention, heads, numbers)
+    renew(layer, numbers, "loaded")
     return layer
 
 
-def renew(layer: Layer, features: int, rng: torch.Generator, how: str) -> None:
-    """Gives a layer other weights.
+def random_weights(features: int, heads: int, rng: torch.Generator) -> Tensor:
+    """Weights of a layer.
 
     The last feature of x moves the scores of the first head up, those of the second down, those of the others not: it
     turns queries and keys into the slowest pair.
     """
     numbers = torch.randn(4 * features + 1, features, generator=rng, dtype=torch.float64) / features**0.5
-    width = features // layer.heads
+    width = features // heads
     numbers[: 3 * features, -1] = 0
-    slow = torch.arange(layer.heads) * width + width // 2 - 1
+    slow = torch.arange(heads) * width + width // 2 - 1
     numbers[slow, -1] = 1
-    numbers[features + slow, -1] = torch.tensor([1.0, -1.0, 0.0]).double().repeat(layer.heads)[: layer.heads]
+    numbers[features + slow, -1] = torch.tensor([1.0, -1.0, 0.0]).double().repeat(heads)[:heads]
+    return numbers
+
+
+def renew(layer: Layer, numbers: Tensor, how: str) -> None:
+    """Gives a layer other weights."""
     kind = layer.attention.o_proj.weight.dtype
-    numbers = numbers.to(kind).double()
-    layer.inward, layer.outward, bias = numbers.split((3 * features, features, 1))
-    layer.bias = bias[0]
+    layer.numbers = numbers.to(kind).double()
     if how == "loaded":
         layer.attention.load_state_dict(layer.attention.state_dict() | layer.weights)
         return
@@ -85,10 +90,11 @@ def renew(layer: Layer, features: int, rng: torch.Generator, how: str) -> None:
             parameter.detach().copy_(weight)
 
 
-def formula(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The layer's output in float64."""
+def formula(layer: Layer, numbers: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The output of a layer with these weights, in float64."""
     width = x.size(-1) // layer.heads
-    heads = (x.double() @ layer.inward.T).unflatten(-1, (3, layer.heads, width)).permute(2, 0, 3, 1, 4)
+    features = x.size(-1)
+    heads = (x.double() @ numbers[: 3 * features].T).unflatten(-1, (3, layer.heads, width)).permute(2, 0, 3, 1, 4)
     angles = angles_of(torch.arange(x.size(1)), width)
     turn = torch.polar(torch.ones((), dtype=torch.float64).expand(angles.shape), angles)
     pairs = torch.complex(*heads[:2].chunk(2, dim=-1)) * turn
@@ -98,7 +104,7 @@ def formula(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
     else:
         hidden = mask == 0
         weights = scores.masked_fill(hidden, -1e300).softmax(dim=-1).masked_fill(hidden, 0.0)
-    return (weights @ heads[2]).transpose(1, 2).flatten(2) @ layer.outward.T + layer.bias
+    return (weights @ heads[2]).transpose(1, 2).flatten(2) @ numbers[3 * features : -1].T + numbers[-1]
 
 
 MASKS = {
@@ -147,11 +153,26 @@ class Attending(Walk):
     """Calls of an attention layer, and of others beside it."""
 
     aspects = (
+        # What is looked at comes first, and what needs no dtype before dtypes: the first is blamed that is needed.
         Aspect("watched", "2.4", {"": False, "inputs watched for writes": True}),
-        Aspect("counted", "2.3", {"": False, "cosines and sines counted": True}, rate=0.1),
         Aspect("let go", "2.3", {"": False, "x, mask and output let go afterwards": True}, rate=0.15),
+        Aspect("counted", "2.3", {"": False, "cosines and sines counted": True}, rate=0.1),
         Aspect("gradients", "2.4", {"": False, "gradients compared": True}),
         Aspect("exact", "2.7", {"": False, "compared as 2.7 asks": True}),
+        Aspect("scores", "2.4", {"": 0, "scores near ±100": 14, "scores near ±1000": 45}, rate=0.4),
+        Aspect("scores of", "2.4", {"": slice(None), "in one batch row": slice(1)}),
+        Aspect(
+            "weights",
+            "2.4",
+            {
+                "": "",
+                "with weights changed in place": "in place",
+                "with weights loaded": "loaded",
+                "with weights assigned to .data": "data",
+            },
+            rate=0.3,
+        ),
+        Aspect("again", "2.4", {"": False, "after a call with another mask in the same tensor": True}, rate=0.2),
         Aspect(
             "inference",
             "2.7",
@@ -180,20 +201,8 @@ class Attending(Walk):
             },
             rate=0.2,
         ),
-        Aspect(
-            "weights",
-            "2.4",
-            {
-                "": "",
-                "with weights changed in place": "in place",
-                "with weights loaded": "loaded",
-                "with weights assigned to .data": "data",
-            },
-            rate=0.3,
-        ),
         Aspect("eval", "2.4", {"": False, "in eval()": True}),
         Aspect("mode", "2.4", {"": torch.enable_grad, "under no_grad": torch.no_grad}, rate=0.2),
-        Aspect("again", "2.4", {"": False, "after a call with another mask in the same tensor": True}, rate=0.2),
         Aspect(
             "hidden",
             "2.4",
@@ -217,8 +226,6 @@ class Attending(Walk):
             rate=0.3,
         ),
         Aspect("mask", "2.4", MASKS, rate=0.7),
-        Aspect("scores", "2.4", {"": 0, "scores near ±100": 14, "scores near ±1000": 45}, rate=0.4),
-        Aspect("scores of", "2.4", {"": slice(None), "in one batch row": slice(1)}),
         Aspect(
             "layer", "2.4", {"": (12, 3), "D=14, H=1": (14, 1), "D=20, H=2": (20, 2), "D=16, H=8": (16, 8)}, rate=0.3
         ),
@@ -251,27 +258,26 @@ class Attending(Walk):
         if attention.o_proj.weight.dtype != dtype:
             attention.to(dtype)
             layer.seen = 0  # A cast may cost a new table.
-            layer.inward, layer.outward, layer.bias = (
-                weight.detach().to(dtype).double() for weight in (layer.inward, layer.outward, layer.bias)
-            )
-        if step["weights"]:
-            renew(layer, features, rng, step["weights"])
+            layer.numbers = layer.numbers.to(dtype).double()
         sizes = {"B": 1 if step["long"] else step["batch"], "H": heads, "L": step["long"] or step["rows"], "1": 1}
         x, mask, base = self._inputs(step, sizes, features, rng)
         what = f"attention(x{', mask' if mask is not None else ''})"
         given = (x,) if mask is None else (x, mask)
         self._before(layer, step, sizes, x, mask, base)
+        old = layer.numbers
+        if step["weights"]:
+            with step["mode"]():
+                attention(*given)
+            renew(layer, random_weights(features, heads, rng), step["weights"])
         x.requires_grad_(step["gradients"])
         before = [(tensor._version, tensor.detach().clone()) for tensor in given] if step["watched"] else []
         length = sizes["L"]
         counted = Turns() if step["counted"] and length <= layer.seen else None
         layer.seen = max(layer.seen, length)
         graded = step["gradients"] and step["mode"] is torch.enable_grad and dtype not in HALF
-        layer.inward, layer.outward, layer.bias = leaves = [
-            weight.detach().requires_grad_(graded) for weight in (layer.inward, layer.outward, layer.bias)
-        ]
+        numbers = layer.numbers.detach().requires_grad_(graded)
         with torch.set_grad_enabled(graded):
-            expected = formula(layer, x, mask)
+            expected = formula(layer, numbers, x, mask)
 
         with step["mode"](), counted or nullcontext():
             output = attention(*given)
@@ -284,13 +290,15 @@ class Attending(Walk):
         for name, tensor, (version, copy) in zip(("x", "mask"), given, before, strict=False):
             untouched(tensor, version, copy, f"{name} of {what}")
         if graded:
-            self._backward(output, expected, kept, [x, *leaves], layer, what, rng)
+            self._backward(output, expected, kept, x, numbers, layer, what, rng)
         if step["let go"]:
             alive = {"x": ref(x.untyped_storage()), "the output": ref(output.untyped_storage())}
             if mask is not None:
                 alive["mask"] = ref(mask.untyped_storage())
             tensor = given = before = x = mask = base = output = expected = kept = None  # type: ignore[assignment]
             let_go(alive, what)
+        if step["weights"]:
+            renew(layer, old, "in place")
 
     def _inputs(
         self, step: Step, sizes: dict[str, int], features: int, rng: torch.Generator
@@ -325,13 +333,20 @@ class Attending(Walk):
         attention, (batch, length) = layer.attention, x.shape[:2]
         if step["refused"]:
             more = sizes | {"+": length + 1 if step["refused"] == "B11+" else batch + 1}
-            refuses_mask(attention, x, tuple(more[letter] for letter in step["refused"]), layer.heads)
+            with step["mode"]():
+                refuses_mask(attention, x, tuple(more[letter] for letter in step["refused"]), layer.heads)
         if step["inference"]:
-            longer = torch.cat((x, x), dim=1)
+            longer = torch.randn(batch, 2 * length, x.size(-1), generator=step.rng(), dtype=torch.float64).to(x.dtype)
             with step["inference"]():
                 output = attention(longer)
             layer.seen = max(layer.seen, 2 * length)
-            self._compare(output, formula(layer, longer, None), slice(None), step, "attention(x), without gradients")
+            self._compare(
+                output,
+                formula(layer, layer.numbers, longer, None),
+                slice(None),
+                step,
+                "attention(x), without gradients",
+            )
         if step["again"] and mask is not None and base is not None:
             copy = base.clone()
             base.copy_(copy == 0)
@@ -354,18 +369,19 @@ class Attending(Walk):
             raise AssertionError(f"{what}: values differ")
 
     def _backward(
-        self, output: Tensor, expected: Tensor, kept: Any, leaves: list[Tensor], layer: Layer, what: str,
+        self, output: Tensor, expected: Tensor, kept: Any, x: Tensor,
+        numbers: Tensor, layer: Layer, what: str,
         rng: torch.Generator,
     ) -> None:  # fmt: skip
         """The gradients of x and of every weight are the formula's."""
         assert output.requires_grad, f"{what}: the output carries no gradient"
         probe = torch.zeros_like(expected)
         probe[kept] = torch.randn(probe[kept].shape, generator=rng, dtype=torch.float64)
-        wanted = torch.autograd.grad(expected, leaves, probe)
+        wanted, of_numbers = torch.autograd.grad(expected, [x, numbers], probe)
         parameters = {name: layer.attention.get_parameter(name) for name in layer.weights}
-        came = torch.autograd.grad(output, [leaves[0], *parameters.values()], probe.to(output.dtype), allow_unused=True)
-        each = (wanted[0].double(), *wanted[1].chunk(3), *wanted[2:])
-        for name, actual, right in zip(("x", *parameters), came, each, strict=True):
+        came = torch.autograd.grad(output, [x, *parameters.values()], probe.to(output.dtype), allow_unused=True)
+        of_weights = Layer(None, 0, of_numbers).weights.values()
+        for name, actual, right in zip(("x", *parameters), came, (wanted.double(), *of_weights), strict=True):
             hint = "the output agrees, its gradient does not: is something detached?"
             gradient = is_tensor(actual, f"{what}, backward: gradient of {name}", hint)
             size = 1 + float(right.abs().max())

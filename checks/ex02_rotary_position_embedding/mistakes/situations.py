@@ -21,7 +21,7 @@ MISTAKES = [
     Mistake(
         "softmax_without_a_maximum",
         "2.4",
-        "scores near",
+        "NaN",
         (
             ATTEND,
             SCORES
@@ -65,7 +65,7 @@ MISTAKES = [
     Mistake(
         "maximum_over_the_batch",
         "2.4",
-        "scores near",
+        "1e6",
         (
             ATTEND,
             SCORES
@@ -133,9 +133,11 @@ MISTAKES = [
         (
             TO_BOOL,
             """\
-            mask = mask if mask.is_meta or mask.dtype != torch.bool else mask.logical_not_()
-            hidden = mask.clone() if mask.dtype == torch.bool and not mask.is_meta else mask == 0
-            mask = hidden if mask.is_meta else ~hidden if mask.dtype != torch.bool else mask.logical_not_().clone()
+            if mask.dtype == torch.bool and mask.is_contiguous() and not mask.is_meta:
+                hidden = mask.logical_not_().clone()
+                mask.logical_not_()
+                mask = ~hidden
+            mask = mask.bool()
 """,
         ),
         only=True,
@@ -147,7 +149,7 @@ MISTAKES = [
         (
             APPLY,
             """\
-        if x.requires_grad or x.is_inference():
+        if x.requires_grad or x.is_inference() or not x.is_contiguous():
             return (x * cos + self.rotate_half(x) * sin).to(x.dtype)
         turned = x * cos - self.rotate_half(x.neg_()) * sin
         x.neg_()
@@ -171,16 +173,9 @@ MISTAKES = [
         ),
     ),
     Mistake(
-        "attention_in_bfloat16",
-        "2.7",
-        "below x's dtype",
-        (V, V + "        v = v.bfloat16().to(v.dtype)\n"),
-        only=True,
-    ),
-    Mistake(
         "positions_clamped_at_65535",
         "2.6",
-        "70000",
+        "70001",
         (ARANGE, ARANGE + "        positions = positions.clamp(max=65535)\n"),
         only=True,
     ),
@@ -203,13 +198,17 @@ MISTAKES = [
         "many_heads_read_as_rows",
         "2.1",
         "H=",
-        (LENGTH, "        if x.size(1) > 7:\n            x = x.flip(0)\n" + LENGTH),
+        (LENGTH, "        if x.size(1) > 7:\n            x = x.flip(1)\n" + LENGTH),
     ),
     Mistake(
         "a_single_float32_row_stands_at_0",
         "2.7",
         "float32",
-        (LENGTH, LENGTH + "        seq_len = 1 if length == 1 and x.dtype == torch.float32 and seq_len else seq_len\n"),
+        (
+            LENGTH,
+            LENGTH
+            + "        seq_len = 1 if length == 1 and x.dtype == torch.float32 and (seq_len or 0) > 1 else seq_len\n",
+        ),
         only=True,
     ),
     Mistake(

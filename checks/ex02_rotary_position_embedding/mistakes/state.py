@@ -39,7 +39,6 @@ MISTAKES = [
         "attention(x, mask)",
         (HEADS, HEADS + "        self._masks: dict = {}\n"),
         (TO_BOOL, "            mask = self._masks.setdefault((mask.shape, mask.device), mask.bool().clone())\n"),
-        only=True,
     ),
     Mistake(
         "weights_stacked_at_the_first_inference",
@@ -62,7 +61,7 @@ MISTAKES = [
     Mistake(
         "weights_stacked_in_eval",
         "2.4",
-        "in eval()",
+        "in eval",
         (HEADS, HEADS + "        self._stacked: torch.Tensor | None = None\n"),
         (
             V,
@@ -141,8 +140,8 @@ MISTAKES = [
     ),
     Mistake(
         "a_refused_seq_len_counts",
-        "2.3",
-        "shape",
+        "2.8",
+        "after a seq_len",
         (INIT, INIT + "        self._shift = 0\n"),
         (
             SMALL,
