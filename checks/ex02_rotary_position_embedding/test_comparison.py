@@ -38,6 +38,9 @@ def test_sinusoidal_equals_the_paper(subject: Subject, close: Close, seq_len: in
 
     table = is_tensor(subject.sinusoidal_position_embedding(seq_len, dim), "sinusoidal_position_embedding")
 
+    assert table.dtype in (torch.float32, torch.float64), (
+        f"sinusoidal_position_embedding({seq_len}, {dim}): {table.dtype} came, float32 or float64 was wanted"
+    )
     close(table.double(), expected, f"sinusoidal_position_embedding({seq_len}, {dim})", tolerance=NEAR,
           hint="features 2i and 2i + 1 share the frequency 10000**(-2i/dim)")  # fmt: skip
 

@@ -30,6 +30,7 @@ close = Close(ROUGH)
 _all = torch.Tensor.all  # Bound before any submission is loaded.
 GRADIENT = 5e-2  # of half precision: its products are rounded to it
 
+MODES = {"": torch.enable_grad, "under no_grad": torch.no_grad, "in inference_mode": torch.inference_mode}
 LAYOUTS = {
     "": "",
     "x is [B, L, H, Dh].transpose(1, 2)": "transposed",
@@ -77,7 +78,6 @@ class Turning(Walk):
         Aspect("counted", "2.3", {"": False, "cosines and sines counted": True}, rate=0.2),
         Aspect("let go", "2.3", {"": False, "x and result let go afterwards": True}, rate=0.2),
         Aspect("gradient", "2.7", {"": False, "x asks for a gradient": True}),
-        Aspect("exact", "2.7", {"": False, "compared as 2.7 asks": True}),
         Aspect("beside", "2.3", {"": 0, "beside a module of base 50": 50, "beside one of base 3e6": 3e6}, rate=0.15),
         Aspect(
             "module",
@@ -92,6 +92,7 @@ class Turning(Walk):
             },
             rate=0.25,
         ),
+        Aspect("exact", "2.7", {"": False, "compared as 2.7 asks": True}),
         Aspect(
             "cast",
             "2.7",
@@ -141,7 +142,7 @@ class Turning(Walk):
             {"": (1.0, 0.0), "x near 100": (1.0, 100.0), "x near -1000": (1.0, -1000.0), "x near 0.01": (1e-3, 1e-2)},
             rate=0.3,
         ),
-        Aspect("mode", "2.1", {"": torch.enable_grad, "under no_grad": torch.no_grad}, rate=0.3),
+        Aspect("mode", "2.1", MODES, rate=0.3),
     )
     otherwise = "2.1"
 
@@ -201,21 +202,24 @@ class Turning(Walk):
     def _before(self, state: Rotation, rope: Any, step: Step, rng: torch.Generator) -> int:
         """What happens before the call; below which position cosines and sines are known."""
         own, length = rope is state.rope, rows_of(step)
-        rope.train(not step["eval"])
+        if rope.training is step["eval"]:
+            rope.train(not step["eval"])
         for dtype in step["cast"]:
             rope.to(dtype)
         if own and step["cast"]:
             state.seen = 0  # A cast may cost a new table.
         seen = state.seen if own else 0
-        if not (step["inference"] or step["beside"] or step["refused"] is not None):
+        inferred = step["mode"] is torch.inference_mode
+        if not (step["inference"] or step["beside"] or step["refused"] is not None or inferred):
             return seen
         x = torch.randn(2, 1, length + 2, step["module"][0], generator=rng)
         if step["inference"]:
             with step["inference"]():
-                result = rope(x)
-            same(result, x, angles_of(torch.arange(length + 2), *step["module"]), "forward(x), without gradients")
+                rope(x)
             seen = max(seen, length + 2)
-        if step["beside"]:
+        if inferred:
+            rope(x, step["first"] + length + 2)  # What is made for good is made here: that is another aspect's.
+        if step["beside"] and own:
             rope(x)
             result = state.subject.RotaryPositionEmbedding(x.size(-1), 6, step["beside"])(x)
             angles = angles_of(torch.arange(length + 2), x.size(-1), step["beside"])

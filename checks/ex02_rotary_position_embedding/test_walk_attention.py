@@ -28,6 +28,7 @@ close = Close(ROUGH)
 _all = torch.Tensor.all  # Bound before any submission is loaded.
 
 IN_HALF = 0.1
+MODES = {"": torch.enable_grad, "under no_grad": torch.no_grad, "in inference_mode": torch.inference_mode}
 
 
 @dataclass
@@ -170,9 +171,9 @@ class Attending(Walk):
                 "with weights loaded": "loaded",
                 "with weights assigned to .data": "data",
             },
-            rate=0.3,
+            rate=0.2,
         ),
-        Aspect("again", "2.4", {"": False, "after a call with another mask in the same tensor": True}, rate=0.2),
+        Aspect("again", "2.4", {"": False, "after a call with another mask in the same tensor": True}, rate=0.15),
         Aspect(
             "inference",
             "2.7",
@@ -187,7 +188,7 @@ class Attending(Walk):
             "dtype",
             "2.7",
             {"": torch.float64, "in float32": torch.float32, "in bfloat16": HALF[1], "in float16": HALF[0]},
-            rate=0.4,
+            rate=0.3,
         ),
         Aspect(
             "refused",
@@ -202,7 +203,7 @@ class Attending(Walk):
             rate=0.2,
         ),
         Aspect("eval", "2.4", {"": False, "in eval()": True}),
-        Aspect("mode", "2.4", {"": torch.enable_grad, "under no_grad": torch.no_grad}, rate=0.2),
+        Aspect("mode", "2.4", MODES, rate=0.2),
         Aspect(
             "hidden",
             "2.4",
@@ -230,7 +231,7 @@ class Attending(Walk):
             "layer", "2.4", {"": (12, 3), "D=14, H=1": (14, 1), "D=20, H=2": (20, 2), "D=16, H=8": (16, 8)}, rate=0.3
         ),
         Aspect("rows", "2.4", {f"L={rows}" if rows != 5 else "": rows for rows in (5, 1, 2, 8, 9, 17)}),
-        Aspect("long", "2.4", {"": 0, "L=260": 260}, rate=0.01),
+        Aspect("long", "2.4", {"": 0, "L=260": 260}, rate=0.005),
         Aspect("batch", "2.4", {"": 2, "B=1": 1, "B=3": 3, "B=5": 5}),
         Aspect(
             "layout",
@@ -254,7 +255,9 @@ class Attending(Walk):
             features, heads = 14, 1
         layer = state.get((features, heads)) or layer_of(state[""], features, heads)
         state[features, heads] = layer
-        attention = layer.attention.train(not step["eval"])
+        attention = layer.attention
+        if attention.training is step["eval"]:
+            attention.train(not step["eval"])
         if attention.o_proj.weight.dtype != dtype:
             attention.to(dtype)
             layer.seen = 0  # A cast may cost a new table.
@@ -275,6 +278,7 @@ class Attending(Walk):
         counted = Turns() if step["counted"] and length <= layer.seen else None
         layer.seen = max(layer.seen, length)
         graded = step["gradients"] and step["mode"] is torch.enable_grad and dtype not in HALF
+        graded = graded and step["scores"] < 20 and step["mask"] != "padding of 1e6"
         numbers = layer.numbers.detach().requires_grad_(graded)
         with torch.set_grad_enabled(graded):
             expected = formula(layer, numbers, x, mask)
@@ -338,15 +342,12 @@ class Attending(Walk):
         if step["inference"]:
             longer = torch.randn(batch, 2 * length, x.size(-1), generator=step.rng(), dtype=torch.float64).to(x.dtype)
             with step["inference"]():
-                output = attention(longer)
+                attention(longer)
             layer.seen = max(layer.seen, 2 * length)
-            self._compare(
-                output,
-                formula(layer, layer.numbers, longer, None),
-                slice(None),
-                step,
-                "attention(x), without gradients",
-            )
+        if step["mode"] is torch.inference_mode:
+            attention(
+                x, *([] if mask is None else [mask])
+            )  # What is made for good is made here, not in inference_mode.
         if step["again"] and mask is not None and base is not None:
             copy = base.clone()
             base.copy_(copy == 0)
@@ -390,4 +391,4 @@ class Attending(Walk):
                 raise AssertionError(f"{what}, backward: gradient of {name}: values differ")
 
 
-test_attends_in_any_order = walk_check(Attending(), 100)
+test_attends_in_any_order = walk_check(Attending(), 60)
