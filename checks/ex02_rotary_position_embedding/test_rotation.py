@@ -9,7 +9,7 @@ import torch
 
 from harness.testing import Close, Subject, Where, is_tensor, requirement
 
-from .reference import DH, DTYPES, ROUGH, B, H, L, agree, angles_of, named, rows, turned
+from .reference import DH, ROUGH, B, H, L, agree, angles_of, rows, turned
 
 # 2.1 the rotation
 
@@ -47,8 +47,11 @@ def test_apply_by_hand(subject: Subject, close: Close) -> None:
 
 
 @requirement("2.1")
-@pytest.mark.parametrize("dtype", DTYPES, ids=named)
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [(torch.enable_grad, torch.float64), (torch.no_grad, torch.float32)],
+    ids=["with gradients", "without, in float32"],
+)
 def test_inputs_are_never_written_to(
     subject: Subject, close: Close, rng: torch.Generator, mode: Callable[[], Any], dtype: torch.dtype
 ) -> None:
