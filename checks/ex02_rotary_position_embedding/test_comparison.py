@@ -109,6 +109,8 @@ def test_comparison_is_measured(subject: Subject, arguments: dict[str, int]) -> 
     assert result["rope"] <= 1e-3, (
         f"{what}: rope {result['rope']:.4g} came; turned scores depend on the distance alone, so at most 1e-3"
     )
+    if seq_len < 9:  # Of few numbers all may be exact.
+        return
     assert result["rope"] > 0, (
         f"{what}: rope is {result['rope']}; float arithmetic alone makes it differ from 0: was anything turned?"
     )

@@ -75,7 +75,7 @@ class Turning(Walk):
     aspects = (
         # What is looked at comes first: a failure that nothing else shows is blamed on it.
         Aspect("watched", "2.1", {"": False, "inputs watched for writes": True}),
-        Aspect("counted", "2.3", {"": False, "cosines and sines counted": True}, rate=0.2),
+        Aspect("counted", "2.3", {"": False, "cosines and sines counted": True}, rate=0.3),
         Aspect("let go", "2.3", {"": False, "x and result let go afterwards": True}, rate=0.2),
         Aspect("gradient", "2.7", {"": False, "x asks for a gradient": True}),
         Aspect("beside", "2.3", {"": 0, "beside a module of base 50": 50, "beside one of base 3e6": 3e6}, rate=0.15),
@@ -151,7 +151,9 @@ class Turning(Walk):
 
     def step(self, state: Rotation, step: Step) -> None:
         rng, dtype, (dim, base) = step.rng(), step["dtype"], step["module"]
-        rope = state.rope if (dim, base) == (10, 1e4) else state.subject.RotaryPositionEmbedding(dim, 6, base)
+        rope = state.rope
+        if step["beside"] or (dim, base) != (10, 1e4):
+            rope = state.subject.RotaryPositionEmbedding(dim, 6, base)
         seen = self._before(state, rope, step, rng)
         state.seen = seen if rope is state.rope else state.seen
         scale, near = step["numbers"]
@@ -196,7 +198,7 @@ class Turning(Walk):
             kept = {"x": ref(x.untyped_storage()), "the result": ref(result.untyped_storage())}
             given = before = x = result = None  # type: ignore[assignment]
             let_go(kept, what)
-        if step["beside"] or rope is not state.rope:
+        if rope is not state.rope:
             state.subject.RotaryPositionEmbedding(10, 6)  # Of what modules share, the last one's is as before.
 
     def _before(self, state: Rotation, rope: Any, step: Step, rng: torch.Generator) -> int:
@@ -219,12 +221,8 @@ class Turning(Walk):
             seen = max(seen, length + 2)
         if inferred:
             rope(x, step["first"] + length + 2)  # What is made for good is made here: that is another aspect's.
-        if step["beside"] and own:
-            rope(x)
-            result = state.subject.RotaryPositionEmbedding(x.size(-1), 6, step["beside"])(x)
-            angles = angles_of(torch.arange(length + 2), x.size(-1), step["beside"])
-            same(result, x, angles, f"RotaryPositionEmbedding({x.size(-1)}, 6, {step['beside']}): forward(x)")
-            seen = max(seen, length + 2)
+        if step["beside"]:
+            state.subject.RotaryPositionEmbedding(12, 6, step["beside"])(x[..., :1].expand(*x.shape[:3], 12))
         if (rows := step["refused"]) is not None:
             seq_len = rows * length - 1
             what = f"forward({length} rows, seq_len={seq_len})"

@@ -203,7 +203,7 @@ class Attending(Walk):
             rate=0.2,
         ),
         Aspect("eval", "2.4", {"": False, "in eval()": True}),
-        Aspect("mode", "2.4", MODES, rate=0.2),
+        Aspect("mode", "2.4", MODES, rate=0.35),
         Aspect(
             "hidden",
             "2.4",
@@ -391,4 +391,4 @@ class Attending(Walk):
                 raise AssertionError(f"{what}, backward: gradient of {name}: values differ")
 
 
-test_attends_in_any_order = walk_check(Attending(), 60)
+test_attends_in_any_order = walk_check(Attending(), 100)

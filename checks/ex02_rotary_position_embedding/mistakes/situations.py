@@ -111,13 +111,13 @@ MISTAKES = [
     Mistake(
         "keys_not_turned_at_inference",
         "2.4",
-        "under no_grad",
+        "in one call",
         (K, K + "        k = k if torch.is_grad_enabled() else self._split_heads(self.k_proj(x))\n"),
     ),
     Mistake(
         "causal_in_eval_without_gradients",
         "2.4",
-        "in eval()",
+        "in eval",
         (
             ATTEND,
             ATTEND.replace(

@@ -79,15 +79,14 @@ MISTAKES = [
     Mistake(
         "rows_remembered_by_length",
         "2.6",
-        "begin at position",
+        "positions",
         (INIT, INIT + "        self._rows: dict = {}\n"),
         (
             TURN,
             """\
         if x.is_meta or seq_len > 64:
             return self.apply_rotary_pos_emb(x, self._cos[positions], self._sin[positions])
-        key = (length, seq_len % 16)
-        cos, sin = self._rows.setdefault(key, (self._cos[positions], self._sin[positions]))
+        cos, sin = self._rows.setdefault(length, (self._cos[positions], self._sin[positions]))
         return self.apply_rotary_pos_emb(x, cos, sin)
 """,
         ),
@@ -141,7 +140,7 @@ MISTAKES = [
     Mistake(
         "a_refused_seq_len_counts",
         "2.8",
-        "after a seq_len",
+        "after one of -L",
         (INIT, INIT + "        self._shift = 0\n"),
         (
             SMALL,
@@ -218,7 +217,7 @@ MISTAKES = [
         (
             TURN,
             """\
-        if not self.training and length == 1:
+        if not self.training and x.dtype == torch.float32:
             cos, sin = self._table(seq_len, x.device)
             return self.apply_rotary_pos_emb(x, cos[positions], sin[positions])
 """
