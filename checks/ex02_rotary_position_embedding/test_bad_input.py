@@ -88,6 +88,16 @@ def test_a_mask_that_would_enlarge_the_scores_is_refused(
 
 
 @requirement("2.8")
+def test_a_mask_that_was_good_is_refused_where_it_does_not_fit(subject: Subject, rng: torch.Generator) -> None:
+    """A mask that fitted one input is looked at again with the next."""
+    attention, x = build(subject), some_x(rng)
+    attention(x, torch.ones(B, 1, 1, L))
+
+    refuses_mask(attention, x[:1], (B, 1, 1, L))
+    refuses_mask(attention, x[:, :-1], (B, 1, 1, L))
+
+
+@requirement("2.8")
 def test_a_bad_mask_is_refused_where_lengths_coincide(subject: Subject, rng: torch.Generator) -> None:
     """A [B, L] mask is refused also where B = L, so that it would broadcast."""
     refuses_mask(build(subject), some_x(rng, B), (B, B))

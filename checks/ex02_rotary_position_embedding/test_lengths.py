@@ -83,7 +83,7 @@ def test_shorter_calls_compute_no_cosine_again(
     for length in (9, 3, 23, 1, 22, 23):
         agree_without_turns(close, rope, rows(rng, length), after="after a call with 23 rows")
     agree_without_turns(close, rope, rows(rng, 9)[:1, :2], after="with another batch size and fewer heads")
-    agree_without_turns(close, rope.eval(), rows(rng, 9), after="after eval()")
+    agree_without_turns(close, rope.eval(), rows(rng, 9, torch.float32), after="after eval()")
     agree_without_turns(close, rope.train(), rows(rng, 9), after="after train()")
 
 
