@@ -153,7 +153,7 @@ def sinusoidal_position_embedding(seq_len: int, dim: int) -> Tensor:
         dim: number of features; even.
 
     Returns:
-        [seq_len, dim], float32: sines at the even features, cosines at the odd ones.
+        [seq_len, dim], float32 or float64: sines at the even features, cosines at the odd ones.
 
     Raises:
         ValueError: `dim` is odd; the message names it.

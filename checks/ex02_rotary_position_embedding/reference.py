@@ -8,22 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.testing import Close, DispatchMode, Subject, is_tensor, seed
+from harness.testing import Close, DispatchMode, Subject, is_tensor, refuses, seed
 
 B, H, L, DH = 2, 3, 5, 10
 D = 12  # of the attention layer: 3 heads with 4 features
 # Cosines and sines in float32 err by 6e-8 plus what the angle errs: below position 64 a few 1e-6, at 4000 a few 1e-4.
 NEAR, FAR = 2e-5, 5e-4
+# Where precision is not the question: bfloat16's own rounding passes, a wrong angle does not.
+ROUGH = 1e-2
+# What rounding to a dtype may change, relative to the value.
+ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
+HALF = (torch.float16, torch.bfloat16)
 # Bounds that only tell a stale table from a right one, where precision is not the question.
 LOOSE = {torch.float16: 5e-2, torch.bfloat16: 5e-2}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
+
+PARAMETERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "o_proj.bias")
 
 
 def angles_of(positions: Tensor, dim: int, base: float = 10000.0) -> Tensor:
     """The angle of every pair at every position, in float64: [L, Dh / 2]."""
     pairs = torch.arange(dim // 2, dtype=torch.float64)
     return positions.double()[:, None] * base ** (-2 * pairs / dim)
+
+
+def turned_pairs(x: Tensor, angles: Tensor) -> Tensor:
+    """Every pair of x, turned by its angle: complex numbers in float64, [B, H, L, Dh / 2]."""
+    turn = torch.polar(torch.ones((), dtype=torch.float64).expand(angles.shape), angles.double())
+    return torch.complex(*x.double().chunk(2, dim=-1)).mul_(turn)
 
 
 def turned(x: Tensor, positions: Tensor) -> Tensor:
@@ -53,7 +66,7 @@ def agree(
     seq_len: int | None = None,
     *,
     hint: str = "",
-    tolerance: float = NEAR,
+    tolerance: float = ROUGH,
     inside: "Turns | None" = None,
 ) -> None:
     """forward, called `inside` a probe, turns every pair of x by its angle, in whatever dtype the result comes."""
@@ -110,6 +123,17 @@ COMPLEX_TURNS = {"exp", "exp2", "expm1", "pow", "cosh", "sinh"}
 PYTHON_TURNS = {"math.cos", "math.sin", "math.tan", "cmath.exp", "cmath.rect", "cmath.cos", "cmath.sin"}
 
 
+def none_seen(turns: Turns, what: str) -> None:
+    """Fails if any cosine or sine was computed."""
+    seen = [
+        f"{name} ({count} {'calls' if '.' in name else 'elements'})"
+        for name, count in sorted(turns.seen.items())
+        if count
+    ]
+    hint = "keep cosines and sines for all positions so far: a shorter call takes a slice, another dtype the same table"
+    assert not seen, f"{what}: computes {' and '.join(seen)} again\n{hint}"
+
+
 def build(subject: Subject, max_position_embeddings: int = 64, d_model: int = D, heads: int = H) -> Any:
     """A seeded attention layer of the learner's in float64, with D = 12 and 3 heads unless told."""
     layer = subject.MultiHeadAttentionWithRoPE
@@ -127,3 +151,70 @@ def some_mask(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     mask = torch.rand(shape, generator=rng) > 0.4
     mask[..., 0] = True
     return mask
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def untouched(tensor: Tensor, version: int, copy: Tensor, what: str) -> None:
+    """Nothing has written to a tensor, not even the same values."""
+    assert tensor._version == version and torch.equal(tensor, copy), f"{what}: it was written to"
+
+
+def let_go(kept: dict[str, Any], what: str) -> None:
+    """Nothing of a call is alive any more."""
+    alive = [name for name, storage in kept.items() if storage() is not None]
+    assert not alive, f"{what}: {' and '.join(alive)} stays alive after the call; a module keeps tables alone"
+
+
+def refuses_mask(attention: Any, x: Tensor, shape: tuple[int, ...], heads: int = H) -> None:
+    """The layer refuses a mask of this shape, with the mask's shape and that of the scores."""
+    scores = (x.size(0), heads, x.size(1), x.size(1))
+    what = f"attention with a mask of shape {shape} for scores of shape {scores}"
+    printed = (", ".join(map(str, sizes)) for sizes in (shape, scores))
+    refuses(ValueError, lambda: attention(x, torch.ones(shape)), what, *printed)
+
+
+def weights_of(attention: Any) -> dict[str, Tensor]:
+    """Copies of the layer's weights in float64, by their given names."""
+    return {name: attention.get_parameter(name).detach().double().clone() for name in PARAMETERS}
+
+
+def formula(
+    attention: Any,
+    x: Tensor,
+    mask: Tensor | None = None,
+    weights: dict[str, Tensor] | None = None,
+    heads: int = H,
+) -> Tensor:
+    """The formula in float64, with the layer's weights or those given."""
+    weights = weights or weights_of(attention)
+    positions = torch.arange(x.size(1))
+    q, k, v = (
+        (x.double() @ weights[f"{name}.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    scores = turned(q, positions) @ turned(k, positions).mT / q.size(-1) ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(mask == 0, float("-inf"))
+    context = scores.softmax(-1).nan_to_num(0.0) @ v
+    result: Tensor = context.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].T + weights["o_proj.bias"]
+    return result
+
+
+def attends(
+    close: Close,
+    attention: Any,
+    x: Tensor,
+    mask: Tensor | None = None,
+    hint: str = "",
+    heads: int = H,
+    tolerance: float = ROUGH,
+) -> None:
+    """The layer's output equals the formula's, in x's dtype."""
+    expected = formula(attention, x, mask, heads=heads).to(x.dtype)
+
+    output = attention(x) if mask is None else attention(x, mask)
+
+    close(output, expected, "attention(x)" if mask is None else "attention(x, mask)", tolerance=tolerance, hint=hint)

@@ -1,70 +1,37 @@
 """Attention (2.4): the formula's output and gradients, every mask, padding, sizes and changed weights."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from harness.testing import Close, Subject, halfway, is_tensor, requirement
 
-from .reference import MASK_DTYPES, NEAR, B, H, L, build, named, some_mask, some_x, turned
-
-PARAMETERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "o_proj.bias")
-
-
-def weights_of(attention: Any) -> dict[str, Tensor]:
-    """Copies of the layer's weights in float64, by their given names."""
-    return {name: attention.get_parameter(name).detach().double().clone() for name in PARAMETERS}
-
-
-def reference(
-    attention: Any,
-    x: Tensor,
-    mask: Tensor | None = None,
-    weights: dict[str, Tensor] | None = None,
-    heads: int = H,
-) -> Tensor:
-    """The formula in float64, with the layer's weights or those given."""
-    weights = weights or weights_of(attention)
-    positions = torch.arange(x.size(1))
-    q, k, v = (
-        (x.double() @ weights[f"{name}.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for name in ("q_proj", "k_proj", "v_proj")
-    )
-    scores = turned(q, positions) @ turned(k, positions).mT / q.size(-1) ** 0.5
-    if mask is not None:
-        scores = scores.masked_fill(mask == 0, float("-inf"))
-    context = scores.softmax(-1).nan_to_num(0.0) @ v
-    result: Tensor = context.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].T + weights["o_proj.bias"]
-    return result
-
-
-def attends(
-    close: Close, attention: Any, x: Tensor, mask: Tensor | None = None, hint: str = "", heads: int = H
-) -> None:
-    """The layer's output equals the formula's, in x's dtype."""
-    expected = reference(attention, x, mask, heads=heads).to(x.dtype)
-
-    output = attention(x) if mask is None else attention(x, mask)
-
-    close(output, expected, "attention(x)" if mask is None else "attention(x, mask)", tolerance=NEAR, hint=hint)
+from .reference import (
+    MASK_DTYPES,
+    PARAMETERS,
+    ROUGH,
+    B,
+    H,
+    L,
+    attends,
+    build,
+    formula,
+    named,
+    some_mask,
+    some_x,
+    weights_of,
+)
 
 
 @requirement("2.4")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
-def test_attention_leaves_its_inputs_alone(
-    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype
-) -> None:
+def test_attention_leaves_its_inputs_alone(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """x and mask are after the call what they were before."""
-    attention, x, pairs = build(subject).to(dtype), some_x(rng).to(dtype), some_mask((B, 1, L, L), rng)
+    attention, x, pairs = build(subject), some_x(rng), some_mask((B, 1, L, L), rng)
 
     for mask_dtype in MASK_DTYPES:
         mask = pairs.to(mask_dtype)
         before = x.clone(), mask.clone()
 
-        with torch.set_grad_enabled(dtype == torch.float64):
-            attention(x, mask)
+        attention(x, mask)
 
         close(x, before[0], "x after attention(x, mask)", tolerance=0, hint="x is written to")
         close(
@@ -86,7 +53,7 @@ def test_values_are_not_turned(subject: Subject, close: Close, rng: torch.Genera
     output = attention(x)
 
     hint = "all rows are the same: o_proj(v_proj(x)), values not turned, heads split and joined as [B, H, L, Dh]"
-    close(output, expected, "attention(x)", tolerance=1e-6, hint=hint)
+    close(output, expected, "attention(x)", tolerance=ROUGH, hint=hint)
 
 
 @requirement("2.4")
@@ -99,7 +66,7 @@ def test_queries_and_keys_both_turn(subject: Subject, close: Close, rng: torch.G
 
     hint = "the rows only stand three positions later than they do alone: do queries and keys both turn?"
     close(
-        later[:, 3:], is_tensor(alone, "attention(x)").detach(), "attention(x, mask)[:, 3:]", tolerance=1e-4, hint=hint
+        later[:, 3:], is_tensor(alone, "attention(x)").detach(), "attention(x, mask)[:, 3:]", tolerance=ROUGH, hint=hint
     )
 
 
@@ -120,21 +87,25 @@ def test_gradients_equal_the_formulas(subject: Subject, close: Close, rng: torch
     theirs = x.detach().clone().requires_grad_()
     attention = build(subject).train(kind != "in eval")
     weights = {name: weight.requires_grad_() for name, weight in weights_of(attention).items()}
-    expected = reference(attention, x, mask, weights)
+    expected = formula(attention, x, mask, weights)
     (expected * probe).sum().backward()
 
     output = is_tensor(attention(theirs) if mask is None else attention(theirs, mask), "attention(x)")
 
     close(
-        output, expected, f"attention(x), {kind}", tolerance=NEAR, hint="a mask says 1 or true where a query may attend"
+        output,
+        expected,
+        f"attention(x), {kind}",
+        tolerance=ROUGH,
+        hint="a mask says 1 or true where a query may attend",
     )
     assert output.requires_grad, f"attention(x), {kind}: the output carries no gradient"
     (output * probe).sum().backward()
     hint = f"{kind}: the output agrees, its gradient does not: is something detached?"
-    close(theirs.grad, is_tensor(x.grad, "x.grad"), "backward: gradient of x", tolerance=1e-4, hint=hint)
+    close(theirs.grad, is_tensor(x.grad, "x.grad"), "backward: gradient of x", tolerance=ROUGH, hint=hint)
     for name, weight in weights.items():
         wanted = is_tensor(weight.grad, name)
-        close(attention.get_parameter(name).grad, wanted, f"backward: gradient of {name}", tolerance=1e-4, hint=hint)
+        close(attention.get_parameter(name).grad, wanted, f"backward: gradient of {name}", tolerance=ROUGH, hint=hint)
 
 
 @requirement("2.4")
@@ -143,16 +114,16 @@ def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, 
     """Boolean and 0/1 masks of every dtype mean the same, whatever x's dtype is."""
     mask = some_mask((B, 1, L, L), rng).to(dtype)
 
-    for of_x in (torch.float64, torch.float32):
-        hint = f"with a mask of {named(dtype)} for x in {named(of_x)}; 1 means: may attend"
-        attends(close, build(subject).to(of_x), some_x(rng).to(of_x), mask, hint=hint)
+    of_x = torch.float32 if dtype == torch.float64 else torch.float64
+    hint = f"with a mask of {named(dtype)} for x in {named(of_x)}; 1 means: may attend"
+    attends(close, build(subject).to(of_x), some_x(rng).to(of_x), mask, hint=hint)
 
 
 @halfway
 @requirement("2.4")
 @pytest.mark.parametrize(
     "shape",
-    [(B, 1, 1, L), (1, 1, L, L), (1, H, 1, L), (B, H, L, L), (B, 1, L, 1), (1, 1, 1, 1)],
+    [(B, 1, 1, L), (1, H, 1, L), (B, H, L, L), (1, 1, 1, 1)],
     ids=lambda shape: "x".join(map(str, shape)),
 )
 def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
@@ -176,8 +147,8 @@ def test_a_fully_masked_row_gives_the_bias(
 
     hint = "a query that may attend to nothing (in one head, or in all) has zero weights, not NaN or a uniform row"
     bias = attention.o_proj.bias.detach()
-    close(output[0, 2], bias, "attention(x, mask): a fully masked row", tolerance=1e-9, hint=hint)
-    close(output, reference(attention, x.detach(), mask), "attention(x, mask)", tolerance=NEAR, hint=hint)
+    close(output[0, 2], bias, "attention(x, mask): a fully masked row", tolerance=ROUGH, hint=hint)
+    close(output, formula(attention, x.detach(), mask), "attention(x, mask)", tolerance=ROUGH, hint=hint)
     output.sum().backward()
     assert is_tensor(x.grad, "x.grad").isfinite().all(), f"backward: x's gradient is not finite\n{hint}"
 
@@ -189,13 +160,13 @@ def test_padding_changes_nothing(subject: Subject, close: Close, rng: torch.Gene
     x = some_x(rng, 7).to(dtype)
     mask = torch.arange(7).view(1, 1, 1, 7) < 4
     attention = build(subject).to(dtype)
-    expected = reference(attention, x[:, :4])
+    expected = formula(attention, x[:, :4])
     x[:, 4:] = 1e6
 
     output = is_tensor(attention(x, mask), "attention(x, mask)")
 
     hint = "rows 4 and later hold 1e6 and are masked out; they reach the output"
-    close(output[:, :4].double(), expected, "attention(x, mask)[:, :4]", tolerance=NEAR, hint=hint)
+    close(output[:, :4].double(), expected, "attention(x, mask)[:, :4]", tolerance=ROUGH, hint=hint)
 
 
 @requirement("2.4")
@@ -216,16 +187,7 @@ def test_attention_of_strided_inputs(subject: Subject, close: Close, rng: torch.
 
 
 @requirement("2.4")
-@pytest.mark.parametrize("length", [1, 4, 9])
-def test_attention_of_any_length(subject: Subject, close: Close, rng: torch.Generator, length: int) -> None:
-    """One row, as many as max_position_embeddings, and more than it."""
-    attends(close, build(subject, 4), some_x(rng, length), hint=f"{length} rows, max_position_embeddings=4")
-
-
-@requirement("2.4")
-@pytest.mark.parametrize(
-    ("batch", "length", "d_model", "heads"), [(3, 7, 20, 2), (5, 3, 24, 4), (1, 6, 14, 1), (3, 41, 10, 5)]
-)
+@pytest.mark.parametrize(("batch", "length", "d_model", "heads"), [(3, 7, 20, 2), (1, 6, 14, 1), (3, 41, 10, 5)])
 def test_attention_of_any_size(
     subject: Subject, close: Close, rng: torch.Generator, batch: int, length: int, d_model: int, heads: int
 ) -> None:
@@ -235,6 +197,15 @@ def test_attention_of_any_size(
 
     attends(close, attention, x, hint=hint, heads=heads)
     attends(close, attention, x, some_mask((batch, heads, length, length), rng), hint=hint, heads=heads)
+
+
+@requirement("2.4")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8], ids=named)
+def test_256_keys_allowed(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """As many keys as an 8-bit sum counts as none."""
+    x, mask = some_x(rng, 256, 1, 2), torch.ones(1, 1, 1, 256, dtype=dtype)
+
+    attends(close, build(subject, 8, 2, 1), x, mask, hint=f"256 keys, all allowed by a mask of {named(dtype)}", heads=1)
 
 
 @requirement("2.4")

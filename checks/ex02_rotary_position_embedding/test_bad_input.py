@@ -1,14 +1,11 @@
 """Bad input (2.8): odd dims, small seq_lens, bad d_models and masks are refused with the numbers."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from harness.testing import Subject, refuses, requirement
 
-from .reference import DH, B, H, L, build, rows, some_x
+from .reference import DH, B, H, L, build, refuses_mask, rows, some_x
 
 
 @requirement("2.8")
@@ -91,14 +88,16 @@ def test_a_mask_that_would_enlarge_the_scores_is_refused(
 
 
 @requirement("2.8")
+def test_a_mask_that_was_good_is_refused_where_it_does_not_fit(subject: Subject, rng: torch.Generator) -> None:
+    """A mask that fitted one input is looked at again with the next."""
+    attention, x = build(subject), some_x(rng)
+    attention(x, torch.ones(B, 1, 1, L))
+
+    refuses_mask(attention, x[:1], (B, 1, 1, L))
+    refuses_mask(attention, x[:, :-1], (B, 1, 1, L))
+
+
+@requirement("2.8")
 def test_a_bad_mask_is_refused_where_lengths_coincide(subject: Subject, rng: torch.Generator) -> None:
     """A [B, L] mask is refused also where B = L, so that it would broadcast."""
     refuses_mask(build(subject), some_x(rng, B), (B, B))
-
-
-def refuses_mask(attention: Any, x: Tensor, shape: tuple[int, ...], heads: int = H) -> None:
-    """The layer refuses a mask of this shape, with the mask's shape and that of the scores."""
-    scores = (x.size(0), heads, x.size(1), x.size(1))
-    what = f"attention with a mask of shape {shape} for scores of shape {scores}"
-    printed = (", ".join(map(str, sizes)) for sizes in (shape, scores))
-    refuses(ValueError, lambda: attention(x, torch.ones(shape)), what, *printed)

@@ -7,7 +7,7 @@ import torch
 
 from harness.testing import Close, Subject, is_tensor, requirement
 
-from .reference import DH, NEAR, agree, rows
+from .reference import DH, ROUGH, agree, rows
 
 
 @requirement("2.6")
@@ -19,7 +19,7 @@ def test_seq_len_by_hand(subject: Subject, close: Close) -> None:
     turned_rows = is_tensor(subject.RotaryPositionEmbedding(2)(x, seq_len=7), "forward(2 rows, seq_len=7)")
 
     hint = "seq_len counts the positions up to and including the last row: these rows stand at 5 and 6"
-    close(turned_rows.double(), expected, "forward([1, 0] twice, seq_len=7)", tolerance=NEAR, hint=hint)
+    close(turned_rows.double(), expected, "forward([1, 0] twice, seq_len=7)", tolerance=ROUGH, hint=hint)
 
 
 @requirement("2.6")
@@ -28,7 +28,7 @@ def test_seq_len_by_hand(subject: Subject, close: Close) -> None:
     [(5, 1, 1, 1), (1, 1, 1, 1), (4, 3, 2, 5), (11,)],
     ids=["one token at a time", "no prefill", "several", "prefill only"],
 )
-@pytest.mark.parametrize("expected_positions", [6, 64])
+@pytest.mark.parametrize("expected_positions", [6])
 def test_decoding_gives_the_full_pass(
     subject: Subject, close: Close, rng: torch.Generator, expected_positions: int, sizes: tuple[int, ...]
 ) -> None:
@@ -54,8 +54,16 @@ def test_the_first_call_may_be_late(subject: Subject, close: Close, rng: torch.G
         rows(rng, 1),
         seq_len,
         hint=f"the first call of a module with max_position_embeddings=8 is for position {seq_len - 1}",
-        tolerance=NEAR if seq_len <= 64 else 2e-2,  # float32 angles may be off by 5e-3 here
+        tolerance=ROUGH,
     )
+
+
+@requirement("2.6")
+def test_positions_have_no_end(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A position beyond what 16 bits can count."""
+    rope = subject.RotaryPositionEmbedding(2, 8)
+
+    agree(close, rope, rows(rng, 1, dim=2), 70_001, hint="max_position_embeddings=8; there is no last position")
 
 
 @requirement("2.6")

@@ -1,6 +1,5 @@
 """Precision (2.7): float32 or better after casts, x's dtype, inference before training, gradients."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,10 +8,25 @@ from torch import Tensor
 
 from harness.testing import Close, Subject, is_tensor, requirement
 
-from .reference import DH, DTYPES, FAR, LOOSE, MASK_DTYPES, NEAR, B, L, build, named, rows, some_mask, some_x, turned
-
-# What rounding to a dtype may change, relative to the value.
-ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
+from .reference import (
+    DH,
+    DTYPES,
+    FAR,
+    LOOSE,
+    MASK_DTYPES,
+    NEAR,
+    ROUGH,
+    ROUNDING,
+    B,
+    L,
+    build,
+    formula,
+    named,
+    rows,
+    some_mask,
+    some_x,
+    turned,
+)
 
 
 def legs(rng: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -66,18 +80,23 @@ def test_the_result_has_xs_dtype(subject: Subject, rng: torch.Generator, dtype: 
 
 @requirement("2.7")
 @pytest.mark.parametrize(
-    "casts",
-    [(), (torch.bfloat16, torch.float32), (torch.bfloat16,), (torch.float16,), (torch.float64,)],
-    ids=lambda casts: " then ".join(map(named, casts)) or "no cast",
+    ("casts", "called"),
+    [
+        ((), False),
+        ((torch.bfloat16, torch.float32), False),
+        ((torch.bfloat16,), True),
+        ((torch.float16,), False),
+        ((torch.float64,), True),
+    ],
+    ids=["no cast", "bfloat16 then float32", "bfloat16, called before", "float16", "float64, called before"],
 )
-@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called before"])
 def test_a_float32_call_is_precise(
     subject: Subject, rng: torch.Generator, casts: tuple[torch.dtype, ...], called: bool
 ) -> None:
     """A float32 call keeps its precision after every cast of the module, before and after its first call."""
     rope, x = subject.RotaryPositionEmbedding(8, 4096), legs(rng, torch.float32)
     if called:
-        rope(x[:, :, :5])
+        rope(x[:, :, :5].bfloat16())
 
     for dtype in casts:
         rope = rope.to(dtype)
@@ -98,14 +117,29 @@ def test_a_half_precision_call_is_precise(
 
 
 @requirement("2.7")
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
-@pytest.mark.parametrize("expected_positions", [4, 64])
-def test_inference_first_training_later(
-    subject: Subject, close: Close, rng: torch.Generator, mode: Callable[[], Any], expected_positions: int
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
+def test_attention_is_precise(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, masked: bool
 ) -> None:
+    """The attention layer computes in x's dtype or better."""
+    mask = torch.ones(1, 1, L, L).tril() if masked else None
+
+    hint = "nothing is computed below x's dtype, nor cosines and sines below float32"
+    attention, x = build(subject).to(dtype), some_x(rng).to(dtype)
+    expected = formula(attention, x, mask).to(dtype)
+
+    output = is_tensor(attention(x, mask), "attention(x, mask)")
+
+    if output.shape == expected.shape and (output - expected).abs().max() <= ROUGH:  # What is wrong is not imprecise.
+        close(output, expected, "attention(x, mask)", tolerance=NEAR, hint=hint)
+
+
+@requirement("2.7")
+def test_inference_first_training_later(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """What the first call keeps, made in inference_mode, serves training."""
-    rope = subject.RotaryPositionEmbedding(DH, expected_positions)
-    with mode():
+    rope = subject.RotaryPositionEmbedding(DH, 4)
+    with torch.inference_mode():
         rope(rows(rng, 9))
 
     differentiates(
@@ -113,7 +147,7 @@ def test_inference_first_training_later(
         rope,
         rng,
         9,
-        hint=f"the first call was in {mode.__name__}: a tensor made there must not be kept for training",
+        hint="the first call was in inference_mode: a tensor made there must not be kept for training",
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from harness.testing import Close, Subject, Where, is_tensor, requirement
 
-from .reference import DH, DTYPES, NEAR, B, H, L, agree, angles_of, named, rows, turned
+from .reference import DH, ROUGH, B, H, L, agree, angles_of, rows, turned
 
 # 2.1 the rotation
 
@@ -47,8 +47,11 @@ def test_apply_by_hand(subject: Subject, close: Close) -> None:
 
 
 @requirement("2.1")
-@pytest.mark.parametrize("dtype", DTYPES, ids=named)
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [(torch.enable_grad, torch.float64), (torch.no_grad, torch.float32)],
+    ids=["with gradients", "without, in float32"],
+)
 def test_inputs_are_never_written_to(
     subject: Subject, close: Close, rng: torch.Generator, mode: Callable[[], Any], dtype: torch.dtype
 ) -> None:
@@ -79,7 +82,7 @@ def test_apply_turns_by_the_given_angles(subject: Subject, close: Close, rng: to
     actual = subject.RotaryPositionEmbedding(DH).apply_rotary_pos_emb(x, table.cos(), table.sin())
 
     what = "apply_rotary_pos_emb(x, cos, sin)"
-    close(is_tensor(actual, what).double(), expected, what, tolerance=NEAR, hint="x * cos + rotate_half(x) * sin")
+    close(is_tensor(actual, what).double(), expected, what, tolerance=ROUGH, hint="x * cos + rotate_half(x) * sin")
 
 
 @requirement("2.1")
@@ -90,7 +93,7 @@ def test_position_zero_by_hand(subject: Subject, close: Close) -> None:
     first = is_tensor(subject.RotaryPositionEmbedding(4)(x), "forward([1, 2, 3, 4])")
 
     hint = "positions count from 0, and there cos 0 = 1 and sin 0 = 0: nothing turns"
-    close(first.double(), x, "forward([1, 2, 3, 4]) at position 0", tolerance=NEAR, hint=hint)
+    close(first.double(), x, "forward([1, 2, 3, 4]) at position 0", tolerance=ROUGH, hint=hint)
 
 
 @requirement("2.1")
@@ -117,7 +120,7 @@ def test_position_one_by_hand(subject: Subject, close: Close) -> None:
     hint = (
         "[0.5403, 0.8415] is a turn by 1, counter-clockwise; [1, 0] is no turn, [0.5403, -0.8415] the other direction"
     )
-    close(row.double(), expected, "forward([1, 0]) at position 1", tolerance=NEAR, hint=hint)
+    close(row.double(), expected, "forward([1, 0]) at position 1", tolerance=ROUGH, hint=hint)
 
 
 @requirement("2.1")
@@ -130,7 +133,7 @@ def test_pairs_are_half_a_vector_apart(subject: Subject, close: Close) -> None:
     row = is_tensor(subject.RotaryPositionEmbedding(6)(x), "forward")[0, 0, 1]
 
     hint = "component i is paired with i + dim/2; pairs of neighbours are another layout"
-    close(row.double(), expected, "forward([1, 0, 0, 0, 0, 0]) at position 1", tolerance=NEAR, hint=hint)
+    close(row.double(), expected, "forward([1, 0, 0, 0, 0, 0]) at position 1", tolerance=ROUGH, hint=hint)
 
 
 @requirement("2.1")
@@ -140,7 +143,7 @@ def test_equals_explicit_rotations(
 ) -> None:
     """forward equals a 2×2 rotation of every pair by position · 10000**(-2i/dim)."""
     x = rows(rng, length, dim=dim)
-    tolerance = NEAR if on.tolerance < NEAR else on.tolerance
+    tolerance = max(ROUGH, on.tolerance)
     expected = turned(x.to(on.dtype), torch.arange(length))
 
     actual = is_tensor(subject.RotaryPositionEmbedding(dim).to(on.device)(x.to(on.device, on.dtype)), "forward(x)")
@@ -162,7 +165,7 @@ def test_scores_depend_on_the_distance_alone(subject: Subject, close: Close, rng
 
     moved, still = scores[shift:, shift:], scores[:-shift, :-shift]
     hint = "query and key turn by their own positions, so that only the difference is left"
-    close(moved, still, f"scores at (i + {shift}, j + {shift}) beside those at (i, j)", tolerance=1e-4, hint=hint)
+    close(moved, still, f"scores at (i + {shift}, j + {shift}) beside those at (i, j)", tolerance=5 * ROUGH, hint=hint)
     change = (scores[:, shift] - scores[:, 0]).abs().max()
     assert change > 0.1, (
         f"scores: they change by at most {change:.3g} when the key alone moves by {shift}; is it turned?"
@@ -190,19 +193,22 @@ def test_strided_inputs(subject: Subject, close: Close, rng: torch.Generator) ->
 @requirement("2.2")
 @pytest.mark.parametrize("base", [10000, 100, 500_000.0], ids=["10000", "100", "500000"])
 def test_every_pair_has_its_frequency(subject: Subject, close: Close, base: float) -> None:
-    """From one row to the next, pair i turns by base**(-2i/dim)."""
-    for dim in (2, 6, 16, 34):
+    """At position p, pair i has turned by p · base**(-2i/dim)."""
+    for dim, length in ((2, 4), (6, 4), (16, 4), (34, 256)):
         pairs = dim // 2
-        x = torch.eye(dim, dtype=torch.float64)[:pairs, None].expand(1, pairs, 3, dim)  # head i: a 1 at component i
-        expected = angles_of(torch.tensor([1, 1]), dim, base).T
+        x = torch.eye(dim, dtype=torch.float64)[:pairs, None].expand(1, pairs, length, dim)  # head i: 1 at component i
+        positions = torch.tensor([1, 3, length - 1])
+        expected = angles_of(positions, dim, base).T.cos().acos()  # from 0 to π
 
-        out = is_tensor(subject.RotaryPositionEmbedding(dim, base=base)(x), f"forward with base {base}").double()[0]
+        out = is_tensor(subject.RotaryPositionEmbedding(dim, base=base)(x), f"forward with base {base}")
 
-        own = (out * x[0]).sum(-1)
-        steps = torch.atan2((out - own.unsqueeze(-1) * x[0]).norm(dim=-1), own).diff(dim=-1).abs()
-        hint = f"base**(-2i/dim) for i = 0 … {pairs - 1} are {[float(f'{angle:.4g}') for angle in expected[:, 0]]}"
-        what = f"forward with dim {dim}, base {base}: angle per position ÷ base**(-2i/dim)"
-        close(steps / expected, torch.ones_like(expected), what, tolerance=1e-4, hint=hint)
+        turned_to, start = out.double()[0, :, positions], x[0, :, positions]
+        own = (turned_to * start).sum(-1)
+        angles = torch.atan2((turned_to - own.unsqueeze(-1) * start).norm(dim=-1), own)
+        frequencies = [float(f"{angle:.4g}") for angle in angles_of(positions[:1], dim, base)[0]]
+        hint = f"base**(-2i/dim) for i = 0 … {pairs - 1} are {frequencies}"
+        what = f"forward with dim {dim}, base {base}: angle of each pair at positions {positions.tolist()}"
+        close(angles, expected, what, tolerance=ROUGH, hint=hint)
 
 
 @requirement("2.2")
@@ -213,5 +219,6 @@ def test_base_is_the_third_argument(subject: Subject, close: Close) -> None:
 
     out = is_tensor(subject.RotaryPositionEmbedding(4, 32, 100)(x), "forward").double()[0, 0]
 
-    what = "RotaryPositionEmbedding(4, 32, 100): cosine of the angle of pair 1 per position"
-    close(out[1] @ out[0], torch.tensor(cos(0.1)).double(), what, tolerance=1e-4, hint="100**(-2/4) is 0.1")
+    sine = (out[1] - (out[1] @ out[0]) * out[0]).norm()
+    what = "RotaryPositionEmbedding(4, 32, 100): sine of the angle of pair 1 per position"
+    close(sine, torch.tensor(sin(0.1)).double(), what, tolerance=ROUGH, hint="100**(-2/4) is 0.1")

@@ -202,7 +202,7 @@ MISTAKES = [
     Mistake(
         "cache_keyed_on_length_only",
         "2.3",
-        "table in x's dtype",
+        "computes cos",
         (STALE, ALWAYS),
         (
             GROW,
@@ -214,8 +214,8 @@ MISTAKES = [
     ),
     Mistake(
         "table_in_the_first_dtype",
-        "2.3",
-        "table in x's dtype",
+        "2.7",
+        "off by",
         (TURN, "        self._cos, self._sin = self._cos.to(x.dtype), self._sin.to(x.dtype)\n" + TURN),
     ),
     Mistake("table_left_on_the_first_device", "2.3", "meta", (STALE, "        if seq_len > rows:\n"), only=True),

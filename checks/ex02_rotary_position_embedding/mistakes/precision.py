@@ -169,4 +169,16 @@ MISTAKES = [
         (APPLY, "        return (x * cos).to(x.dtype) + (self.rotate_half(x) * sin).to(x.dtype)\n"),
         only=True,
     ),
+    Mistake(
+        "near_miss_of_1e_4",
+        "2.7",
+        "off by",
+        (TABLE, "        return (angles + 1e-4 * positions[:, None]).cos().float(), angles.sin().float()\n"),
+    ),
+    Mistake(
+        "table_in_float16",
+        ("2.7", "2.5"),
+        "off by",
+        (TABLE, "        return angles.cos().half().float(), angles.sin().half().float()\n"),
+    ),
 ]

@@ -129,18 +129,6 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
-        "near_miss_of_1e_4",
-        "2.1",
-        "tolerance 2e-05",
-        (TABLE, "        return (angles + 1e-4 * positions[:, None]).cos().float(), angles.sin().float()\n"),
-    ),
-    Mistake(
-        "table_in_float16",
-        "2.1",
-        "values differ",
-        (TABLE, "        return angles.cos().half().float(), angles.sin().half().float()\n"),
-    ),
-    Mistake(
         "norm_not_kept",
         "2.1",
         "values differ",

@@ -28,7 +28,8 @@ class RotaryPositionEmbedding(nn.Module):
         return self._turn(x, self.turns[start:end])
 
     def rotate_half(self, x: Tensor) -> Tensor:
-        z = 1j * torch.complex(x[..., : self.pairs].float(), x[..., self.pairs :].float())
+        real = x.double() if x.dtype == torch.float64 else x.float()
+        z = 1j * torch.complex(real[..., : self.pairs], real[..., self.pairs :])
         return torch.cat([z.real, z.imag], dim=-1).to(x.dtype)
 
     def apply_rotary_pos_emb(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class MultiHeadAttentionWithRoPE(nn.Module):
         allowed = mask != 0
         scores = torch.where(allowed, scores, torch.finfo(scores.dtype).min)
         powers = torch.exp(scores - scores.amax(-1, keepdim=True).detach()) * allowed
-        weights = powers / powers.sum(-1, keepdim=True).clamp(min=1e-30)
+        weights = powers / powers.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
         return self.o_proj((weights.to(v.dtype) @ v).transpose(1, 2).reshape(x.shape))
 
 
