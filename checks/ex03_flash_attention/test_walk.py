@@ -26,66 +26,71 @@ class State:
         self._kind = subject.FlashAttention
         self._modules: dict[tuple[int, int, int], Any] = {}
 
-    def module(self, sizes: tuple[int, int, int], dtype: torch.dtype | None = None) -> Any:
-        """The one module of some sizes, cast to a dtype where one is named."""
-        if sizes not in self._modules:
-            heads, width, block = sizes
-            seed(1)
-            self._modules[sizes] = self._kind(heads * width, heads, block).double()
-        attention = self._modules[sizes]
-        if dtype is not None and attention.o_proj.weight.dtype != dtype:
-            attention.to(dtype)
-        return attention
+    def module(self, sizes: tuple[int, int, int], new: bool = False) -> Any:
+        """The module of some heads, features of a head and block_size that all calls share, or a new one."""
+        if not new and sizes in self._modules:
+            return self._modules[sizes]
+        heads, width, block = sizes
+        seed(1)
+        attention = self._kind(heads * width, heads, block).double()
+        with torch.no_grad():
+            for parameter in attention.parameters():
+                parameter.copy_(plain(parameter))
+        return attention if new else self._modules.setdefault(sizes, attention)
+
+
+def plain(numbers: Tensor) -> Tensor:
+    """Numbers that no cast to another dtype changes."""
+    return (numbers.detach() * 32).round().clamp(-127, 127) / 32
+
+
+def cast(attention: Any, dtype: torch.dtype) -> None:
+    """Casts a module, if it is of another dtype."""
+    if attention.o_proj.weight.dtype != dtype:
+        attention.to(dtype)
 
 
 # What happens between calls
 
 
-def step_weights(drawn: "Drawn") -> None:
-    """What an optimizer does: the weights change in place."""
-    weights = drawn.new_weights()
-    with torch.no_grad():
-        for name, parameter in drawn.attention.named_parameters():
-            parameter.add_(weights[name] - parameter)
-
-
-def load_weights(drawn: "Drawn") -> None:
-    """load_state_dict."""
-    drawn.attention.load_state_dict(drawn.new_weights())
-
-
-def assign_weights(drawn: "Drawn") -> None:
-    """Other tensors as the parameters' data."""
-    weights = drawn.new_weights()
-    for name, parameter in drawn.attention.named_parameters():
-        parameter.data = weights[name]
-
-
-def replace_layer(drawn: "Drawn") -> None:
-    """Another layer in place of v_proj."""
-    weight = drawn.new_weights()["v_proj.weight"]
-    drawn.attention.v_proj = nn.Linear(*weight.shape, bias=False, device="meta")
-    drawn.attention.v_proj.weight = nn.Parameter(weight)
-
-
-def call_in(drawn: "Drawn", mode: Callable[[], Any]) -> None:
-    """Another call of the same shape under no_grad or inference_mode."""
-    with mode():
+def new_weights(drawn: "Drawn", how: str) -> None:
+    """A call of a module of its own, then other weights."""
+    drawn.renew()
+    with drawn.step["mode"]():
         drawn.call(drawn.given())
+    attention = drawn.attention
+    weights = {
+        name: plain(drawn.randn(*parameter.shape) / parameter.size(-1) ** 0.5).to(parameter.dtype)
+        for name, parameter in attention.named_parameters()
+    }
+    if how == "step":
+        with torch.no_grad():
+            for name, parameter in attention.named_parameters():
+                parameter.add_(weights[name] - parameter)
+    elif how == "load":
+        attention.load_state_dict(weights)
+    elif how == "data":
+        for name, parameter in attention.named_parameters():
+            parameter.data = weights[name]
+    else:
+        attention.v_proj = nn.Linear(*attention.v_proj.weight.shape, bias=False, device="meta")
+        attention.v_proj.weight = nn.Parameter(weights["v_proj.weight"])
 
 
-def cast(drawn: "Drawn", to: torch.dtype) -> None:
-    """A call in another dtype, and back."""
-    dtype = drawn.attention.o_proj.weight.dtype
-    drawn.attention.to(to)
-    with torch.no_grad():
-        drawn.call([x.to(to) for x in drawn.given()])
-    drawn.attention.to(dtype)
+def first_call(drawn: "Drawn", mode: Callable[[], Any] = torch.no_grad, dtype: torch.dtype | None = None) -> None:
+    """The first call of a new module is under no_grad or inference_mode, or in another dtype."""
+    drawn.renew()
+    if dtype is not None and drawn.whole:
+        cast(drawn.attention, dtype)
+    with mode():
+        drawn.call([x if dtype is None else x.to(dtype) for x in drawn.given()])
+    if drawn.whole:
+        cast(drawn.attention, drawn.dtype)
 
 
 def call_beside(drawn: "Drawn") -> None:
     """A call of another module, of other sizes."""
-    other, n = drawn.state.module(SIDE, torch.float64), min(drawn.n, 9)
+    other, n = drawn.state.module((3, 2, 4)), min(drawn.n, 9)
     with torch.no_grad():
         if drawn.whole:
             other(drawn.randn(drawn.batch, n, 6), causal=True)
@@ -114,11 +119,6 @@ def edit_mask(drawn: "Drawn") -> None:
         with torch.no_grad():
             drawn.call(drawn.given())
         drawn.mask.copy_(kept)
-
-
-def set_training(drawn: "Drawn", to: bool) -> None:
-    """train or eval."""
-    drawn.attention.train(to)
 
 
 # What is drawn. A mask's shape is that of [B, H, N, M] with 1 where these words have a 1.
@@ -154,6 +154,25 @@ class Calls(Walk):
 
     aspects = (
         Aspect("exact", "3.7", {"": False, "to nine digits": True}),
+        Aspect(
+            "between",
+            "3.4",
+            {
+                "": None,
+                "after a call and an optimizer's step": partial(new_weights, how="step"),
+                "after a call and load_state_dict": partial(new_weights, how="load"),
+                "after a call and new .data": partial(new_weights, how="data"),
+                "after a call and a new v_proj": partial(new_weights, how="layer"),
+                "after a first call in float32": partial(first_call, dtype=torch.float32),
+                "after a first call in bfloat16": partial(first_call, dtype=torch.bfloat16),
+                "after a first call under no_grad": partial(first_call, mode=torch.no_grad),
+                "after a first call under inference_mode": partial(first_call, mode=torch.inference_mode),
+                "after a call of another module": call_beside,
+                "after a mask that does not fit": bad_mask,
+                "after a call with the same mask, edited since": edit_mask,
+            },
+            rate=0.4,
+        ),
         Aspect("numbers", "3.2", OFFSETS, rate=0.2),
         Aspect("hidden", "3.2", {words: words for words in HIDDEN}, rate=0.3),
         Aspect("half", "3.7", {"": None, "bfloat16": HALVES[0], "float16": HALVES[1]}, rate=0.15),
@@ -172,13 +191,7 @@ class Calls(Walk):
         Aspect(
             "gradients",
             "3.6",
-            {
-                "": "",
-                "gradients": "QKV",
-                "a gradient of Q alone": "Q",
-                "gradients of K alone": "K",
-                "gradients of V alone": "V",
-            },
+            {"": "", "gradients": "QKV", **{f"a gradient of {name} alone": name for name in "QKV"}},
             rate=0.42,
         ),
         Aspect(
@@ -190,43 +203,12 @@ class Calls(Walk):
         Aspect(
             "block",
             "3.3",
-            {
-                "": 4,
-                "block_size = 1, N and M at most 3": 1,
-                "block_size = 3": 3,
-                "block_size = 64": LONG,
-            },
+            {"": 4, "block_size = 1, N and M at most 3": 1, "block_size = 3": 3, "block_size = 64": LONG},
             rate=0.25,
         ),
-        Aspect(
-            "between",
-            "3.4",
-            {
-                "": None,
-                "after an optimizer's step": step_weights,
-                "after load_state_dict": load_weights,
-                "after new .data": assign_weights,
-                "after a new v_proj": replace_layer,
-                "after a call in float32": partial(cast, to=torch.float32),
-                "after a call in bfloat16": partial(cast, to=torch.bfloat16),
-                "after a call of another module": call_beside,
-                "after a mask that does not fit": bad_mask,
-                "after a call with the same mask, edited since": edit_mask,
-                "after a call with other values in the mask": edit_mask,
-                "after a call under no_grad": partial(call_in, mode=torch.no_grad),
-                "after a call under inference_mode": partial(call_in, mode=torch.inference_mode),
-                "after eval()": partial(set_training, to=False),
-                "after train()": partial(set_training, to=True),
-            },
-            rate=0.4,
-        ),
-        Aspect("way", "3.4", {"": CALL, "through forward": "forward"}, rate=0.35),
-        Aspect(
-            "heads",
-            "3.4",
-            {"": (2, 3), "one head": (1, 4), "heads of one feature": (2, 1)},
-            rate=0.25,
-        ),
+        Aspect("training", "3.4", {"": True, "in eval": False}, rate=0.3),
+        Aspect("way", "3.4", {"": CALL, "through forward": "forward"}, rate=0.4),
+        Aspect("heads", "3.4", {"": (2, 3), "one head": (1, 4), "heads of one feature": (2, 1)}, rate=0.25),
         Aspect("mask dtype", "3.4", {"": torch.bool, **{f"a mask of {dtype}": dtype for dtype in DTYPES}}, rate=0.6),
         Aspect(
             "layout of the mask", "3.4", {"": "", "a transposed mask": "mT", "an expanded mask": "expand"}, rate=0.4
@@ -285,15 +267,16 @@ class Drawn:
         self.early = step["hidden"] == HIDDEN[-1]  # causal queries before the first key
         self.causal = step["causal"] or self.early
         self.n, self.m = (n, n) if self.whole else (max(n, m), min(n, m)) if self.early else (n, m)
-        self.attention = state.module((self.heads, self.width, self.block), self.dtype if self.whole else None)
+        self.renew(new=False)
         self.mask = self._mask()
 
-    def new_weights(self) -> dict[str, Tensor]:
-        """Other weights for the module."""
-        return {
-            name: (self.randn(*parameter.shape) / parameter.size(-1) ** 0.5).to(parameter.dtype)
-            for name, parameter in self.attention.named_parameters()
-        }
+    def renew(self, new: bool = True) -> None:
+        """The module to call, or a new one for this step alone."""
+        self.attention = self.state.module((self.heads, self.width, self.block), new)
+        if self.attention.training != self.step["training"]:
+            self.attention.train(self.step["training"])
+        if self.whole:
+            cast(self.attention, self.dtype)
 
     def judge(self) -> None:
         """Calls and compares."""
