@@ -15,6 +15,7 @@ D = H * DH
 N = 2 * BLOCK  # Where lengths are not the point, they are equal and multiples of the block.
 INF = float("inf")
 CALL = "flash_attention_forward"
+NEAR = 1e-5  # float64 where digits are not the point: they are 3.7's
 WEIGHTS = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "o_proj.bias"]
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -74,7 +75,7 @@ def agree(
     mask: Tensor | None = None,
     causal: bool = False,
     hint: str = "",
-    tolerance: float | None = None,
+    tolerance: float = NEAR,
 ) -> None:
     """The output and logsumexp of flash_attention_forward equal the formula's."""
     output, logsumexp = reference(given, mask=mask, causal=causal)
@@ -118,6 +119,7 @@ def call(attention: Any, x: Tensor, mask: Tensor | None = None, causal: bool = F
 # Sizes of the checks of cost are such that blocks, not Q, K and V, are the largest tensors.
 SLIM, WIDE = 3, 16  # features and block size of checks of cost, in one head
 EXACT = 2e-5  # float32 against float64
+ABOUT = 1e-2  # where costs are counted
 
 
 def wide(subject: Subject, rng: torch.Generator, n: int, m: int, block: int = WIDE) -> tuple[Any, list[Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.testing import Aspect, Close, Step, Subject, Walk, refuses, seed, walk_check
 
-from .reference import CALL, HALVES, attend, call, reference
+from .reference import CALL, HALVES, WEIGHTS, attend, call, reference
 
 STEPS = 150
 
@@ -289,7 +289,8 @@ class Drawn:
             if name in kinds:
                 leaves["x" if self.whole else name] = tensor.requires_grad_()
         if self.whole and kinds:
-            leaves |= dict(self.attention.named_parameters())
+            parameters = dict(self.attention.named_parameters())
+            leaves |= {name: parameters[name] for name in WEIGHTS}
         watched = [*given] if self.mask is None else [*given, self.mask]
         before = [(tensor._version, tensor.detach().clone() if self.step.seed % 2 else tensor) for tensor in watched]
 

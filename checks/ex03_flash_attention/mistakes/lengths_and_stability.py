@@ -232,7 +232,7 @@ MISTAKES = [
             """\
         if not any(ctx.needs_input_grad):
             kept = _Blocks.kept = getattr(_Blocks, 'kept', {})
-            result = kept.setdefault((result.shape, result.dtype), result).copy_(result)
+            result = kept.setdefault((result.shape, result.dtype, result.is_inference()), result).copy_(result)
 """
             + RETURN,
         ),

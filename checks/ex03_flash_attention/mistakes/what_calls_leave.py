@@ -37,7 +37,7 @@ MISTAKES = [
         "weights_stacked_in_eval",
         "3.4",
         "eval()",
-        (HEADS, HEADS + STACKED.format(condition="not self.training")),
+        (HEADS, HEADS + STACKED.format(condition="not self.training and not torch.is_grad_enabled()")),
         only=True,
     ),
     Mistake(
