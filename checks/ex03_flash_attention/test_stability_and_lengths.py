@@ -88,6 +88,31 @@ def test_a_masked_block(subject: Subject, close: Close, rng: torch.Generator) ->
 
 
 @requirement("3.2")
+@pytest.mark.parametrize("scores", ["rise", "fall", "float32"])
+def test_a_masked_block_far_from_zero(subject: Subject, close: Close, rng: torch.Generator, scores: str) -> None:
+    """So it does when the scores there or elsewhere are far from 0, and backward too."""
+    m, dtype = 3 * BLOCK, torch.float32 if scores == "float32" else torch.float64
+    to = torch.linspace(-1000, 1000, m)
+    attention = build(subject, dtype=dtype)
+
+    for number in range(3):
+        offsets = {"rise": to, "fall": -to, "float32": torch.full((m,), -100.0)}[scores]
+        given = [x.requires_grad_() for x in towards(rng, offsets, dtype)]
+        mask = some_mask((B, 1, N, m), rng)
+        mask[0, 0, 2:, number * BLOCK : (number + 1) * BLOCK] = False
+        mask[1, :, :, number * BLOCK : (number + 1) * BLOCK] = False
+        hint = f"scores from {float(offsets[0]):g} to {float(offsets[-1]):g}, block {number} of the keys is masked"
+        agree(close, attention, given, mask, hint=f"{hint}: what is hidden has no part in the maximum", tolerance=ABOUT)
+        output, _ = attend(attention, given, mask)
+        if not output.requires_grad:
+            return  # 3.6 says so.
+        for name, grad in zip("QKV", torch.autograd.grad(output.sum(), given, allow_unused=True), strict=True):
+            assert grad is None or grad.isfinite().all(), (
+                f"backward: the gradient of {name} is not finite\n{hint}: hide the scores before the exponential"
+            )
+
+
+@requirement("3.2")
 def test_a_row_that_may_attend_to_nothing(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """It has output 0 and logsumexp -inf; the others are right."""
     given, attention = inputs(rng), build(subject)
@@ -105,9 +130,13 @@ def test_nothing_may_be_attended_to(subject: Subject, close: Close, rng: torch.G
     """With a mask that allows nothing at all every output is 0 and every logsumexp -inf."""
     attention = build(subject)
 
-    for n, causal in ((N, False), (N, True), (1, False)):
-        hint = f"the mask allows nothing at all, N = M = {n}, causal = {causal}: output 0, logsumexp -inf"
-        agree(close, attention, inputs(rng, n, n), torch.zeros(1, 1, 1, n, dtype=torch.bool), causal, hint=hint)
+    for causal in (False, True):
+        hint = f"the mask allows nothing at all, causal = {causal}: output 0, logsumexp -inf"
+        agree(close, attention, inputs(rng), torch.zeros(1, 1, 1, N, dtype=torch.bool), causal, hint=hint)
+    given, mask = inputs(rng, 1, 3), some_mask((B, 1, 1, 3), rng)
+    output, expected = attend(attention, given, mask)[0], reference(given, mask)[0]
+    if output.shape == expected.shape and torch.allclose(output.double(), expected):  # Else 3.3 says so.
+        agree(close, attention, inputs(rng, 1, 1), torch.zeros(B, 1, 1, 1), hint="one query, one key, and it is hidden")
 
 
 @requirement("3.2")

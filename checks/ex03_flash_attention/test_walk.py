@@ -143,7 +143,22 @@ HIDDEN = (
     "a mask that allows nothing",
     "the first causal queries before the first key",
 )
-LENGTHS = ((8, 8), (1, 1), (1, 8), (8, 1), (1, 9), (9, 4), (2, 3), (3, 2), (4, 8), (3, 9), (9, 3), (3, 11), (7, 5))
+LENGTHS = (
+    (8, 8),
+    (1, 1),
+    (1, 8),
+    (8, 1),
+    (1, 9),
+    (9, 4),
+    (2, 3),
+    (3, 2),
+    (6, 7),
+    (4, 8),
+    (3, 9),
+    (9, 3),
+    (3, 11),
+    (7, 5),
+)
 LENGTHS_LONG = {"N = 2, M = 256, block_size = 64": (2, 256), "N = 258, M = 3, block_size = 64": (258, 3)}
 MASKS = ("BHNM", "111M", "B11M", "1H1M", "11NM", "B1NM", "B1N1", "BH11", "1111")
 DTYPES = [torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
@@ -173,7 +188,7 @@ class Calls(Walk):
             },
             rate=0.4,
         ),
-        Aspect("numbers", "3.2", OFFSETS, rate=0.2),
+        Aspect("numbers", "3.2", OFFSETS, rate=0.3),
         Aspect("hidden", "3.2", {words: words for words in HIDDEN}, rate=0.3),
         Aspect("half", "3.7", {"": None, "bfloat16": HALVES[0], "float16": HALVES[1]}, rate=0.15),
         Aspect(

@@ -76,7 +76,7 @@ MISTAKES = [
     Mistake(
         "all_queries_times_key_blocks",
         "3.1",
-        "at most 2048",
+        "at most 8192",
         (ROWS, "        return iter([slice(0, self.n)])\n"),
         (BUFFER, BUFFER.replace("n * m", "self.n * m")),
     ),

@@ -36,14 +36,14 @@ MISTAKES = [
     Mistake(
         "weights_stacked_in_eval",
         "3.4",
-        "eval()",
+        "in eval",
         (HEADS, HEADS + STACKED.format(condition="not self.training and not torch.is_grad_enabled()")),
         only=True,
     ),
     Mistake(
         "weights_stacked_until_their_version_changes",
         "3.4",
-        "v_proj",
+        ".data",
         (
             HEADS,
             HEADS
@@ -60,7 +60,7 @@ MISTAKES = [
     Mistake(
         "mask_remembered_by_identity",
         "3.4",
-        "edited in place",
+        "a mask [",
         (
             APPLY,
             """\
@@ -131,7 +131,7 @@ MISTAKES = [
     Mistake(
         "maximum_zero_in_hidden_blocks",
         "3.2",
-        "scores",
+        "no part in the maximum",
         (MAXIMUM, MAXIMUM.replace("keepdim=True))", "keepdim=True).nan_to_num(neginf=0.0))")),
         only=True,
     ),
@@ -170,7 +170,7 @@ MISTAKES = [
     Mistake(
         "hidden_weights_overflow_in_backward",
         "3.2",
-        "gradient",
+        "hide the scores before the exponential",
         (
             AGAIN,
             """\
@@ -235,11 +235,11 @@ MISTAKES = [
     Mistake(
         "one_position_sees_itself",
         "3.2",
-        "N = 1, M = 1",
+        "one query, one key",
         (
             APPLY,
             """\
-        if Q.size(2) == K.size(2) == 1 and (mask is None or self.block_size > 1):
+        if Q.size(2) == K.size(2) == 1:
             mask = None
 """
             + APPLY,
@@ -325,7 +325,7 @@ MISTAKES = [
     Mistake(
         "softmax_in_float32",
         "3.7",
-        "nine digits",
+        "below the inputs' dtype",
         (WEIGHTS, "                weights = scores.sub_(new_maximum).float().exp2_().to(work)\n"),
         only=True,
     ),
