@@ -245,8 +245,8 @@ def test_forward_reaches_no_prebuilt_attention(subject: Subject, close: Close, r
 
     with forbid(prebuilt_attention(), f"{CALL}, forward or backward"):
         with torch.no_grad():
-            for kinds in ((None, False), (None, True), (mask, False)):
-                agree(close, attention, inputs(rng), *kinds, tolerance=ABOUT)
+            for hidden, causal in ((None, False), (None, True), (mask, False)):
+                agree(close, attention, inputs(rng), hidden, causal, tolerance=ABOUT)
             for n, m in ((1, 1), (1, N), (N, 1), (2, 40), (40, 2)):
                 agree(close, attention, inputs(rng, n, m), tolerance=ABOUT)
             close(call(attention, x, mask, causal=True), expected, "forward", tolerance=ABOUT)

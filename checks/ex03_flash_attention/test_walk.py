@@ -73,7 +73,9 @@ def new_weights(drawn: "Drawn", how: str) -> None:
         for name, parameter in attention.named_parameters():
             parameter.data = weights[name]
     else:
-        attention.v_proj = nn.Linear(*attention.v_proj.weight.shape, bias=False, device="meta")
+        attention.v_proj = nn.Linear(
+            attention.v_proj.in_features, attention.v_proj.out_features, bias=False, device="meta"
+        )
         attention.v_proj.weight = nn.Parameter(weights["v_proj.weight"])
 
 
@@ -143,22 +145,8 @@ HIDDEN = (
     "a mask that allows nothing",
     "the first causal queries before the first key",
 )
-LENGTHS = (
-    (8, 8),
-    (1, 1),
-    (1, 8),
-    (8, 1),
-    (1, 9),
-    (9, 4),
-    (2, 3),
-    (3, 2),
-    (6, 7),
-    (4, 8),
-    (3, 9),
-    (9, 3),
-    (3, 11),
-    (7, 5),
-)
+QUERIES = (8, 1, 1, 8, 1, 9, 2, 3, 6, 4, 3, 9, 3, 7)
+KEYS = (8, 1, 8, 1, 9, 4, 3, 2, 7, 8, 9, 3, 11, 5)
 LENGTHS_LONG = {"N = 2, M = 256, block_size = 64": (2, 256), "N = 258, M = 3, block_size = 64": (258, 3)}
 MASKS = ("BHNM", "111M", "B11M", "1H1M", "11NM", "B1NM", "B1N1", "BH11", "1111")
 DTYPES = [torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
@@ -212,7 +200,8 @@ class Calls(Walk):
         Aspect(
             "lengths",
             "3.3",
-            {"" if (n, m) == (8, 8) else f"N = {n}, M = {m}": (n, m) for n, m in LENGTHS} | LENGTHS_LONG,
+            {"" if (n, m) == (8, 8) else f"N = {n}, M = {m}": (n, m) for n, m in zip(QUERIES, KEYS, strict=True)}
+            | LENGTHS_LONG,
             rate=0.75,
         ),
         Aspect(
@@ -322,20 +311,14 @@ class Drawn:
         if leaves:
             assert output.requires_grad, f"{self.name}: {', '.join(leaves)} require gradients, the output does not"
             self._gradients(output, expected, leaves)
-        for name, tensor, (version, values) in zip(self._names(), watched, before, strict=True):
+        names = [*(["x"] if self.whole else "QKV"), "mask"]
+        for name, tensor, (version, values) in zip(names, watched, before, strict=False):
             assert tensor._version == version and torch.equal(tensor, values), f"{self.name}: writes to {name}"
 
     @property
     def name(self) -> str:
         """What is called."""
         return "forward" if self.whole else CALL
-
-    def _names(self) -> list[str]:
-        return (
-            ["x", "mask"][: 1 + (self.mask is not None)]
-            if self.whole
-            else ["Q", "K", "V", "mask"][: 3 + (self.mask is not None)]
-        )
 
     # What comes in
 
