@@ -146,11 +146,11 @@ MISTAKES = [
             COLUMNS,
             """\
         stop = self.m if self.diagonal is None else min(self.m, rows.stop + self.diagonal)
-        size = max(self.size, self.m // 8)
+        size = max(self.size, self.m // 4)
         return (slice(start, min(start + size, stop)) for start in range(0, stop, size))
 """,
         ),
-        (BUFFER, BUFFER.replace("n * m", "n * max(m, self.m // 8)")),
+        (BUFFER, BUFFER.replace("n * m", "n * max(m, self.m // 4)")),
         only=True,
     ),
     Mistake(
@@ -178,7 +178,7 @@ MISTAKES = [
             WEIGHTS,
             WEIGHTS
             + """\
-                for start in range(0, columns.start, blocks.size) if columns.start > 3 * blocks.size else ():
+                for start in range(0, columns.start, blocks.size) if columns.start > blocks.size else ():
                     for _ in range(4):
                         q_rows @ k[:, start : start + blocks.size].to(work).mT
 """,
