@@ -173,7 +173,7 @@ MISTAKES = [
     Mistake(
         "earlier_keys_visited_again",
         "3.5",
-        "blocks of keys",
+        "visit each pair of blocks once",
         (
             WEIGHTS,
             WEIGHTS
