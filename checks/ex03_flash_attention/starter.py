@@ -8,25 +8,27 @@ the blocks anew. You write both in plain PyTorch, and measure what they save.
 Requirements
 3.1 (efficiency) Keep memory O(n), not O(n²): at inference no block of scores has more than 8·block_size² elements per
     batch row and head, no other tensor grows with N·M (not from a mask of any shape or dtype, and not for `causal`
-    either; views are free), and the peak at twice the length (N and M) is less than 2.2 times the peak.
+    either; views are free), and the peak at twice the length (N and M) is less than 2.2 times the peak. Nothing that
+    grows with N or M outlives a call but what it returns.
 3.2 (robustness) Maintain numerical stability: logits 40 times as large give finite and right results, and so do a row
     maximum that rises from block to block, scores that are all very low, blocks in which a row may attend to nothing,
     rows that may attend to nothing at all, and masked keys whose K and V are 1e6.
 3.3 (correctness) Support variable lengths: N and M may differ, and may be no multiples of the block, smaller than a
     block, or 1.
-3.4 (correctness) Stay compatible with standard attention: exactly its state_dict, and in float64 to 1e-9 (absolute
-    plus relative) its outputs and logsumexp, with masks of every form, causal or not. Inputs may have any strides and
-    are never written to.
+3.4 (correctness) Stay compatible with standard attention: exactly its state_dict, and in float64 to 1e-5 (absolute
+    plus relative) its outputs and logsumexp, with masks of every form, causal or not, whatever was called before.
+    Inputs may have any strides and are never written to, not even to be restored.
 3.5 (efficiency) Be faster on long sequences (counted here, timed by `make bench EX=3`): causal attention at N = M = 16
-    blocks computes at most 0.65 of the exponentials of full attention, and the number of operations grows no faster
-    than the number of block pairs, ⌈N/block_size⌉·⌈M/block_size⌉.
-3.6 (efficiency) Train in O(n) memory too: the gradients of Q, K and V equal those of standard attention, to 1e-9 again.
+    blocks, with a mask or without, computes at most 0.65 of the exponentials of full attention (both forward), and the
+    number of operations grows no faster than the number of block pairs, ⌈N/block_size⌉·⌈M/block_size⌉.
+3.6 (efficiency) Train in O(n) memory too: the gradients of Q, K and V equal those of standard attention, to 1e-5 again.
     Of what `flash_attention_forward` makes, at most 1.5 times the bytes of (Q, K, V, output, logsumexp) stay alive
     afterwards. Over forward and backward no tensor grows with N·M, and the peak at twice the length is less than 2.2
     times the peak.
 3.7 (robustness) Work in bfloat16 and float16: against float64, the output's largest error is at most twice that of
     `F.scaled_dot_product_attention`, the logsumexp's at most 1e-4, the gradients' 5e-2. Half-precision blocks of Q, K
-    and V become float32 before their product; scores, maximum, sum and accumulator are float32. float64 stays float64.
+    and V become float32 before their product; scores, maximum, sum and accumulator are float32. Nothing is computed
+    below the inputs' dtype: in float64 output, logsumexp and gradients are right to 1e-9.
 3.8 (correctness) Benchmark it: `benchmark_attention` compares both forms on the same input with the same weights, and
     its numbers are measured: see its docstring.
 3.9 (correctness) Write it from scratch: no prebuilt attention (`F.scaled_dot_product_attention`,

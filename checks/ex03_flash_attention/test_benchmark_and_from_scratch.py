@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from harness.testing import Close, Subject, Trace, forbid, prebuilt_attention, requirement
 
-from .reference import CALL, B, D, N, agree, attend, build, call, inputs, reference, some_mask, standard
+from .reference import ABOUT, CALL, HALVES, B, D, N, agree, attend, build, call, inputs, reference, some_mask, standard
 
 # 3.8 the benchmark
 
@@ -36,7 +36,7 @@ def benchmark(subject: Subject, *arguments: Any) -> list[dict[str, Any]]:
 
 def module_peak(subject: Subject, n: int, d_model: int, heads: int, mode: Any = torch.no_grad) -> int:
     """Peak bytes of a call of FlashAttention on an x of length n."""
-    attention, x = subject.FlashAttention(d_model, heads), torch.ones(1, n, d_model)
+    attention, x = subject.FlashAttention(d_model, heads), torch.ones(1, int(n), d_model)
     with mode(), Trace() as seen:
         attention(x)
     return int(seen.peak_bytes)
@@ -238,26 +238,45 @@ def test_seconds_are_those_of_the_call(subject: Subject, monkeypatch: pytest.Mon
 @requirement("3.9")
 def test_forward_reaches_no_prebuilt_attention(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """flash_attention_forward, forward and training give the right values while every prebuilt attention raises."""
-    given = inputs(rng)
     x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
     mask = some_mask((B, 1, 1, N), rng)
     attention = build(subject)
     expected = standard(attention, x, mask, causal=True).detach()
-    trained = [x.clone().requires_grad_() for x in given]
 
     with forbid(prebuilt_attention(), f"{CALL}, forward or backward"):
         with torch.no_grad():
-            for kinds in ((None, False), (None, True), (mask, False)):
-                agree(close, attention, given, *kinds)
-            close(call(attention, x, mask, causal=True), expected, "forward")
-            half = [x.bfloat16() for x in given]
-            output, _ = attend(build(subject, dtype=torch.bfloat16), half)
-            close(output.double(), reference(half)[0], f"{CALL}: output", tolerance=5e-2)
-        output, _ = attend(attention, trained)
-        if output.requires_grad:
-            torch.autograd.grad(output.sum(), trained, allow_unused=True)
+            for hidden, causal in ((None, False), (None, True), (mask, False)):
+                agree(close, attention, inputs(rng), hidden, causal, tolerance=ABOUT)
+            for n, m in ((1, 1), (1, N), (N, 1), (4, 40), (40, 4)):
+                sized = build(subject, 1) if 1 in (n, m) else attention
+                agree(close, sized, inputs(rng, n, m), tolerance=ABOUT)
+            close(call(attention, x, mask, causal=True), expected, "forward", tolerance=ABOUT)
+            attention.eval()
+            agree(close, attention, inputs(rng), tolerance=ABOUT)
+            close(call(attention, x, mask, causal=True), expected, "forward", tolerance=ABOUT)
+        with torch.inference_mode():
+            close(call(attention, x, mask, causal=True), expected, "forward", tolerance=ABOUT)
 
-    close(output, reference(given)[0], f"{CALL} in training: output")
+
+@requirement("3.9")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_training_reaches_no_prebuilt_attention(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype
+) -> None:
+    """So they do in every dtype, at inference and in training."""
+    given = inputs(rng, dtype=dtype)
+    attention = build(subject, dtype=dtype)
+    expected, tolerance = reference(given)[0], 5e-2 if dtype in HALVES else ABOUT
+
+    with forbid(prebuilt_attention(), f"{CALL}, forward or backward"):
+        with torch.inference_mode():
+            at_inference, _ = attend(attention, given)
+        output, _ = attend(attention, [x.requires_grad_() for x in given])
+        if output.requires_grad:
+            torch.autograd.grad(output.sum(), given, allow_unused=True)
+
+    close(at_inference.double(), expected, f"{CALL}: output", tolerance=tolerance)
+    close(output.double(), expected, f"{CALL} in training: output", tolerance=tolerance)
 
 
 @requirement("3.9")

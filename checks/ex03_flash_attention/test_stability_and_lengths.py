@@ -7,23 +7,22 @@ from torch import Tensor
 from harness.testing import Close, Subject, requirement
 
 from .reference import (
+    ABOUT,
     BLOCK,
     CALL,
     DH,
     EXACT,
     INF,
+    NEAR,
     B,
-    D,
     H,
     N,
     agree,
     attend,
     build,
-    call,
     inputs,
     reference,
     some_mask,
-    standard,
 )
 
 # 3.2 numerical stability
@@ -45,13 +44,13 @@ def test_a_maximum_that_changes_from_block_to_block(subject: Subject, close: Clo
     for step in (2, -2, 300, -300):
         hint = f"scores change by {step} from key to key: when the maximum rises, sum and accumulator are multiplied by"
         given = towards(rng, step * torch.arange(3.0 * BLOCK))
-        agree(close, attention, given, hint=f"{hint} exp(old - new)")
+        agree(close, attention, given, hint=f"{hint} exp(old - new)", tolerance=ABOUT)
 
 
 @requirement("3.2")
 @pytest.mark.parametrize(
     ("dtype", "factor", "tolerance"),
-    [(torch.float64, 400, 1e-9), (torch.float32, 40, 1e-3)],
+    [(torch.float64, 400, ABOUT), (torch.float32, 40, 1e-3)],
     ids=["float64", "float32"],
 )
 def test_large_logits(
@@ -71,7 +70,7 @@ def test_scores_that_are_all_far_from_zero(subject: Subject, close: Close, rng: 
 
     for offset in (-1e5, 1e5):
         hint = f"all scores are about {offset:g}: the maximum starts below any score"
-        agree(close, attention, towards(rng, torch.full((N,), offset)), hint=hint)
+        agree(close, attention, towards(rng, torch.full((N,), offset)), hint=hint, tolerance=ABOUT)
 
 
 @requirement("3.2")
@@ -86,6 +85,31 @@ def test_a_masked_block(subject: Subject, close: Close, rng: torch.Generator) ->
             f"for some rows the {where} block is masked: there -inf - -inf must not become NaN, nor a masked key have"
         )
         agree(close, attention, given, mask, hint=f"{hint} weight")
+
+
+@requirement("3.2")
+@pytest.mark.parametrize("scores", ["rise", "fall", "float32"])
+def test_a_masked_block_far_from_zero(subject: Subject, close: Close, rng: torch.Generator, scores: str) -> None:
+    """So it does when the scores there or elsewhere are far from 0, and backward too."""
+    m, dtype = 3 * BLOCK, torch.float32 if scores == "float32" else torch.float64
+    to = torch.linspace(-1000, 1000, m)
+    attention = build(subject, dtype=dtype)
+
+    for number in range(3):
+        offsets = {"rise": to, "fall": -to, "float32": torch.full((m,), -100.0)}[scores]
+        given = [x.requires_grad_() for x in towards(rng, offsets, dtype)]
+        mask = some_mask((B, 1, N, m), rng)
+        mask[0, 0, 2:, number * BLOCK : (number + 1) * BLOCK] = False
+        mask[1, :, :, number * BLOCK : (number + 1) * BLOCK] = False
+        hint = f"scores from {float(offsets[0]):g} to {float(offsets[-1]):g}, block {number} of the keys is masked"
+        agree(close, attention, given, mask, hint=f"{hint}: what is hidden has no part in the maximum", tolerance=ABOUT)
+        output, _ = attend(attention, given, mask)
+        if not output.requires_grad:
+            return  # 3.6 says so.
+        for name, grad in zip("QKV", torch.autograd.grad(output.sum(), given, allow_unused=True), strict=True):
+            assert grad is None or grad.isfinite().all(), (
+                f"backward: the gradient of {name} is not finite\n{hint}: hide the scores before the exponential"
+            )
 
 
 @requirement("3.2")
@@ -104,11 +128,15 @@ def test_a_row_that_may_attend_to_nothing(subject: Subject, close: Close, rng: t
 @requirement("3.2")
 def test_nothing_may_be_attended_to(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """With a mask that allows nothing at all every output is 0 and every logsumexp -inf."""
-    given, attention = inputs(rng), build(subject)
+    attention = build(subject)
 
     for causal in (False, True):
         hint = f"the mask allows nothing at all, causal = {causal}: output 0, logsumexp -inf"
-        agree(close, attention, given, torch.zeros(1, 1, 1, N, dtype=torch.bool), causal, hint=hint)
+        agree(close, attention, inputs(rng), torch.zeros(1, 1, 1, N, dtype=torch.bool), causal, hint=hint)
+    given, mask = inputs(rng, 1, 3), some_mask((B, 1, 1, 3), rng)
+    output, expected = attend(attention, given, mask)[0], reference(given, mask)[0]
+    if output.shape == expected.shape and torch.allclose(output.double(), expected):  # Else 3.3 says so.
+        agree(close, attention, inputs(rng, 1, 1), torch.zeros(B, 1, 1, 1), hint="one query, one key, and it is hidden")
 
 
 @requirement("3.2")
@@ -124,7 +152,7 @@ def test_causal_queries_before_the_first_key(subject: Subject, close: Close, rng
     if not torch.allclose(output[:, :, -BLOCK:].double(), expected[:, :, -BLOCK:]):
         return  # The queries and keys are not aligned; 3.3 says so.
     hint = f"query i sees the keys j <= i + M - N: with N = {n} and M = {BLOCK} the first {n - BLOCK} see none"
-    close(output, expected, f"{CALL}, causal: output", hint=hint)
+    close(output, expected, f"{CALL}, causal: output", hint=hint, tolerance=NEAR)
     close(logsumexp[:, :, :-BLOCK].double(), torch.full((B, H, n - BLOCK), -INF, dtype=torch.float64),
           f"{CALL}, causal: logsumexp of the first {n - BLOCK} queries", hint=hint)  # fmt: skip
 
@@ -186,7 +214,7 @@ def test_padded_keys_change_nothing(subject: Subject, close: Close, rng: torch.G
 
     output, _ = attend(build(subject, dtype=dtype), [q, k, v], mask)
 
-    close(output, expected, f"{CALL}: output", tolerance=EXACT if dtype == torch.float32 else None,
+    close(output, expected, f"{CALL}: output", tolerance=EXACT,
           hint="masked keys hold 1e6 and reach the output: make their scores -inf before the maximum")  # fmt: skip
 
 
@@ -237,7 +265,8 @@ def test_causal_with_more_queries_than_keys(subject: Subject, close: Close, rng:
         for came, wanted, name in zip(actual, expected, ("output", "logsumexp"), strict=True):
             assert came.shape == wanted.shape, f"{CALL}: {name} of shape {tuple(came.shape)} came"
             last = slice(n - m, n)
-            close(came[:, :, last].double(), wanted[:, :, last], f"{CALL}: {name} of the last {m} queries", hint=hint)
+            what = f"{CALL}: {name} of the last {m} queries"
+            close(came[:, :, last].double(), wanted[:, :, last], what, hint=hint, tolerance=NEAR)
 
 
 @requirement("3.3")
@@ -259,7 +288,7 @@ def test_one_module_serves_lengths_in_any_order(subject: Subject, close: Close, 
     attention = build(subject)
 
     for n in (9, 1, 9):
-        x, given = torch.randn(B, n, D, generator=rng, dtype=torch.float64), inputs(rng, n, n)
+        given = inputs(rng, n, n)
         kinds: list[tuple[Tensor | None, bool]] = [(None, False), (None, True)]
         kinds += [(some_mask((B, 1, 1, n), rng), False) for _ in range(2)]
         hint = f"with N = {n}, plain, causal and with two masks in turn, after other lengths"
@@ -268,8 +297,4 @@ def test_one_module_serves_lengths_in_any_order(subject: Subject, close: Close, 
             agree(close, attention, given, hint=hint)
         for output, kind in zip(outputs, kinds, strict=True):
             for came, wanted in zip(output, reference(given, *kind), strict=True):
-                close(came.double(), wanted, f"{CALL}, when later calls have been made", hint=hint)
-        for causal in (False, True):
-            close(
-                call(attention, x, causal=causal), standard(attention, x, causal=causal).detach(), "forward", hint=hint
-            )
+                close(came.double(), wanted, f"{CALL}, when later calls have been made", hint=hint, tolerance=NEAR)

@@ -1,5 +1,6 @@
 """Standard attention (3.4): its results, masks, state_dict and weights, for any strides and on any device."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,7 @@ from harness.testing import Close, Subject, Where, refuses, requirement
 from .reference import (
     BLOCK,
     CALL,
-    DH,
-    EXACT,
+    NEAR,
     WEIGHTS,
     B,
     D,
@@ -83,7 +83,7 @@ def test_agrees_with_pytorch(subject: Subject, close: Close, rng: torch.Generato
 
     output, _ = attend(build(subject).to(on.device, on.dtype), given, causal=causal)
 
-    close(output, expected, f"{CALL}, causal = {causal}: output")
+    close(output, expected, f"{CALL}, causal = {causal}: output", tolerance=max(NEAR, on.tolerance))
 
 
 @requirement("3.4")
@@ -94,6 +94,9 @@ def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator) 
     for dtype in MASK_DTYPES:
         mask = some_mask((B, 1, N, N), rng).to(dtype)
         agree(close, attention, given, mask, hint=f"a mask of {dtype}: true or 1 means may attend")
+    given, attention = inputs(rng, 64, 256), build(subject, 64)
+    hint = "a uint8 mask that allows 256 keys: a sum of it in its own dtype is 0"
+    agree(close, attention, given, torch.ones(1, 1, 1, 256, dtype=torch.uint8), hint=hint)
 
 
 @requirement("3.4")
@@ -133,19 +136,6 @@ def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.
 
 
 @requirement("3.4")
-def test_strided_inputs(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Views of one storage, transposed and expanded ones too, are as good as copies."""
-    base = torch.randn(3, N, B, H, DH, generator=rng, dtype=torch.float64).permute(0, 2, 3, 1, 4)
-    row = torch.randn(1, 1, N, DH, generator=rng, dtype=torch.float64).expand(B, H, N, DH)
-    mask = some_mask((B, H, N, N), rng).mT.contiguous().mT
-    attention = build(subject)
-
-    agree(close, attention, list(base), mask, hint="Q, K and V are transposed views here")
-    agree(close, attention, [base[0], row, base[1].flip(-1)], hint="K is an expanded view here")
-    agree(close, attention, [row, row, row], hint="Q, K and V are one tensor here")
-
-
-@requirement("3.4")
 def test_state_dict(subject: Subject) -> None:
     """The state_dict holds the weights of the four projections and the last one's bias, and nothing else."""
     expected = {name: (D, D) if name.endswith("weight") else (D,) for name in WEIGHTS}
@@ -171,7 +161,7 @@ def test_forward_is_standard_attention(subject: Subject, close: Close, rng: torc
         for causal in (False, True):
             what = f"forward, {'with a mask' if mask is not None else 'no mask'}, causal = {causal}"
             expected = standard(attention, x, mask, causal).detach()
-            close(call(attention, x, mask, causal), expected, what, hint=hint)
+            close(call(attention, x, mask, causal), expected, what, hint=hint, tolerance=NEAR)
 
 
 @requirement("3.4")
@@ -182,21 +172,10 @@ def test_arguments_may_be_given_by_position(subject: Subject, close: Close, rng:
     attention = build(subject)
 
     close(attention.flash_attention_forward(*given, mask, True)[0], reference(given, mask=mask, causal=True)[0],
-          f"{CALL}(Q, K, V, mask, True): output")  # fmt: skip
-    close(attention(x, mask, True), standard(attention, x, mask, True).detach(), "forward(x, mask, True)")
-    close(attention(x, None), standard(attention, x).detach(), "forward(x, None)")
-
-
-@requirement("3.4")
-def test_forward_takes_every_mask(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """forward takes a mask with any of its sizes 1."""
-    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
-    attention = build(subject)
-
-    for shape in ((1, H, 1, N), (B, 1, N, 1), (1, 1, 1, 1), (B, H, N, N)):
-        mask = some_mask(shape, rng).int()
-        expected = standard(attention, x, mask).detach()
-        close(call(attention, x, mask), expected, "forward", hint=f"a mask of shape {shape}, int32")
+          f"{CALL}(Q, K, V, mask, True): output", tolerance=NEAR)  # fmt: skip
+    expected = standard(attention, x, mask, True).detach()
+    close(attention(x, mask, True), expected, "forward(x, mask, True)", tolerance=NEAR)
+    close(attention(x, None), standard(attention, x).detach(), "forward(x, None)", tolerance=NEAR)
 
 
 @requirement("3.4")
@@ -233,39 +212,34 @@ def test_a_batch_row_gives_what_it_gives_alone(subject: Subject, close: Close, r
     output, _ = attend(build(subject), given)
 
     for row in range(B):
-        close(
-            output[row : row + 1], expected[row], f"{CALL}: output", hint=f"batch row {row} alone gives something else"
-        )
+        hint = f"batch row {row} alone gives something else"
+        close(output[row : row + 1], expected[row], f"{CALL}: output", hint=hint, tolerance=NEAR)
 
 
 @requirement("3.4")
-def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator, mode: Any) -> None:
     """A call after the weights have changed, in place, by loading or by replacing a layer, uses the new ones."""
     x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
     attention = build(subject)
-    call(attention, x)
 
+    def used(what: str) -> None:
+        with mode():
+            output = call(attention, x)
+        close(output, standard(attention, x).detach(), "forward", hint=what, tolerance=NEAR)
+
+    used("in the first call")
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.mul_(-0.7)
-    close(call(attention, x), standard(attention, x).detach(), "forward", hint="the weights were changed in place")
+    used("the weights were changed in place")
     attention.load_state_dict({name: value * 1.3 for name, value in attention.state_dict().items()})
-    close(call(attention, x), standard(attention, x).detach(), "forward", hint="the weights were loaded anew")
+    used("the weights were loaded anew")
+    for parameter in attention.parameters():
+        parameter.data = 2 * parameter.data
+    used("the weights were assigned as .data")
     attention.k_proj = nn.Linear(D, D, bias=False, dtype=torch.float64)
-    close(call(attention, x), standard(attention, x).detach(), "forward", hint="k_proj was replaced")
-
-
-@requirement("3.4")
-def test_a_module_may_be_cast_between_calls(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """After .float() and .double() each call works in the new dtype, with its precision."""
-    x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
-    attention = build(subject)
-    call(attention, x)
-
-    attention.float()
-    close(call(attention, x.float()), standard(attention, x).detach().float(), "forward in float32", tolerance=EXACT)
-    attention.double()
-    close(call(attention, x), standard(attention, x).detach(), "forward in float64 after a call in float32")
+    used("k_proj was replaced")
 
 
 class _Elsewhere(TorchFunctionMode):
@@ -288,12 +262,12 @@ def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Genera
     hint = "on another device, what is made without device=… is left behind on the CPU: make it where Q is"
 
     agree(close, attention, given, mask, causal=True)
-    close(call(attention, x, causal=True), expected, "forward")
+    close(call(attention, x, causal=True), expected, "forward", tolerance=NEAR)
     try:
         with torch.no_grad(), _Elsewhere():
             agree(close, attention, given, mask, causal=True, hint=hint)
             output = call(attention, x, causal=True)
-        close(output, expected, "forward", hint=hint)
+        close(output, expected, "forward", hint=hint, tolerance=NEAR)
     except NotImplementedError:  # It is moved explicitly: to where the inputs are?
         _moved(build(subject).to("meta"), hint)
     except RuntimeError as error:

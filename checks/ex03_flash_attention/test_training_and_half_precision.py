@@ -10,11 +10,12 @@ from torch import Tensor
 from harness.testing import Close, Subject, Trace, halfway, requirement
 
 from .reference import (
+    ABOUT,
     BLOCK,
     CALL,
     DH,
-    EXACT,
     HALVES,
+    NEAR,
     WEIGHTS,
     WIDE,
     B,
@@ -64,6 +65,7 @@ def gradients(
             wanted,
             f"backward: gradient of {name}",
             hint=f"{formulas[name]}, {ratio(came, wanted)}\n{hint}".strip(),
+            tolerance=NEAR,
         )
 
 
@@ -124,62 +126,21 @@ def test_gradients_at_any_lengths(subject: Subject, close: Close, rng: torch.Gen
     """So they do at lengths that fill no whole blocks, wherever the output is right."""
     attention = build(subject)
 
-    for n, m, causal in ((6, 11, False), (6, 11, True), (9, 5, False), (9, 5, True), (1, 3, False)):
+    for n, m, causal in (
+        (6, 11, False),
+        (6, 11, True),
+        (9, 5, False),
+        (9, 5, True),
+        (1, 3, False),
+        (3, 1, False),
+        (1, 1, True),
+    ):
         given = inputs(rng, n, m)
         output, expected = attend(attention, given, causal=causal)[0], reference(given, causal=causal)[0]
         if output.shape != expected.shape or not torch.allclose(output.double(), expected):
             continue  # The output is wrong; 3.3 says so.
         hint = f"N = {n}, M = {m}, block_size = {BLOCK}, causal = {causal}"
         gradients(close, attention, given, causal=causal, hint=hint)
-
-
-@requirement("3.6")
-def test_gradients_of_a_strided_output(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """An expanded or transposed gradient of the output is as good as a copy, and is not written to."""
-    given, attention = [x.requires_grad_() for x in inputs(rng)], build(subject)
-    transposed = torch.randn(B, N, H, DH, generator=rng, dtype=torch.float64).transpose(1, 2)
-    expanded = torch.randn(1, 1, 1, 1, generator=rng, dtype=torch.float64).expand(B, H, N, DH)
-
-    for kind, probe in (("transposed", transposed), ("expanded", expanded)):
-        kept, expected = probe.clone(), torch.autograd.grad(reference(given)[0], given, probe)
-        came = torch.autograd.grad(attend(attention, given)[0], given, probe)
-        close(probe, kept, "the gradient of the output after backward", tolerance=0, hint="backward writes to it")
-        for index, name in enumerate("QKV"):
-            close(came[index], expected[index], f"backward: gradient of {name}", hint=f"dO is an {kind} view")
-
-
-@requirement("3.6")
-def test_one_input_may_be_trained_alone(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """If one of Q, K and V alone requires a gradient, it gets it."""
-    given = inputs(rng)
-    probe = torch.randn(B, H, N, DH, generator=rng, dtype=torch.float64)
-
-    for index, name in enumerate("QKV"):
-        alone = [x.clone().requires_grad_(which == index) for which, x in enumerate(given)]
-        expected = torch.autograd.grad(reference(alone)[0], alone[index], probe)[0]
-        output, _ = attend(build(subject), alone)
-        assert output.requires_grad, f"{CALL}: {name} requires a gradient, the output does not"
-        close(torch.autograd.grad(output, alone[index], probe)[0], expected, f"backward: gradient of {name} alone")
-
-
-@requirement("3.6")
-def test_backward_may_run_twice(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A second backward through the same output, and one after another call, give the right gradients again."""
-    given = [x.requires_grad_() for x in inputs(rng)]
-    probe = torch.randn(B, H, N, DH, generator=rng, dtype=torch.float64)
-    expected = torch.autograd.grad(reference(given)[0], given, probe)
-    attention = build(subject)
-
-    output, _ = attend(attention, given)
-    attend(attention, [2 * x for x in given])
-    first = torch.autograd.grad(output, given, probe, retain_graph=True)
-    second = torch.autograd.grad(output, given, probe)
-
-    for index, name in enumerate("QKV"):
-        close(first[index], expected[index], f"backward after another call: gradient of {name}",
-              hint="what backward needs belongs to the call, not to the module")  # fmt: skip
-        close(second[index], expected[index], f"second backward: gradient of {name}",
-              hint="backward changes what forward saved for it")  # fmt: skip
 
 
 @requirement("3.6")
@@ -200,7 +161,7 @@ def test_the_module_trains(subject: Subject, close: Close, rng: torch.Generator,
 
     for (name, tensor), wanted in zip(trained.items(), expected, strict=True):
         assert tensor.grad is not None, f"backward: {name} gets no gradient"
-        close(tensor.grad, wanted, f"backward: gradient of {name}")
+        close(tensor.grad, wanted, f"backward: gradient of {name}", tolerance=NEAR)
 
 
 @requirement("3.6")
@@ -218,7 +179,7 @@ def test_little_stays_alive_after_forward(
         output, logsumexp = attend(attention.to(dtype), given)
         kept = seen.alive_bytes
 
-    close(output.float(), expected, f"{CALL}: output", tolerance=EXACT if dtype == torch.float32 else 5e-2)
+    close(output.float(), expected, f"{CALL}: output", tolerance=ABOUT if dtype == torch.float32 else 5e-2)
     assert output.requires_grad, f"{CALL}: the output carries no gradient"
     unit = sum(x.numel() * x.element_size() for x in (*given, output, logsumexp))
     assert kept <= 1.5 * unit, (
@@ -229,7 +190,7 @@ def test_little_stays_alive_after_forward(
 
 
 @requirement("3.6")
-@pytest.mark.parametrize(("causal", "lengths"), [(False, (2, 4)), (True, (3,))], ids=["plain", "causal_mask"])
+@pytest.mark.parametrize(("causal", "lengths"), [(False, (4, 8)), (True, (3,))], ids=["plain", "causal_mask"])
 def test_the_peak_of_training_grows_linearly(
     subject: Subject, close: Close, rng: torch.Generator, causal: bool, lengths: tuple[int, ...]
 ) -> None:
@@ -243,7 +204,7 @@ def test_the_peak_of_training_grows_linearly(
         with Trace() as seen:
             attend(attention, given, mask, causal)[0].sum().backward()
         for name, x, wanted in zip("QKV", given, expected, strict=True):
-            close(x.grad, wanted, f"backward: gradient of {name}", tolerance=EXACT)
+            close(x.grad, wanted, f"backward: gradient of {name}", tolerance=ABOUT)
         peaks.append(seen.peak_bytes)
 
     assert seen.largest < n * n, f"backward, N = M = {n}: a tensor of {seen.largest} elements is made; N·M is {n * n}"
@@ -254,7 +215,7 @@ def test_the_peak_of_training_grows_linearly(
     )
 
 
-# 3.7 half precision
+# 3.7 precision
 
 HALF = pytest.mark.parametrize("dtype", HALVES, ids=str)
 
@@ -338,3 +299,22 @@ def test_a_module_in_half_precision(subject: Subject, close: Close, rng: torch.G
     close(call(attention, x), expected, f"forward in {dtype}", tolerance=5e-2)
     masked = call(attention, x, some_mask((B, 1, 1, N), rng))
     assert masked.isfinite().all(), f"forward in {dtype} with a mask: the output is not finite"
+
+
+@requirement("3.7")
+def test_float64_stays_float64(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """What is right to five digits is right to nine: nothing is computed in a lower precision."""
+    given = [x.requires_grad_() for x in inputs(rng, N, N + 1)]
+    mask, probe = some_mask((B, 1, 1, N + 1), rng), torch.randn(B, H, N, DH, generator=rng, dtype=torch.float64)
+    expected, logsumexp = reference(given, mask=mask, causal=True)
+    wanted = [expected, logsumexp, *torch.autograd.grad(expected, given, probe)]
+    names = ["output", "logsumexp", *(f"gradient of {name}" for name in "QKV")]
+
+    came = list(attend(build(subject), given, mask, True))
+    if came[0].requires_grad:
+        came += torch.autograd.grad(came[0], given, probe, allow_unused=True)
+
+    for name, x, y in zip(names, came, wanted, strict=False):
+        if isinstance(x, Tensor) and x.shape == y.shape and torch.allclose(x.double(), y, 1e-4, 1e-4):
+            close(x, y.detach(), f"{CALL} in float64: {name}", tolerance=1e-9,
+                  hint="nothing is computed below the inputs' dtype")  # fmt: skip

@@ -130,7 +130,7 @@ MISTAKES = [
 """,
         ),
     ),
-    Mistake("epsilon_in_the_sum", ("3.3", "3.4"), "differ", (DIVIDE, "            accumulator.div_(total + 1e-8)\n")),
+    Mistake("epsilon_in_the_sum", "3.7", "differ", (DIVIDE, "            accumulator.div_(total + 1e-8)\n"), only=True),
     # 3.3: lengths
     Mistake(
         "tail_dropped",
@@ -232,7 +232,7 @@ MISTAKES = [
             """\
         if not any(ctx.needs_input_grad):
             kept = _Blocks.kept = getattr(_Blocks, 'kept', {})
-            result = kept.setdefault((result.shape, result.dtype), result).copy_(result)
+            result = kept.setdefault((result.shape, result.dtype, result.is_inference()), result).copy_(result)
 """
             + RETURN,
         ),

@@ -2,6 +2,7 @@
 
 from harness.model.bank import Mistake
 
+APPLY = "        return _BlockwiseAttention.apply(Q, K, V, mask, causal, self.scale, self.block_size)\n"
 OUTPUT = "        output = torch.zeros_like(q, dtype=work)  # [BH, N, Dh]\n"
 LOWEST = "            maximum = torch.full_like(total, torch.finfo(work).min)\n"
 WEIGHTS = "                weights = scores.sub_(new_maximum).exp2_()\n"
@@ -75,7 +76,7 @@ MISTAKES = [
     Mistake(
         "all_queries_times_key_blocks",
         "3.1",
-        "at most 2048",
+        "at most 8192",
         (ROWS, "        return iter([slice(0, self.n)])\n"),
         (BUFFER, BUFFER.replace("n * m", "self.n * m")),
     ),
@@ -135,6 +136,60 @@ MISTAKES = [
                     q_rows @ k[:, columns].to(work).mT
 """,
         ),
+        only=True,
+    ),
+    Mistake(
+        "key_blocks_that_grow_with_the_length",
+        "3.1",
+        "many_keys",
+        (
+            COLUMNS,
+            """\
+        stop = self.m if self.diagonal is None else min(self.m, rows.stop + self.diagonal)
+        size = max(self.size, self.m // 4)
+        return (slice(start, min(start + size, stop)) for start in range(0, stop, size))
+""",
+        ),
+        (BUFFER, BUFFER.replace("n * m", "n * max(m, self.m // 4)")),
+        only=True,
+    ),
+    Mistake(
+        "integer_mask_converted_whole",
+        "3.1",
+        "causal_mask",
+        (
+            EXPANDED,
+            "        mask = mask.bool() if mask is not None and mask.dtype == torch.int32 else mask\n" + EXPANDED,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "blocks_above_the_diagonal_computed_with_a_mask",
+        "3.5",
+        "with a mask",
+        (COLUMNS, COLUMNS.replace("self.diagonal is None", "self.diagonal is None or self.mask is not None")),
+        only=True,
+    ),
+    Mistake(
+        "earlier_keys_visited_again",
+        "3.5",
+        "visit each pair of blocks once",
+        (
+            WEIGHTS,
+            WEIGHTS
+            + """\
+                for start in range(0, columns.start, blocks.size) if columns.start > blocks.size else ():
+                    for _ in range(4):
+                        q_rows @ k[:, start : start + blocks.size].to(work).mT
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "heads_kept_for_a_later_look",
+        "3.1",
+        "leaves",
+        (APPLY, "        self.last = [(Q, K, V)]\n" + APPLY),
         only=True,
     ),
 ]

@@ -203,7 +203,7 @@ MISTAKES = [
     Mistake(
         "contiguous_inputs_only",
         "3.4",
-        "views",
+        "transpose",
         (
             "x.flatten(0, 1) for x in (Q, K, V))  # [BH, N, Dh], [BH, M, Dh]",
             "x.detach().as_strided((x.size(0) * x.size(1), *x.shape[2:]), (x.size(2) * x.size(3), x.size(3), 1)) "

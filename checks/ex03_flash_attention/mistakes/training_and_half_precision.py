@@ -179,7 +179,7 @@ MISTAKES = [
         (AGAIN, AGAIN + "                logsumexp[:, rows] += 1 if columns.stop == blocks.m else 0\n"),
         only=True,
     ),
-    Mistake("output_gradient_written_to", "3.6", "writes to it", (GRADS, "        grads[0].mul_(0.5)\n" + GRADS)),
+    Mistake("output_gradient_written_to", "3.6", "written-to", (GRADS, "        grads[0].mul_(0.5)\n" + GRADS)),
     Mistake(
         "contiguous_output_gradient_only",
         "3.6",
