@@ -1,16 +1,15 @@
-"""Walks: calls of adapted layers (5.1, 5.2, 5.4, 5.5, 5.7) and adapted models, in which everything is drawn together."""
+"""A walk over calls of adapted layers (5.1 to 5.5, 5.7), in which everything is drawn together."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.testing import Aspect, Close, Step, Subject, Trace, Walk, is_tensor, walk_check
+from harness.testing import Aspect, Close, Step, Subject, Trace, is_tensor, walk_check
 
-from .reference import linear, randomize, trainable, value
+from .reference import Walking, linear, randomize, trainable, value
 
 # What one rounding of each dtype is worth, over sums of a few dozen terms.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
@@ -43,12 +42,6 @@ class Known:
         """W + alpha/rank · B A, in float64."""
         return self.weight.double() + self.scaling * self.b.double() @ self.a.double()
 
-    def unmerge(self) -> None:
-        """Before W, A or B are written to."""
-        if self.merged:
-            self.layer.unmerge_weights()
-            self.merged = False
-
     def write(self, rng: torch.Generator, scale: float = 0.5, data: bool = False) -> None:
         """New random numbers in A and B, in place."""
         layer = self.layer
@@ -79,74 +72,51 @@ class Layers:
     def made(self, key: tuple[int, int, bool, int, float, float], dtype: torch.dtype, rng: torch.Generator) -> Known:
         """A new layer whose A and B are random too."""
         in_features, out_features, bias, rank, alpha, dropout = key
-        original = linear(rng, in_features, out_features, bias).to(dtype)
-        weight, own_bias = value(original.weight), None if original.bias is None else value(original.bias)
+        original = linear(rng, in_features, out_features, bias)
         # With a base that asks for gradients and with one that does not.
         original.requires_grad_(rank % 2 == 0)
-        layer = self.subject.LoRALinear(original, rank=rank, alpha=alpha, dropout=dropout)
+        layer = self.subject.LoRALinear(original, rank=rank, alpha=alpha, dropout=dropout).to(dtype)
+        weight, own_bias = (None if held is None else value(held) for held in (original.weight, original.bias))
+        assert weight is not None, "the check's own set-up holds"
         empty = weight.new_empty(rank, in_features), weight.new_empty(out_features, rank)
         known = Known(layer, weight, own_bias, *empty, alpha / rank, dropout)
         known.write(rng)
         return known
 
 
-class Calls(Walk):
+class Calls(Walking):
     """Calls of a few layers."""
 
     aspects = (
         Aspect("exact", "5.7", {"": False, "to its dtype's own precision": True}),
         Aspect("watch", "5.4", {"": False, "a layer 31 -> 29": True}, rate=0.15),
-        Aspect("look", "5.5", {"": False, "with a look at W, A and B afterwards": True}),
+        Aspect("read", "5.2", {"": False, "with a look at x": True}),
+        Aspect("frozen", "5.3", {"": False, "with a look at W afterwards": True}),
         Aspect(
             "merge",
             "5.5",
             {
                 "": (),
-                "after merge_weights": ("merge",),
-                "after merging twice": ("merge", "merge"),
-                "after unmerge_weights": ("unmerge",),
-                "after merging and unmerging": ("merge", "unmerge"),
+                "while merged": ("merge", "call", "unmerge"),
+                "while merged twice": ("merge", "merge", "call", "unmerge"),
+                "after merging and unmerging": ("merge", "unmerge", "call"),
+                "after unmerge_weights alone": ("unmerge", "call"),
             },
-            rate=0.35,
+            rate=0.3,
         ),
         Aspect("dropout", "5.7", {"": 0.0, "dropout 0.4": 0.4, "dropout 1": 1.0}, rate=0.25),
         Aspect(
             "dtype",
             "5.7",
-            {"": torch.float64, "in float32": torch.float32, "in bfloat16": torch.bfloat16, "in float16": torch.float16},
+            {
+                "": torch.float64,
+                "in float32": torch.float32,
+                "in bfloat16": torch.bfloat16,
+                "in float16": torch.float16,
+            },
             rate=0.3,
         ),
         Aspect("autocast", "5.7", {"": False, "under autocast": True}, rate=0.2),
-        Aspect(
-            "layer",
-            "5.2",
-            {
-                "": (5, 4, True),
-                "without bias": (5, 4, False),
-                "in = out": (4, 4, True),
-                "one feature in": (1, 4, True),
-                "one feature out, no bias": (5, 1, False),
-            },
-            rate=0.4,
-        ),
-        Aspect(
-            "shape",
-            "5.2",
-            {"": (5,), "one row": (1,), "a vector": (), "no rows": (0,), "257 rows": (257,), "4 dimensions": (2, 1, 3)},
-        ),
-        Aspect("layout", "5.2", {"": "", **{f"x {name}": name for name in ("transposed", "sliced", "expanded", "overlapping")}}),
-        Aspect(
-            "rank",
-            "5.1",
-            {
-                "": (3, 5.0),
-                "rank 1": (1, 2.5),
-                "rank 16": (16, 6),
-                "rank 9, alpha -2.5": (9, -2.5),
-                "alpha 0": (2, 0),
-            },
-            rate=0.4,
-        ),
         Aspect(
             "before",
             "5.1",
@@ -161,12 +131,34 @@ class Calls(Walk):
                 "after an input of another width": "error",
             },
         ),
-        Aspect("flag", "5.1", {"": None, "after eval()": False, "after train()": True}),
         Aspect(
-            "scale",
+            "rank",
             "5.1",
-            {"": 0, "x far above 0": 1, "x far below 0": -1, "rows of very different scale": 2},
+            {"": (1, 2.5), "rank 3": (3, 5.0), "rank 16": (16, 6), "rank 9, alpha -2.5": (9, -2.5), "alpha 0": (2, 0)},
         ),
+        Aspect(
+            "layer",
+            "5.2",
+            {
+                "": (5, 4, False),
+                "with bias": (5, 4, True),
+                "in = out": (4, 4, False),
+                "one feature in, with bias": (1, 4, True),
+                "one feature out": (5, 1, False),
+            },
+        ),
+        Aspect(
+            "shape",
+            "5.2",
+            {"": (5,), "one row": (1,), "a vector": (), "no rows": (0,), "257 rows": (257,), "4 dimensions": (2, 1, 3)},
+        ),
+        Aspect(
+            "layout",
+            "5.2",
+            {"": "", **{f"x {name}": name for name in ("transposed", "sliced", "expanded", "overlapping")}},
+        ),
+        Aspect("flag", "5.1", {"": None, "after eval()": False, "after train()": True}),
+        Aspect("scale", "5.1", {"": 0, "x far above 0": 1, "x far below 0": -1, "rows of very different scale": 2}),
         Aspect("mode", "5.1", {"": "", "under no_grad": "no_grad", "under inference_mode": "inference"}),
         Aspect("asks", "5.1", {"": True, "x without gradient": False}, rate=0.3),
     )
@@ -181,9 +173,24 @@ class Calls(Walk):
         rng = step.rng()
         known = chosen(state, step, rng)
         before(state, known, step, rng)
+        for act in step["merge"] or ("call",):
+            if act == "call":
+                self.call(known, step, rng)
+            else:
+                getattr(known.layer, f"{act}_weights")()
+                known.merged = act == "merge"
+                kept(known)
+        if step["frozen"]:
+            frozen(known)
+
+    def call(self, known: Known, step: Step, rng: torch.Generator) -> None:
+        """The call itself."""
         x = made_input(known, step, rng)
         layer, start, version = known.layer, value(x), x._version
         grad = step["mode"] == ""
+        if step["flag"] is not None:
+            layer.train(step["flag"])
+            known.training = step["flag"]
         with contextlib.ExitStack() as stack:
             if not grad:
                 stack.enter_context(torch.no_grad() if step["mode"] == "no_grad" else torch.inference_mode())
@@ -195,15 +202,12 @@ class Calls(Walk):
         # A cast of W is autocast's own.
         if seen is not None and not step["autocast"]:
             call.costs(seen)
+        if step["read"]:
+            assert torch.equal(x, start), "forward(x): x has changed"
+            assert x._version == version, "forward(x): x is written to, if only to be put back"
         call.gives(output)
-        assert torch.equal(x, start), "forward(x): x has changed"
-        assert x._version == version, "forward(x): x is written to, if only to be put back"
         if grad:
             call.moves(x, output, rng)
-        if step["look"]:
-            call.leaves()
-        if known.merged and step.seed % 2:
-            known.unmerge()
 
 
 def chosen(state: Layers, step: Step, rng: torch.Generator) -> Known:
@@ -212,7 +216,7 @@ def chosen(state: Layers, step: Step, rng: torch.Generator) -> Known:
     if step["watch"]:
         in_features, out_features = 31, 29
     elif dropout:
-        in_features = out_features = rank = 6
+        in_features = out_features = rank = 4
     return state.at((in_features, out_features, bias, rank, alpha, dropout), rng)
 
 
@@ -220,26 +224,18 @@ def before(state: Layers, known: Known, step: Step, rng: torch.Generator) -> Non
     """What happens to a layer before it is called."""
     layer, act = known.layer, step["before"]
     if step["dtype"] != known.dtype:
-        known.unmerge()
         layer.to(step["dtype"])
         known.weight, known.a, known.b = (held.to(step["dtype"]) for held in (known.weight, known.a, known.b))
         known.bias = None if known.bias is None else known.bias.to(step["dtype"])
-    if step["flag"] is not None:
-        layer.train(step["flag"])
-        known.training = step["flag"]
     if act == "error":
         with contextlib.suppress(Exception):
             layer(torch.ones(2, known.weight.size(1) + 1, dtype=known.dtype))
     elif act or known.dropout:
-        known.unmerge()
         change(state, known, act, rng)
-    for name in step["merge"]:
-        getattr(layer, f"{name}_weights")()
-        known.merged = name == "merge"
 
 
 def change(state: Layers, known: Known, act: str, rng: torch.Generator) -> None:
-    """New numbers in a layer that is not merged."""
+    """New numbers in a layer."""
     layer = known.layer
     if act == "load":
         out_features, in_features = known.weight.shape
@@ -287,7 +283,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "expanded":
         return x[:1].expand(x.shape)
     if layout == "overlapping" and x.numel():
-        *lead, last = x.shape
+        lead = x.shape[:-1]
         strides = [1]
         for size in lead[:0:-1]:
             strides.insert(0, strides[0] * size)
@@ -338,12 +334,12 @@ class Call:
             if known.a.size(0) != known.a.size(1):
                 self.factor = None
                 return
-            self.factor = self.kept(output.detach().double() - base)
+            self.factor = self.reached(output.detach().double() - base)
         a, b = known.a.double(), known.b.double()
         wanted = base + known.scaling * (x * self.factor) @ a.T @ b.T
         self.close_to(output, wanted, "forward(x), merged" if known.merged else "forward(x)")
 
-    def kept(self, added: Tensor) -> Tensor:
+    def reached(self, added: Tensor) -> Tensor:
         """By what each element of x was multiplied on its way into A, as far as the output tells; counts them."""
         known, p = self.known, self.known.dropout
         if not known.scaling:
@@ -367,6 +363,7 @@ class Call:
         probe = torch.randn(output.shape, generator=rng, dtype=torch.float64)
         probe = (probe * (0.1 / self.size / max(1, output.numel()) ** 0.5)).to(output.dtype)
         parameters = trainable(layer)
+        starts = [value(parameter) for parameter in parameters] if len(parameters) > 2 else []
         for parameter in parameters:
             parameter.grad = None
         output.backward(probe)
@@ -385,15 +382,20 @@ class Call:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad)
-        moved = {"lora_A": a - known.scaling * (g @ b).T @ (flat * kept), "lora_B": b - known.scaling * g.T @ (flat * kept @ a.T)}
+        moved = {
+            "lora_A": a - known.scaling * (g @ b).T @ (flat * kept),
+            "lora_B": b - known.scaling * g.T @ (flat * kept @ a.T),
+        }
         for name, wanted in moved.items():
             self.close_to(getattr(layer, name), wanted, f"{name} after a step of gradient descent")
         known.a, known.b = value(layer.lora_A), value(layer.lora_B)
-        base = [p for p in (layer.original_layer.weight, layer.original_layer.bias) if p is not None]
-        for parameter, held in zip(base, (known.weight, known.bias), strict=False):
-            if parameter.requires_grad and held is not None:
-                with torch.no_grad():
+        if len(parameters) > 2:
+            # The base that asks for gradients, and what is not A or B, goes back.
+            with torch.no_grad():
+                for parameter, held in zip(parameters, starts, strict=True):
                     parameter.copy_(held)
+                layer.lora_A.copy_(known.a)
+                layer.lora_B.copy_(known.b)
 
     def gradient(self, x: Tensor, wanted: Tensor) -> None:
         """That of x, and its form."""
@@ -402,20 +404,29 @@ class Call:
         assert form == (x.shape, x.dtype), f"backward: gradient of x: {form} came, {(x.shape, x.dtype)} was wanted"
         self.close_to(x.grad, wanted, "backward: gradient of x")
 
-    def leaves(self) -> None:
-        """W, the bias, A, B and the mode are what they were."""
-        known, layer = self.known, self.known.layer
-        now = layer.original_layer.weight
-        if known.merged:
-            limit = max(TOLERANCES[known.dtype], 1e-5)
-            self.close(now.detach().double(), known.sum(), "original_layer.weight, merged", tolerance=limit)
-        else:
-            assert torch.equal(now, known.weight), "original_layer.weight: it is not W, although nothing is merged"
-        if known.bias is not None:
-            assert torch.equal(layer.original_layer.bias, known.bias), "original_layer.bias has changed"
-        for name, held in (("lora_A", known.a), ("lora_B", known.b)):
-            assert torch.equal(getattr(layer, name), held), f"{name} has changed, although no step was made"
-        assert layer.training is known.training, f"the training flag is {layer.training}, {known.training} was set"
+
+def kept(known: Known) -> None:
+    """After merging or unmerging: W or the sum, A, B, and who is trained."""
+    layer, act = known.layer, "merge_weights" if known.merged else "unmerge_weights"
+    now = layer.original_layer.weight
+    if known.merged:
+        limit = max(TOLERANCES[known.dtype], 1e-5)
+        Close(limit)(now.detach().double(), known.sum(), f"original_layer.weight after {act}")
+        assert now.dtype == known.dtype, f"original_layer.weight after {act}: {now.dtype} came"
+    else:
+        assert torch.equal(now, known.weight), f"original_layer.weight after {act}: it is not W, bit for bit"
+    for name, held in (("lora_A", known.a), ("lora_B", known.b)):
+        tensor = getattr(layer, name)
+        assert torch.equal(tensor, held), f"{name} has changed after {act}"
+        assert tensor.requires_grad, f"{name} no longer asks for gradients after {act}"
+
+
+def frozen(known: Known) -> None:
+    """W and the bias are what they were, whatever was called."""
+    layer = known.layer.original_layer
+    assert torch.equal(layer.weight, known.weight), "original_layer.weight: it is not W, although nothing is merged"
+    if known.bias is not None:
+        assert torch.equal(layer.bias, known.bias), "original_layer.bias has changed"
 
 
 test_calls_in_any_order = walk_check(Calls(), 150)
