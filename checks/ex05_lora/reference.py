@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.testing import Step, Subject, Walk, seed
+from harness.testing import Step, Subject, Trace, Walk, seed
 
 IN, OUT, RANK, ALPHA = 11, 7, 3, 5.0
 
@@ -103,6 +103,22 @@ def adapter_at(model: nn.Module, path: str) -> Any:
     layer = model.get_submodule(path)
     assert hasattr(layer, "lora_A"), f"apply_lora_to_model: the layer at {path!r} matches a target and is not adapted"
     return layer
+
+
+def no_copy(seen: Trace, model: nn.Module, what: str, copies: int = 0) -> None:
+    """Fails if more is alive, of what was made under `seen`, than the model's parameters and some copies of W: in an
+    attribute, a list, a closure or anywhere else.
+    """
+    sizes = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    weight = max(sizes.values())
+    adapters: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    sizes = {m.data_ptr(): m.nbytes for layer in adapters for m in (layer.lora_A, layer.lora_B)}
+    allowed = sum(sizes.values()) + (copies + 1) * weight
+    alive = seen.alive_bytes if seen.alive_bytes < allowed + weight // 2 else seen.alive_after_collection()
+    assert alive < allowed + weight // 2, (
+        f"{what}: {alive} bytes are alive; W, A and B have {allowed} ({copies} more of W's size counted)\n"
+        "is a copy of W, or B A, kept somewhere?"
+    )
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -26,6 +26,12 @@ from .reference import (
 )
 
 
+@pytest.fixture
+def close() -> Close:
+    """Loose: that nothing is computed below float64 is 5.7's to say."""
+    return Close(1e-5)
+
+
 @requirement("5.1")
 def test_a_case_by_hand(subject: Subject, close: Close) -> None:
     """Two features, rank 2, alpha 1: W x + 1/2 · B A x."""
@@ -130,8 +136,9 @@ def test_agrees_with_a_merged_linear_layer(subject: Subject, close: Close, rng: 
     output = is_tensor(adapter.layer(ours), "forward(x)")
     output.sum().backward()
 
-    close(output, expected, "forward(x)")
-    close(ours.grad, is_tensor(theirs.grad, ""), "backward: gradient of x", hint="x reaches the output by W and by A")
+    exact = Close(on.tolerance) if on.device.type != "cpu" or on.dtype != torch.float64 else close
+    exact(output, expected, "forward(x)")
+    exact(ours.grad, is_tensor(theirs.grad, ""), "backward: gradient of x", hint="x reaches the output by W and by A")
 
 
 @requirement("5.1")
@@ -212,7 +219,7 @@ def test_gradients_with_dropout(subject: Subject, rng: torch.Generator) -> None:
         moved = float((probed() - start).detach())
 
         wanted = float((steps[name] * along).sum())
-        assert abs(moved - wanted) < 1e-6 * (1 + abs(moved)), (
+        assert abs(moved - wanted) < 1e-5 * (1 + abs(moved)), (
             f"backward in training, dropout 0.4: gradient of {name}: the output moves by {moved:.6g}, "
             f"the gradient says {wanted:.6g}\nis something detached, or wrapped in no_grad?"
         )

@@ -51,6 +51,12 @@ PATHS = (
 )
 
 
+@pytest.fixture
+def close() -> Close:
+    """Loose: that nothing is computed below float64 is 5.7's to say."""
+    return Close(1e-5)
+
+
 @requirement("5.2")
 @pytest.mark.parametrize(
     ("shape", "bias"),

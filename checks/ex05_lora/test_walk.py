@@ -91,7 +91,7 @@ class Calls(Walking):
         Aspect("exact", "5.7", {"": False, "to its dtype's own precision": True}),
         Aspect("watch", "5.4", {"": False, "a layer 31 -> 29": True}, rate=0.15),
         Aspect("read", "5.2", {"": False, "with a look at x": True}),
-        Aspect("frozen", "5.3", {"": False, "with a look at W afterwards": True}),
+        Aspect("frozen", "5.5", {"": False, "with a look at W afterwards": True}),
         Aspect(
             "merge",
             "5.5",
