@@ -268,16 +268,17 @@ def test_unmerging_keeps_no_copy(subject: Subject, close: Close, rng: torch.Gene
     with Trace() as seen:
         model = tree({"embedding": nn.Embedding(29, 31), "head": linear(rng, 31, 29, bias=False)})
         model["embedding"].weight = model["head"].weight
-        kept = value(linear_at(model, "head").weight)
         layer = adapter_at(apply(subject, model, "head"), "head")
-        randomize(rng, layer.lora_A, layer.lora_B)
-        wanted = kept + ALPHA / RANK * value(layer.lora_B) @ value(layer.lora_A)
-        for _ in range(2):
+    kept = value(linear_at(layer, "original_layer").weight)
+    randomize(rng, layer.lora_A, layer.lora_B)
+    wanted = kept + ALPHA / RANK * value(layer.lora_B) @ value(layer.lora_A)
+    for _ in range(2):
+        with seen:
             layer.merge_weights()
-            close(value(layer.original_layer.weight), wanted, "original_layer.weight, merged", tolerance=1e-2)
-            no_copy(seen, model, "while merged", copies=2)
+        close(value(layer.original_layer.weight), wanted, "original_layer.weight, merged", tolerance=1e-2)
+        no_copy(seen, model, "while merged", copies=2)
+        with seen:
             layer.unmerge_weights()
-    del kept, wanted
 
     no_copy(seen, model, "after merge_weights and unmerge_weights, W shared with an embedding")
 

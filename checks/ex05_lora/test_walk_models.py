@@ -40,7 +40,6 @@ class Model:
     root: nn.ModuleDict
     paths: list[str]
     layers: list[nn.Linear]
-    base: dict[str, Tensor]
 
     @property
     def adapters(self) -> list[Any]:
@@ -100,11 +99,11 @@ class Models(Walking):
         if step["trains"]:
             trains(model)
         if step["counts"]:
-            wanted = sum(held.numel() for held in model.base.values())
-            adapters = sum(part.numel() for part in parts(model))
+            held = {id(parameter): parameter for parameter in model.root.parameters()}.values()
+            asking = sum(parameter.numel() for parameter in held if parameter.requires_grad)
+            wanted = sum(parameter.numel() for parameter in held), asking
             came = state.count_parameters(model.root)
-            total = wanted + adapters
-            assert came == (total, adapters), f"count_parameters(model): {came} came, {(total, adapters)} was wanted"
+            assert came == wanted, f"count_parameters(model): {came} came, {wanted} was wanted"
         if step["saves"]:
             saves(state, model, step)
 
@@ -136,7 +135,7 @@ def built(step: Step) -> Model:
     root = tree(found)
     if step["frozen"]:
         root.requires_grad_(False)
-    return Model(root, paths, layers, {name: value(held) for name, held in root.named_parameters()})
+    return Model(root, paths, layers)
 
 
 def adapted(subject: Subject, model: Model, step: Step) -> bool:
