@@ -87,7 +87,8 @@ def test_the_start_is_the_original(subject: Subject, close: Close, rng: torch.Ge
 
     output = adapter.layer(x)
 
-    close(output, expected, "forward of a new adapter", hint="B starts at zero, so that nothing changes")
+    what, hint = "forward of a new adapter", "B starts at zero, so that nothing changes"
+    close(output, expected, what, tolerance=1e-9, hint=hint)
     assert not adapter.layer.lora_B.any(), "lora_B of a new adapter: not all zeros"
     a = value(adapter.layer.lora_A)
     assert a.isfinite().all() and a.any(), "lora_A of a new adapter: all zeros; with B zero too, neither ever moves"

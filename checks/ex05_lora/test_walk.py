@@ -1,6 +1,7 @@
 """A walk over calls of adapted layers (5.1 to 5.5, 5.7), in which everything is drawn together."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,11 @@ from .reference import Walking, linear, randomize, trainable, value
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 # How far an input stands off to one side, so that sums of it are still exact enough.
 OFFSETS = {torch.float64: 1000.0, torch.float32: 100.0, torch.bfloat16: 10.0, torch.float16: 10.0}
+MODES: dict[str, Callable[[], Any]] = {
+    "": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
 
 
 @dataclass
@@ -195,8 +201,7 @@ class Calls(Walking):
             layer.train(step["flag"])
             known.training = step["flag"]
         with contextlib.ExitStack() as stack:
-            if not grad:
-                stack.enter_context(torch.no_grad() if step["mode"] == "no_grad" else torch.inference_mode())
+            stack.enter_context(MODES[step["mode"]]())
             if step["autocast"]:
                 stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
             seen = stack.enter_context(Trace()) if step["watch"] else None
@@ -228,7 +233,7 @@ def before(state: Layers, known: Known, step: Step, rng: torch.Generator) -> Non
     layer, act = known.layer, step["before"]
     if act or step["dtype"] != known.dtype:
         # So that there is something to remember.
-        with torch.set_grad_enabled(step["mode"] == ""), torch.inference_mode(step["mode"] == "inference"):
+        with MODES[step["mode"]]():
             layer(torch.ones(2, known.weight.size(1), dtype=known.dtype))
     if step["dtype"] != known.dtype:
         layer.to(step["dtype"])

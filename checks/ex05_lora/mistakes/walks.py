@@ -95,7 +95,7 @@ MISTAKES = [
     Mistake(
         "w_kept_at_the_first_merge",
         "5.5",
-        "old copy",
+        "kept somewhere",
         (
             RESTORE,
             """            first = self.__dict__.setdefault("_first", self._own_weight[0].detach().clone())
