@@ -90,7 +90,7 @@ def test_what_was_frozen_before_stays_frozen(subject: Subject, rng: torch.Genera
 
 
 @requirement("5.4")
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [1, 3])
 def test_what_adapters_add(subject: Subject, rng: torch.Generator, rank: int) -> None:
     """Each adapter adds rank·(in + out) trainable numbers, no more, and no copy of W."""
     model = Tiny(rng)

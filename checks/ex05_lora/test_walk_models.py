@@ -244,4 +244,4 @@ def saves(subject: Subject, model: Model, step: Step) -> None:
         assert torch.equal(came, part), "lora_A or lora_B after loading: not what was saved"
 
 
-test_models_in_any_order = walk_check(Models(), 40)
+test_models_in_any_order = walk_check(Models(), 20)
