@@ -96,7 +96,7 @@ class Calls(Walking):
     aspects = (
         Aspect("exact", "5.7", {"": False, "to its dtype's own precision": True}),
         Aspect("scale", "5.1", {"": 0, "x far above 0": 1, "x far below 0": -1, "rows of very different scale": 2}),
-        Aspect("watch", "5.4", {"": False, "a layer 31 -> 29": True}, rate=0.3),
+        Aspect("watch", "5.4", {"": False, "a layer 31 -> 29": True}, rate=0.2),
         Aspect("read", "5.2", {"": False, "with a look at x": True}),
         Aspect("frozen", "5.5", {"": False, "with a look at W afterwards": True}),
         Aspect(
