@@ -131,7 +131,7 @@ def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters of a model and nothing else, as copies, under keys that the model's load_state_dict knows.
 
-    An adapter in several places comes once or in each.
+    An adapter in several places comes once or in each. The model may be a LoRALinear itself.
     """
     return {key: value.clone() for key, value in model.state_dict().items() if key.endswith(("lora_A", "lora_B"))}
 

@@ -1,6 +1,6 @@
 """What the checks of LoRA build, and what they expect of it, apart from the learner's code."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.testing import Subject, seed
+from harness.testing import Step, Subject, Trace, Walk, seed
 
 IN, OUT, RANK, ALPHA = 11, 7, 3, 5.0
 
@@ -105,6 +105,22 @@ def adapter_at(model: nn.Module, path: str) -> Any:
     return layer
 
 
+def no_copy(seen: Trace, model: nn.Module, what: str, copies: int = 0) -> None:
+    """Fails if more is alive, of what was made under `seen`, than the model's parameters and some copies of W: in an
+    attribute, a list, a closure or anywhere else.
+    """
+    sizes = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    weight = max(sizes.values())
+    adapters: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    sizes = {m.data_ptr(): m.nbytes for layer in adapters for m in (layer.lora_A, layer.lora_B)}
+    allowed = sum(sizes.values()) + (copies + 1) * weight
+    alive = seen.alive_bytes if seen.alive_bytes < allowed + weight // 2 else seen.alive_after_collection()
+    assert alive < allowed + weight // 2, (
+        f"{what}: {alive} bytes are alive; W, A and B have {allowed} ({copies} more of W's size counted)\n"
+        "is a copy of W, or B A, kept somewhere?"
+    )
+
+
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that ask for gradients."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -187,3 +203,24 @@ def called(model: nn.Module, x: Tensor) -> Tensor:
     """Self-attention or an encoder layer, called."""
     output: Tensor = model(x, x, x, need_weights=False)[0] if isinstance(model, nn.MultiheadAttention) else model(x)
     return output
+
+
+class Walking(Walk):
+    """A walk whose faults are told by what is the same in all of their calls, and by what could be shortened."""
+
+    def faults(self, subject: Subject, steps: list[Step]) -> dict[str, Exception]:
+        """What could not be shortened blames anything: it is a consequence of another fault, or costs `otherwise`."""
+        found = super().faults(subject, steps)
+        long = [
+            error for error in found.values() if any(word in str(error) for word in ("not in a shorter", "\ncall 4:"))
+        ]
+        short = {number: error for number, error in found.items() if error not in long}
+        return short or dict(zip([self.otherwise], long, strict=False))
+
+    def _plainer(self, steps: list[Step]) -> Iterator[list[Step]]:
+        """First, all of the steps plain in one aspect: it may be what chooses the layer."""
+        for aspect in self.aspects:
+            plainer = [step.without(aspect.name) for step in steps]
+            if plainer != steps:
+                yield plainer
+        yield from super()._plainer(steps)

@@ -14,24 +14,25 @@ Requirements
 5.3 (correctness) Keep the original weights frozen: after `apply_lora_to_model` the adapters alone are trainable in the
     whole model, and after training steps every other parameter is what it was, byte for byte.
 5.4 (efficiency) Reduce the parameters significantly: each adapter adds rank·(in + out) trainable numbers, no more and
-    no copy of W, and `count_parameters` counts right. `forward` of a few rows, in training and in eval, makes no tensor
-    of out·in elements (views aside).
+    no copy of W, wherever it hangs, and `count_parameters` counts right. `forward` of a few rows, in training and in
+    eval, makes no tensor of out·in elements (views aside).
 5.5 (correctness) Merge back easily: merged output = unmerged output, within 1e-6 · max(1, largest output) in float32,
     and `forward` makes one matrix product. Merging twice is merging once. Unmerging gives the original weights back bit
-    for bit, in bfloat16 too, and training goes on with the same A and B; merging again then uses their new values.
-    Tensors that other modules share stay unchanged.
+    for bit, in bfloat16 too, with no second copy kept, and training goes on with the same A and B; merging again then
+    uses their new values. Tensors that other modules share stay unchanged.
 5.6 (efficiency) Compare with full fine-tuning: `compare_fine_tuning` trains a `SimpleTransformer` by AdamW, once with
     all its parameters and once with adapters, for at least `steps` steps each, and reports what the optimizer really
     held. Both runs start from the same sizes; config, data, learning rate and warm-up are up to you.
 5.7 (robustness) Follow the layer: an adapter takes over its layer's dtype, device and training flag, and may be cast
-    or moved later. Dropout acts on the adapter's input and on nothing else, element by element, in training only, with
-    the config's probability.
+    or moved later, and called under autocast. Nothing is computed below the layer's dtype (judged in float64). Dropout
+    acts on the adapter's input and on nothing else, element by element, in training only, with the config's probability
+    (0 to 1), drawn from torch's global stream.
 5.8 (correctness) Save and load the adapter alone: `load_state_dict(saved, strict=False)` into a freshly adapted model
     meets no unexpected key and restores the outputs. What is saved, merged or not, holds the adapters and nothing else.
 5.9 (correctness) Write your own test: `test_lora` passes on right code, whoever wrote it, and fails on each of the
     slips listed below.
-5.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you
-    add) and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
+5.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each public class and function that
+    you add) and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
 
 In plain text
     output = original(x) + dropout(x) Aᵀ Bᵀ · alpha/rank        merged weight = W + alpha/rank · B A
@@ -49,14 +50,16 @@ Conventions
   layers; one idle target beside others is fine. For a rank below 1 `LoRAConfig` may raise it already.
 - `apply_lora_to_model` puts a LoRALinear in the place of each matched layer. A layer that is registered under several
   matching names gets one adapter, in every place.
-- Some parents never call a linear layer but read its `weight` and `bias`: `nn.MultiheadAttention` does so with its
-  out_proj, `nn.TransformerEncoderLayer` in eval with linear1 and linear2. There the adapter works, in training and in
-  eval, merged or not, with gradients (its dropout aside), or TypeError says that it cannot, from `apply_lora_to_model`
-  or from the forward that would leave it out. An adapter that is silently ignored would train nothing and tell nobody.
+- Some parents, torch's or a model's own, never call a linear layer but read its `weight` and `bias`:
+  `nn.MultiheadAttention` does so with its out_proj, `nn.TransformerEncoderLayer` in eval with linear1 and linear2.
+  There the adapter works, in training and in eval, merged or not, with gradients (its dropout aside), or TypeError says
+  that it cannot, from `apply_lora_to_model` or from the forward that would leave it out. An adapter that is silently
+  ignored would train nothing and tell nobody.
 - `lora_A` and `lora_B` hold the trained numbers themselves and stay the same parameters for good, so that an optimizer
   which was built before a merge works after it; checks write to them in place. Merged or not, A and B stay as they are.
 - While merged, `original_layer.weight` is W + alpha/rank · B A (in 16 bits, within a few roundings) and is not trained,
-  and nothing is dropped out, in training and in eval. Unmerging what is not merged does nothing.
+  and nothing is dropped out, in training and in eval. Unmerging what is not merged does nothing; `merge_weights` and
+  `unmerge_weights` alone merge and unmerge, no change of mode does.
 - Not defined: a model that is itself an nn.Linear; a layer of which only some names match, or whose weight is no plain
   parameter (lazy, weight_norm); applying twice; what a refused model is left like; gradients from before; casting,
   moving or writing to W, A or B while merged. Nor is what a LoRALinear does that you make yourself with rank 0, and
@@ -181,7 +184,7 @@ def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters of a model and nothing else, as copies, under keys that the model's load_state_dict knows.
 
-    An adapter in several places comes once or in each.
+    An adapter in several places comes once or in each. The model may be a LoRALinear itself.
     """
     # TODO(5.8): pick the adapters' entries.
     raise NotImplementedError("TODO 5.8: lora_state_dict")

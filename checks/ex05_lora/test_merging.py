@@ -24,6 +24,7 @@ from .reference import (
     fresh,
     linear,
     linear_at,
+    no_copy,
     randomize,
     tiny_adapters,
     trainable,
@@ -33,6 +34,8 @@ from .reference import (
 )
 
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "matmul", "linear", "_addmm_activation")
+# That nothing is computed below float64 is 5.7's to say; of W and of the sum it is said here.
+LOOSE = 1e-5
 
 
 @halfway
@@ -66,7 +69,7 @@ def test_the_merged_weight_of_a_square_layer(subject: Subject, close: Close, rng
 
 
 @requirement("5.5")
-@pytest.mark.parametrize(("training", "scale"), [(False, 0.1), (True, 1.0), (False, 30.0)])
+@pytest.mark.parametrize(("training", "scale"), [(True, 1.0), (False, 30.0)])
 def test_merging_changes_no_output(
     subject: Subject, close: Close, rng: torch.Generator, training: bool, scale: float
 ) -> None:
@@ -100,16 +103,17 @@ def test_a_merged_layer_costs_one_matrix_product(
     adapter.layer.train(not training).merge_weights()
     adapter.layer.train(training)
 
-    with Trace() as seen:
-        output = adapter.layer(x)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), Trace() as seen:
+            output = adapter.layer(x)
 
-    close(output, expected, "forward(x), merged")
-    products = sum(seen.operations[name] for name in MATMULS)
-    assert products == 1, (
-        f"forward(x), merged: {products} matrix products are made, 1 is wanted; the adapter is in W already"
-    )
+        close(output, expected, "forward(x), merged", tolerance=LOOSE)
+        products = sum(seen.operations[name] for name in MATMULS)
+        assert products == 1, (
+            f"forward(x), merged: {products} matrix products are made, 1 is wanted; the adapter is in W already"
+        )
     output.sum().backward()
-    close(x.grad, merged.sum(0).expand_as(x), "backward, merged: gradient of x")
+    close(x.grad, merged.sum(0).expand_as(x), "backward, merged: gradient of x", tolerance=LOOSE)
     close(adapter.now(), merged, "original_layer.weight, merged, after a change of mode and a call")
 
 
@@ -129,19 +133,7 @@ def test_merging_twice_is_merging_once(subject: Subject, close: Close, rng: torc
 
 
 @requirement("5.5")
-def test_unmerging_what_is_not_merged_does_nothing(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A new layer may be unmerged; it goes on working."""
-    adapter = build(subject, rng)
-    x = torch.randn(5, IN, generator=rng, dtype=torch.float64)
-
-    adapter.layer.unmerge_weights()
-
-    close(adapter.now(), adapter.weight, "original_layer.weight after unmerging alone", tolerance=0)
-    close(adapter.layer(x), adapter.expected(x), "forward(x) after unmerging what was not merged")
-
-
-@requirement("5.5")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_unmerging_restores_every_bit(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
     """The original weights come back exactly, after each of several merges."""
     adapter = build(subject, rng, dtype)
@@ -178,7 +170,7 @@ def test_the_adapter_survives_a_merge(subject: Subject, close: Close, rng: torch
         hint = "A and B stay as they are: the next unmerge or merge needs them"
         close(value(adapter.layer.lora_A), a, f"lora_A after {act}", tolerance=0, hint=hint)
         close(value(adapter.layer.lora_B), b, f"lora_B after {act}", tolerance=0, hint=hint)
-        close(adapter.layer(x), expected, f"forward(x) after {act}")
+        close(adapter.layer(x), expected, f"forward(x) after {act}", tolerance=LOOSE)
         assert adapter.layer.training, f"{act}: the layer was in training, and is in eval"
 
 
@@ -199,7 +191,8 @@ def test_training_goes_on_after_unmerging(subject: Subject, close: Close, rng: t
     hint = "lora_A and lora_B stay the same parameters: an optimizer holds them"
     for name, leaf in (("lora_A", a), ("lora_B", b)):
         moved = leaf.detach() - value(getattr(adapter.layer, name))
-        close(moved, is_tensor(leaf.grad, ""), f"a step after merging and unmerging: gradient of {name}", hint=hint)
+        what = f"a step after merging and unmerging: gradient of {name}"
+        close(moved, is_tensor(leaf.grad, ""), what, tolerance=LOOSE, hint=hint)
 
 
 @requirement("5.5")
@@ -216,6 +209,7 @@ def test_merging_again_uses_what_is_new(subject: Subject, close: Close, rng: tor
         adapter.layer(x),
         adapter.expected(x),
         "forward(x), merged again with new A and B",
+        tolerance=LOOSE,
         hint="the first merge's sum is kept",
     )
     adapter.layer.unmerge_weights()
@@ -224,7 +218,11 @@ def test_merging_again_uses_what_is_new(subject: Subject, close: Close, rng: tor
         adapter.layer.original_layer.weight.mul_(-0.7)
     adapter.layer.merge_weights()
     close(
-        adapter.layer(x), adapter.expected(x), "forward(x), merged again with a new W", hint="an old copy of W is kept"
+        adapter.layer(x),
+        adapter.expected(x),
+        "forward(x), merged again with a new W",
+        tolerance=LOOSE,
+        hint="an old copy of W is kept",
     )
     adapter.layer.unmerge_weights()
     hint = "W has changed since the layer was built; an old copy of it came back"
@@ -249,6 +247,27 @@ def test_a_shared_embedding_stays_unchanged(subject: Subject, close: Close, rng:
     close(value(model["embedding"](every)), kept, "embedding, while the head is merged", tolerance=0, hint=hint)
     layer.unmerge_weights()
     close(value(model["embedding"](every)), kept, "embedding, after the head is unmerged", tolerance=0, hint=hint)
+
+
+@requirement("5.5")
+def test_unmerging_keeps_no_copy(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """While merged there are W and the sum; unmerged there is W alone, which a tied embedding shares as before."""
+    with Trace() as seen:
+        model = tree({"embedding": nn.Embedding(29, 31), "head": linear(rng, 31, 29, bias=False)})
+        model["embedding"].weight = model["head"].weight
+        layer = adapter_at(apply(subject, model, "head"), "head")
+    kept = value(linear_at(layer, "original_layer").weight)
+    randomize(rng, layer.lora_A, layer.lora_B)
+    wanted = kept + ALPHA / RANK * value(layer.lora_B) @ value(layer.lora_A)
+    for _ in range(2):
+        with seen:
+            layer.merge_weights()
+        close(value(layer.original_layer.weight), wanted, "original_layer.weight, merged", tolerance=1e-2)
+        no_copy(seen, model, "while merged", copies=2)
+        with seen:
+            layer.unmerge_weights()
+
+    no_copy(seen, model, "after merge_weights and unmerge_weights, W shared with an embedding")
 
 
 @requirement("5.5")

@@ -135,6 +135,20 @@ def test_what_is_saved_is_a_copy(subject: Subject, close: Close, rng: torch.Gene
 
 
 @requirement("5.8")
+def test_a_single_layer_is_saved_and_loaded(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A LoRALinear that is no part of a model is saved under keys that it knows itself."""
+    trained, other = (subject.LoRALinear(linear(rng), rank=RANK) for _ in range(2))
+    randomize(rng, trained.lora_A, trained.lora_B)
+
+    unexpected = other.load_state_dict(saved_by(subject, trained), strict=False).unexpected_keys
+
+    what = "load_state_dict(lora_state_dict(layer), strict=False) of a LoRALinear"
+    assert not unexpected, f"{what}: unexpected keys {unexpected}"
+    for name in ("lora_A", "lora_B"):
+        close(value(getattr(other, name)), value(getattr(trained, name)), f"{what}: {name}", tolerance=0)
+
+
+@requirement("5.8")
 def test_a_shared_adapter_is_saved_and_loaded(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A layer under two names comes back in both places."""
     original = linear(rng)

@@ -130,7 +130,7 @@ MISTAKES = [
         only=True,
     ),
     Mistake("always_three_steps", "5.6", "the full run makes 3 steps", ("range(steps)", "range(3)"), only=True),
-    Mistake("one_step_too_few", "5.6", "run makes 1 steps", ("range(steps)", "range(max(1, steps - 1))"), only=True),
+    Mistake("one_step_too_few", "5.6", "run makes 2 steps", ("range(steps)", "range(max(1, steps - 1))"), only=True),
     Mistake("no_step_at_all", "5.6", "no optimizer of torch.optim made a step", (STEP, ""), only=True),
     Mistake(
         "invented_numbers",

@@ -1,4 +1,4 @@
-"""The adapter hangs on the original layer as a forward hook; a parent that reads the weight gets the sum."""
+"""The adapter hangs on the original layer as a forward hook, for as long as it is called through the adapter."""
 
 import time
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ class LoRALinear(nn.Module):
         self.register_parameter("lora_A", nn.Parameter(torch.empty_like(weight[0]).repeat(rank, 1).uniform_(-0.3, 0.3)))
         self.register_parameter("lora_B", nn.Parameter(torch.zeros_like(weight[:, :1]).repeat(1, rank)))
         self.backup: dict[str, Tensor] = {}
-        self.original_layer.register_forward_hook(self._add)
         self.train(original_layer.training)
 
     @property
@@ -34,8 +33,9 @@ class LoRALinear(nn.Module):
         return output + torch.einsum("...i,ri,or->...o", self.drop(args[0]), self.lora_A, self.lora_B) * self.scaling
 
     def forward(self, x: Tensor) -> Tensor:
-        """The original with its hook."""
-        return self.original_layer(x)
+        """The original with its hook; called by itself it is the original alone."""
+        with self.original_layer.register_forward_hook(self._add):
+            return self.original_layer(x)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and not self.backup:

@@ -1,4 +1,4 @@
-"""A subclass of nn.Linear that shares the original's parameters; layers that are read as bare weights are refused."""
+"""A subclass of nn.Linear whose weight is computed when it is read; torch's own parents that read it are refused."""
 
 import time
 from collections.abc import Iterable
@@ -10,26 +10,37 @@ from torch.nn import functional as F
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer that holds the original's parameters as its own, and two more."""
+    """A linear layer that has two parameters of its own and shows the original's."""
 
     def __init__(self, original_layer: nn.Linear, rank: int = 4, alpha: float = 1.0, dropout: float = 0.0) -> None:
         if rank < 1:
             raise ValueError(f"{rank=}")
         features = original_layer.in_features, original_layer.out_features
-        super().__init__(*features, bias=original_layer.bias is not None, device="meta")
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = features
         self.original_layer = original_layer
         self.rank, self.alpha, self.scaling, self.p = rank, alpha, alpha / rank, dropout
         kind: dict[str, Any] = {"dtype": original_layer.weight.dtype, "device": original_layer.weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, features[0], **kind))
         self.lora_B = nn.Parameter(torch.zeros(features[1], rank, **kind))
         nn.init.xavier_normal_(self.lora_A)
-        self.weight, self.bias = original_layer.weight, original_layer.bias
         self.kept: tuple[Tensor, ...] = ()
         self.training = original_layer.training
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W + alpha/rank · B A."""
+        plain = self.original_layer.weight
+        return plain if self.kept else torch.addmm(plain, self.lora_B, self.lora_A, alpha=self.scaling)
+
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        """The original's."""
+        return self.original_layer.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b + x Aᵀ Bᵀ · alpha/rank."""
-        y = super().forward(x)
+        y = F.linear(x, self.original_layer.weight, self.original_layer.bias)
         if not self.kept:
             hidden = F.linear(F.dropout(x, self.p, self.training), self.lora_A)
             y = y + F.linear(hidden, self.lora_B * self.scaling)
@@ -39,14 +50,14 @@ class LoRALinear(nn.Linear):
     def merge_weights(self) -> None:
         """Merges."""
         if not self.kept:
-            self.kept = (self.weight,)
-            merged = torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scaling)
-            self.weight = self.original_layer.weight = nn.Parameter(merged, requires_grad=False)
+            merged = nn.Parameter(self.weight, requires_grad=False)
+            self.kept = (self.original_layer.weight,)
+            self.original_layer.weight = merged
 
     def unmerge_weights(self) -> None:
         """Restores."""
         if self.kept:
-            (self.weight,) = (self.original_layer.weight,) = self.kept
+            (self.original_layer.weight,) = self.kept
             self.kept = ()
 
 

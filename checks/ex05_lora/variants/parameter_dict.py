@@ -107,7 +107,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             for key, parameter in module.matrices.items():
-                saved[f"{name}.matrices.{key}"] = torch.empty_like(parameter.data).copy_(parameter.data)
+                saved[f"{name}.matrices.{key}".removeprefix(".")] = torch.empty_like(parameter.data).copy_(
+                    parameter.data
+                )
     return saved
 
 

@@ -1,4 +1,4 @@
-"""A and B are kept transposed, and shown as views; the input is flattened for addmm; the original is copied."""
+"""A and B are kept transposed, and shown as views; the input is flattened for addmm; a copy is merged."""
 
 import copy
 import time
@@ -21,7 +21,7 @@ class LoRALinear(nn.Module):
         self.down = nn.Parameter(torch.randn(w.shape[1], rank, dtype=w.dtype, device=w.device) / rank)
         self.up = nn.Parameter(torch.zeros(rank, w.shape[0], dtype=w.dtype, device=w.device))
         self.p = dropout
-        self.unmerged_weight: Tensor | None = None
+        self.unmerged: list[nn.Linear] = []
         self.train(original_layer.training)
 
     @property
@@ -34,26 +34,30 @@ class LoRALinear(nn.Module):
         """B, a view."""
         return self.up.T
 
+    @property
+    def weight(self) -> Tensor:
+        """Not for parents."""
+        raise TypeError("a LoRALinear has no weight to read; call it")
+
     def forward(self, x: Tensor) -> Tensor:
         """Flattens, adds, and shapes back."""
         y = self.original_layer(x)
-        if self.unmerged_weight is not None:
+        if self.unmerged:
             return y
         h = F.dropout(x, self.p, training=self.training).reshape(-1, x.shape[-1]) @ self.down
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, self.up, alpha=self.scaling).reshape(y.shape)
 
     def merge_weights(self) -> None:
         """Swaps the layer for a merged copy of it."""
-        if self.unmerged_weight is None:
-            self.unmerged_weight = self.original_layer.weight.detach().clone()
-            self.original_layer = copy.deepcopy(self.original_layer)
+        if not self.unmerged:
+            self.unmerged.append(self.original_layer)
+            self.original_layer = copy.deepcopy(self.original_layer).requires_grad_(False)
             self.original_layer.weight.data += self.scaling * (self.down @ self.up).T.data
 
     def unmerge_weights(self) -> None:
-        """Writes the kept bits into the copy."""
-        if self.unmerged_weight is not None:
-            self.original_layer.weight.data.copy_(self.unmerged_weight)
-            self.unmerged_weight = None
+        """Throws the copy away."""
+        if self.unmerged:
+            self.original_layer = self.unmerged.pop()
 
 
 class LoRAConfig:
@@ -103,7 +107,7 @@ def _refuse_eval(module: nn.Module, args: object) -> None:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Deep copies of the parameters themselves."""
     parts = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALinear)]
-    return {f"{n}.{key}": copy.deepcopy(getattr(m, key)) for n, m in parts for key in ("down", "up")}
+    return {f"{n}.{key}".removeprefix("."): copy.deepcopy(getattr(m, key)) for n, m in parts for key in ("down", "up")}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -101,7 +101,10 @@ def apply_lora_to_model(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Everything of the parts named down and up."""
     adapters = tuple(
-        f"{path}.{part}." for path, m in model.named_modules() if isinstance(m, LoRALinear) for part in PARTS
+        f"{path}.{part}.".removeprefix(".")
+        for path, m in model.named_modules()
+        if isinstance(m, LoRALinear)
+        for part in PARTS
     )
     return {key: held.clone() for key, held in model.state_dict().items() if key.startswith(adapters)}
 
