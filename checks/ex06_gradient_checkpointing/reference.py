@@ -249,3 +249,43 @@ class Rich(nn.Module):
 def randoms(rng: torch.Generator, number: int, grad: bool = True) -> list[Tensor]:
     """Inputs that all differ."""
     return [torch.randn(B, D, generator=rng, dtype=torch.float64).requires_grad_(grad) for _ in range(number)]
+
+
+def measured(subject: Subject, func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
+    """The pair that measure_memory_usage gives, if it is one."""
+    result = subject.measure_memory_usage(func, *args, **kwargs)
+    what = "measure_memory_usage"
+    assert isinstance(result, tuple) and len(result) == 2, (
+        f"{what}: a {type(result).__name__} came, (result, peak MiB) was wanted"
+    )
+    kind = type(result[1]).__name__
+    assert kind in ("float", "int"), f"{what}: the peak is a {kind}, not a Python number"
+    return result
+
+
+def same_peak(came: float, wanted: float, what: str) -> None:
+    """Within 10 %, and within a hundredth of a MiB of nothing."""
+    assert abs(came - wanted) <= max(0.1 * wanted, 0.01), (
+        f"{what}: a peak of {came:.4g} MiB came, {wanted:.4g} MiB were wanted, to 10 %\n"
+        "storages made inside count, once each and while they live; 1 MiB is 2^20 bytes"
+    )
+
+
+_TOP, _POP = torch._C._autograd._top_saved_tensors_default_hooks, torch._C._autograd._pop_saved_tensors_default_hooks
+
+
+def left_on() -> str:
+    """What is switched on that observes tensors or changes how they are computed; saved-tensor hooks go off."""
+    if _TOP(True) is not None:
+        while _TOP(True) is not None:
+            _POP()
+        return "a saved-tensor hook"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode"
+    if torch._C._len_torch_function_stack():
+        return "a function mode"
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return "no_grad or inference_mode"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    return "the profiler" if torch.autograd._profiler_enabled() else ""
