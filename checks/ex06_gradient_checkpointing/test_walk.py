@@ -1,4 +1,4 @@
-"""Walks: steps of wrapped modules, selections on models of any shape, and measurements of any program."""
+"""A walk over steps of wrapped modules: all that may lie before, between and in them."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -63,11 +63,11 @@ class Deeper(nn.Module):
 
 
 class Model(nn.Module):
-    """Three layers in a row."""
+    """Two layers in a row."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         for layer in self.layers[:-1]:
@@ -92,7 +92,7 @@ class Twins:
         if "model" in form:
             every = 2 if "2nd" in form else 1
             wrap_layers(subject, self.wrapped, every)
-            self.times = [1 if number % every else 2 for number in range(3)]
+            self.times = [1 if number % every else 2 for number in range(2)]
         elif "twice" in form:
             self.plain, self.wrapped = Deeper(self.plain, 2), Deeper(wrap(self.wrapped), 2)
         elif "nested" in form:
@@ -130,7 +130,7 @@ PRECISIONS = {"": "off", "under autocast float16": "float16", "under autocast bf
 
 
 class Steps(Walk):
-    """Steps of plain modules and of their wrapped twins, with all that may lie before, between and in them."""
+    """Steps of plain modules and of their wrapped twins."""
 
     aspects = (
         Aspect(
@@ -216,7 +216,8 @@ class Steps(Walk):
             new_weights(one, layers, step["weights"])
         earlier(twins, step, rng)
         for one, layers in zip(twins.both, twins.layers, strict=True):
-            one.to(dtype)
+            if step["dtype"]:
+                one.double()
             prepare(layers, step)
 
         given = inputs(step, rng, dtype)
@@ -224,8 +225,8 @@ class Steps(Walk):
         for number, one in enumerate(twins.both):
             call = twins.call if number and twins.call and not step["mode"] else one
             played.append(Played(step, one, call, twins.layers[number], given))
-        for one in twins.both:
-            one.to(torch.float32)
+        for one in twins.both if step["dtype"] else ():
+            one.float()
         self.compare(twins, step, *played)
 
     def compare(self, twins: Twins, step: Step, plain: "Played", wrapped: "Played") -> None:
