@@ -135,6 +135,7 @@ class Pair:
         self.before = dict(self.wrapped.named_parameters())
         wrap_layers(subject, self.wrapped, n)
         self.streams: list[Tensor] = []
+        self.entered: list[int] = []
 
     def step(self, run: Callable[[Any], None]) -> None:
         """Runs a step on both, from the same seed, and notes where the random stream is then."""
@@ -144,7 +145,8 @@ class Pair:
             with calls(*self.ups) as entered:
                 run(model)
             self.streams.append(torch.get_rng_state())
-        assert max(entered.values()) > 1, f"training step: {NOTHING_TWICE}"
+            self.entered = [entered[up] for up in self.ups]
+        assert max(entered.values(), default=0) > 1, f"training step: {NOTHING_TWICE}"
 
     def agree(self, close: Close, what: str, hint: str = "") -> None:
         """Every parameter of the wrapped model has the plain model's gradient."""
@@ -171,7 +173,7 @@ def units(number: int) -> nn.ModuleList:
     return nn.ModuleList(Unit() for _ in range(number))
 
 
-def tree(**children: nn.Module) -> Any:
+def tree(**children: nn.Module | None) -> Any:
     """A module with these children."""
     module = nn.Module()
     for name, child in children.items():

@@ -58,6 +58,10 @@ class Blocks(nn.ModuleList):
     """A ModuleList under a name of its own."""
 
 
+class Chain(nn.Sequential):
+    """A Sequential under a name of its own."""
+
+
 class Outer(nn.Module):
     """A layer that holds what would be layers elsewhere."""
 
@@ -120,6 +124,18 @@ ZOO: dict[str, Zoo] = {
     "layers inside a layer": (
         lambda: tree(layers=nn.ModuleList([Outer(), Outer()]), top_layer=Outer()),
         "layer", ["layers.0", "layers.1", "top_layer"], [],
+    ),
+    "sequentials in a list of lists, and nothing": (
+        lambda: tree(layers=nn.ModuleList([nn.ModuleList([nn.Sequential(Unit(), Unit())])]), layer_x=None),
+        "layer", ["layers.0.0"], [],
+    ),
+    "a Sequential of its own name": (
+        lambda: tree(layer1=Chain(Unit(), Unit()), body=Chain(OrderedDict(up=Unit(), last_layer=Unit()))),
+        "layer", ["layer1.0", "layer1.1", "body.last_layer"], ["body.up"],
+    ),
+    "the model is a list": (
+        lambda: nn.Sequential(tree(layers=units(1), out=Unit()), tree(layer=Unit())),
+        "layer", ["0.layers.0", "1.layer"], ["0.out"],
     ),
     "lists inside a list that does not match": (
         lambda: tree(stages=nn.ModuleList([tree(layers=units(2), out=Unit()), tree(layer=Unit())])),
@@ -288,7 +304,9 @@ def test_a_wrapper_alone_keeps_keys(subject: Subject, close: Close) -> None:
         state = {name: value.clone() for name, value in wrapper.state_dict().items()}
         same_keys(state, expected, f"{what}: state_dict")
 
-        loads(wrapper, {name: value + 1 for name, value in state.items()}, f"{what}: load_state_dict")
+        given = {name: value + 1 for name, value in state.items()}
+        loads(wrapper, given, f"{what}: load_state_dict")
 
+        assert list(given) == list(state), f"{what}: load_state_dict changes the keys of the dict that it is given"
         for name, value in wrapper.state_dict().items():
             close(value, state[name] + 1, f"{what}: {name} after loading", tolerance=0)

@@ -1,7 +1,7 @@
 """Training (6.6, 6.7): train_step, a model that does not fit, and the plain model's gradients."""
 
 import gc
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -9,9 +9,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness.testing import Close, Subject, Trace, calls, requirement
+from harness.testing import Close, Subject, Trace, calls, is_tensor, requirement
 
-from .reference import NOTHING_TWICE, B, Block, D, L, Pair, Stack, V, same_gradient, seeded, tokens, tree, wrap_layers
+from .reference import (
+    NOTHING_TWICE,
+    B,
+    Block,
+    D,
+    L,
+    Pair,
+    Stack,
+    V,
+    left_on,
+    recomputes,
+    same_gradient,
+    seeded,
+    tokens,
+    tree,
+    wrap_layers,
+)
 
 # 6.6 a model that does not fit
 
@@ -68,6 +84,34 @@ def test_the_criterion_gets_its_positions_in_one_row(subject: Subject, rng: torc
     assert (got[0][0] - expected.reshape(-1, V)).abs().max() < 1e-9, (
         "train_step: the criterion's logits are in another order"
     )
+
+
+class Transposed(nn.Module):
+    """Gives logits that are a view of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack(1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.stack(input_ids.T).transpose(0, 1)
+
+
+@requirement("6.6")
+def test_train_step_on_strided_tensors(subject: Subject, rng: torch.Generator) -> None:
+    """input_ids and targets cut from one tensor of ids, as one predicts the next, and logits that are a view."""
+    ids = torch.randint(V, (B, L + 1), generator=rng)
+    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+    model, plain = seeded(Transposed), seeded(Transposed)
+    wanted = functional.cross_entropy(plain(batch["input_ids"]).transpose(1, 2), batch["targets"]).item()
+    what = "train_step on batch = ids[:, :-1], ids[:, 1:], with logits that are transposed"
+
+    try:
+        came = subject.train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.5), nn.CrossEntropyLoss())
+    except RuntimeError as error:
+        raise AssertionError(f"{what}: raises {error}\nview needs other strides; flatten and reshape do not") from error
+
+    assert abs(came - wanted) < 1e-6, f"{what}: the loss {came} came, {wanted} was wanted"
 
 
 @requirement("6.6")
@@ -220,21 +264,6 @@ def test_several_calls_before_backward(subject: Subject, close: Close, rng: torc
 
 
 @requirement("6.7")
-def test_a_layer_that_is_called_several_times(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """One wrapped layer may be used again and again in one forward."""
-    x = torch.randn(B, D, generator=rng, dtype=torch.float64).requires_grad_()
-    pair = Pair(subject, lambda: tree(layers=nn.ModuleList([Block()])))
-
-    def step(model: Any) -> None:
-        layer = model.layers[0]
-        layer(torch.sin(layer(layer(x)))).square().sum().backward()
-
-    pair.step(step)
-
-    pair.agree(close, "a wrapped layer called three times in a row")
-
-
-@requirement("6.7")
 def test_shared_parameters(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A weight that belongs to several modules gets the sum of its gradients."""
     input_ids = tokens(rng)
@@ -274,6 +303,47 @@ def test_frozen_parameters_stay_without_gradient(subject: Subject, close: Close,
         model.requires_grad_().zero_grad()
     pair.step(lambda model: model(input_ids).square().sum().backward())
     pair.agree(close, "backward of a model whose parameters were frozen when it was wrapped")
+    assert pair.entered == [2, 2, 2], (
+        f"step of a model whose parameters were frozen in its first step: layers are entered {pair.entered} times, "
+        "not twice each"
+    )
+
+
+@requirement("6.7")
+def test_a_frozen_module_asks_for_no_gradient(subject: Subject, rng: torch.Generator) -> None:
+    """What is made of inputs without gradient by a module that is frozen as a whole needs none, as ever."""
+    x = torch.randn(2, D, generator=rng, dtype=torch.float64)
+    frozen, block = seeded(Block).requires_grad_(False), seeded(Block)
+
+    outputs = [is_tensor(subject.CheckpointWrapper(one)(x), "forward of a wrapped module") for one in (frozen, block)]
+
+    asks = [output.requires_grad for output in outputs]
+    assert asks == [False, True], (
+        f"forward of a wrapped module on an input without gradient: requires_grad of the output is {asks[0]} if all of "
+        f"its parameters are frozen, and {asks[1]} if none is; False and True were wanted\n"
+        "an anchor that asks for a gradient is for modules with a parameter that does"
+    )
+    recomputes(subject, x)
+
+
+@requirement("6.7")
+def test_steps_after_other_calls(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A step is as good after calls without gradients, and after a call that failed."""
+    input_ids = tokens(rng)
+
+    for earlier in ("no_grad", "inference_mode", "an index out of range"):
+        pair = Pair(subject, lambda: Stack(2, 0.5))
+        if earlier in ("no_grad", "inference_mode"):
+            with getattr(torch, earlier)():
+                pair.wrapped(input_ids)
+        else:
+            with suppress(RuntimeError):
+                pair.wrapped.layers[0](torch.ones(2, D + 1, dtype=torch.float64))
+            assert not (left := left_on()), f"a call of a wrapped layer with a wrong shape: {left} is still on afterwards"
+
+        pair.step(lambda model: model(input_ids).square().sum().backward())
+
+        pair.agree(close, f"backward after a call that ended in an error or was without gradients ({earlier})")
 
 
 @requirement("6.7")

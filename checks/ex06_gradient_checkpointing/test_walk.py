@@ -27,7 +27,7 @@ class Layer(nn.Module):
     def forward(self, x: Any = None, other: Any = None, *rest: Any, mask: Any = None, give: str = "") -> Any:
         self.entered += 1
         if isinstance(x, dict):
-            x, other = x["x"], x["more"][0][0]
+            x, other, rest = x["x"], x["more"][0][0], ("text",) if isinstance(x["more"], tuple) else rest
         x = self.down.weight * 2 if x is None else x.to(self.up.weight.dtype)
         product = self.up(x)
         self.seen.append(product.dtype)
@@ -110,13 +110,14 @@ class Twins:
 
 @dataclass
 class Modules:
-    """The twins by their form, each made at its first use."""
+    """The twins by their form, each made at its first use, and now and then anew."""
 
     subject: Subject
     made: dict[str, Twins] = field(default_factory=dict)
 
-    def __getitem__(self, form: str) -> Twins:
-        if form not in self.made:
+    def twins(self, form: str, anew: bool) -> Twins:
+        """Those of a form."""
+        if anew or form not in self.made:
             self.made[form] = Twins(self.subject, form)
         return self.made[form]
 
@@ -157,6 +158,8 @@ class Steps(Walk):
             "one tensor as argument and keyword argument",
             "tensors in dicts, lists and tuples",
             "one tensor in dicts, lists and tuples twice",
+            "a tensor and its detached self",
+            "a tensor and a view of it",
             "a boolean mask",
             "a uint8 mask",
             "None and a text",
@@ -182,7 +185,7 @@ class Steps(Walk):
             "a backward from each output",
         ), 0.3),
         Aspect("drop", "6.7", {"": 0.0, "with dropout": 0.5, "with dropout 1": 1.0}),
-        Aspect("frozen", "6.7", words("a frozen weight", "all weights frozen"), 0.2),
+        Aspect("frozen", "6.7", words("a frozen weight", "all weights frozen"), 0.25),
         Aspect("weights", "6.7", words(
             "after new weights in place", "after new weights in .data", "after a cast there and back"
         ), 0.3),
@@ -198,7 +201,7 @@ class Steps(Walk):
             "draws before backward", "another seed before backward", "a call under no_grad before backward"
         ), 0.3),
         Aspect("dtype", "6.7", words("in float64"), 0.1),
-        Aspect("rows", "6.4", {"": 3, "one row": 1, "two rows": 2, "9 rows": 9, "300 rows": 300}, 0.3),
+        Aspect("rows", "6.2", {"": 3, "one row": 1, "two rows": 2, "9 rows": 9, "300 rows": 300}, 0.3),
     )  # fmt: skip
     otherwise = ""
 
@@ -206,7 +209,7 @@ class Steps(Walk):
         return Modules(subject)
 
     def step(self, state: Modules, step: Step) -> None:
-        twins, rng = state[step["form"]], step.rng()
+        twins, rng = state.twins(step["form"], anew=step.seed % 4 == 0), step.rng()
         dtype = torch.float64 if step["dtype"] else torch.float32
         what = "a step of a wrapped module"
         for one in twins.both:
@@ -387,6 +390,8 @@ ARGUMENTS: dict[str, Callable[[Tensor, Tensor, Tensor, Layer], Given]] = {
     "one tensor as argument and keyword argument": lambda x, y, mask, layer: ((x,), {"other": x}),
     "tensors in dicts, lists and tuples": lambda x, y, mask, layer: (({"x": x, "more": [(y,)]},), {}),
     "one tensor in dicts, lists and tuples twice": lambda x, y, mask, layer: (({"x": x, "more": ([x], 3)},), {}),
+    "a tensor and its detached self": lambda x, y, mask, layer: ((x, x.detach()), {}),
+    "a tensor and a view of it": lambda x, y, mask, layer: ((x, x[:]), {}),
     "a boolean mask": lambda x, y, mask, layer: ((x,), {"mask": mask}),
     "a uint8 mask": lambda x, y, mask, layer: ((x,), {"mask": mask.byte()}),
     "None and a text": lambda x, y, mask, layer: ((x, None, "text", 7), {}),

@@ -182,7 +182,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[float, ...]]]
     "pair": (lambda a, b: a.view(2, -1).max(0), (0.5, 1)),
     "view": (lambda a, b: a.view(-1, 2)[1:].T, ()),
     "in place": (lambda a, b: a.add_(1), ()),
-    "out": (lambda a, b: torch.add(a, 1, out=a), ()),
+    "out": (lambda a, b: torch.add(a, 1, out=b), ()),
 }
 
 

@@ -93,7 +93,7 @@ class CheckpointWrapper(nn.Module):
         super().__init__()
         self._inner = module
         self.active = use_checkpoint
-        self.train(module.training)
+        self.training = module.training
         self._register_state_dict_hook(self.shorten)
         self.register_load_state_dict_pre_hook(self.lengthen)
 
