@@ -236,6 +236,7 @@ class Rich(nn.Module):
         if mode == "structures":
             first, rest = x
             a, (b, number) = rest["a"], rest["b"]
+            number += isinstance(x, tuple) - isinstance(b, tuple)
             mixed = self.block(first * a) + number * self.memory(b[0])
             return {"out": [mixed, (torch.tanh(mixed), None)], "size": 7, "ok": True}
         hidden = self.block(x) * scale

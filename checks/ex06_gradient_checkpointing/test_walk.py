@@ -481,4 +481,4 @@ class Played:
         return ["the input", "the other input", *parameters]
 
 
-test_calls_in_any_order = walk_check(Steps(), 60)
+test_calls_in_any_order = walk_check(Steps(), 50)

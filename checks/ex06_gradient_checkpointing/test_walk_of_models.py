@@ -249,5 +249,5 @@ class Measurements(Walk):
             same_peak(peak, program.most / 16, what)
 
 
-test_selections_on_models_of_any_shape = walk_check(Selections(), 20)
-test_measurements_of_any_program = walk_check(Measurements(), 20)
+test_selections_on_models_of_any_shape = walk_check(Selections(), 15)
+test_measurements_of_any_program = walk_check(Measurements(), 15)

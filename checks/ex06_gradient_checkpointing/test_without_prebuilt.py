@@ -64,18 +64,17 @@ def test_the_prebuilt_checkpoint_is_not_reached(subject: Subject, close: Close, 
 
 @requirement("6.10")
 def test_neither_is_it_in_later_steps(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """So do three steps of one model, in float64 and in float32, and with frozen layers."""
+    """So do later steps of one model, in float32, the last with frozen layers."""
     input_ids = tokens(rng)
-    for dtype in (torch.float64, torch.float32):
-        pair = Pair(subject, lambda: Stack(2), dtype=dtype)
-        for number in range(3):
-            for model in (pair.plain, pair.wrapped):
-                model.layers.requires_grad_(number < 2)
-                model.zero_grad()
-            with forbid(CHECKPOINT, f"step {number + 1} of a wrapped model in {dtype}"):
-                pair.step(lambda model: model(input_ids).square().sum().backward())
-            came, wanted = pair.wrapped.embedding.weight.grad, pair.plain.embedding.weight.grad
-            same_gradient(close, came, wanted, f"step {number + 1}: gradient of the embedding", tolerance=1e-2)
+    pair = Pair(subject, lambda: Stack(2), dtype=torch.float32)
+    for number in (1, 2):
+        for model in (pair.plain, pair.wrapped):
+            model.layers.requires_grad_(number == 1)
+            model.zero_grad()
+        with forbid(CHECKPOINT, f"step {number} of a wrapped model in float32"):
+            pair.step(lambda model: model(input_ids).square().sum().backward())
+        came, wanted = pair.wrapped.embedding.weight.grad, pair.plain.embedding.weight.grad
+        same_gradient(close, came, wanted, f"step {number}: gradient of the embedding", tolerance=1e-2)
 
 
 @requirement("6.10")

@@ -104,7 +104,7 @@ MISTAKES = [
     Mistake(
         "children_that_are_none",
         "6.1",
-        "None",
+        "layer_x",
         ("in module.named_children():\n        name =", "in module._modules.items():\n        name ="),
         only=True,
     ),
@@ -140,15 +140,14 @@ MISTAKES = [
     Mistake(
         "keep_vars_dropped",
         "6.1",
-        "Parameter",
+        "keep_vars",
+        (SAVE_HOOK, ""),
         (
-            SAVE_HOOK,
-            """
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+            "    def forward(self, *args: Any",
+            """    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         return self.module.state_dict(*args, destination=destination, prefix=prefix)
 
-"""
-            + "    def _kept(self) -> None:\n",
+    def forward(self, *args: Any""",
         ),
         only=True,
     ),

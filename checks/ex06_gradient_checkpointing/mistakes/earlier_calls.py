@@ -54,7 +54,7 @@ MISTAKES = [
     Mistake(
         "mode_of_construction",
         "6.2",
-        "now in",
+        "entered",
         ("self.use_checkpoint and self.training", "self.use_checkpoint"),
         ("        self.use_checkpoint = use_checkpoint\n", "        self.use_checkpoint = use_checkpoint and module.training\n"),
         only=True,
@@ -103,7 +103,7 @@ MISTAKES = [
     Mistake(
         "flag_left_after_an_error",
         "6.7",
-        "after a call with a wrong shape",
+        "entered once",
         (
             CHECKPOINT,
             """    if _OPEN:  # an outer call is computed again as a whole
@@ -184,7 +184,7 @@ MISTAKES = [
     Mistake(
         "frozen_module_asks_for_gradients",
         "6.7",
-        "neither an input nor a parameter",
+        "requires_grad of the output",
         (
             CHECKPOINT,
             CHECKPOINT.replace(
@@ -202,7 +202,7 @@ MISTAKES = [
     Mistake(
         "one_tensor_in_kwargs_becomes_two",
         "6.4",
-        "keyword argument",
+        "one tensor given twice",
         (
             MAPPED,
             """        self.args = tree_map_only(Tensor, lambda x: twins.setdefault(id(x), _detached(x)), args)
@@ -264,7 +264,7 @@ MISTAKES = [
     Mistake(
         "inputs_kept_in_float32",
         "6.7",
-        "float64",
+        "tolerance 1e-09",
         (
             "_detached(x)), (args",
             "_detached(x.float().to(x.dtype).requires_grad_(x.requires_grad) if x.dtype == torch.float64 else x)), (args",

@@ -164,14 +164,14 @@ MISTAKES = [
     Mistake(
         "one_tensor_becomes_several",
         "6.4",
-        "key is query",
+        "one tensor given twice",
         ("lambda x: twins.setdefault(id(x), _detached(x))", "_detached"),
         only=True,
     ),
     Mistake(
         "one_leaf_for_one_tensor",
         "6.4",
-        "one tensor is both",
+        "one tensor given twice",
         REENTRANT,
         (
             "    tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())\n",

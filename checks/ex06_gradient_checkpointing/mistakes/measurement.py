@@ -71,13 +71,6 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
-        "existing_tensors_in_lists_overlooked",
-        "6.5",
-        "a peak of",
-        (KNOWN, "        self.known.update(_storages([x for x in (*args, *(kwargs or {}).values()) if not isinstance(x, list)]))\n"),
-        only=True,
-    ),
-    Mistake(
         "existing_out_counted",
         "6.5",
         "a peak of",
