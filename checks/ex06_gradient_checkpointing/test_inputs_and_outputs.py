@@ -19,13 +19,11 @@ from .reference import (
     Pair,
     Rich,
     Scale,
-    V,
     nested_wrapper,
     randoms,
     recomputes,
     same_gradient,
     seeded,
-    tokens,
     tree,
     ups,
 )

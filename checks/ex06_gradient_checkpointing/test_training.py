@@ -25,7 +25,6 @@ from .reference import (
     same_gradient,
     seeded,
     tokens,
-    tree,
     wrap_layers,
 )
 
@@ -333,7 +332,9 @@ def test_steps_after_other_calls(subject: Subject, close: Close, rng: torch.Gene
         else:
             with suppress(RuntimeError):
                 pair.wrapped.layers[0](torch.ones(2, D + 1, dtype=torch.float64))
-            assert not (left := left_on()), f"a call of a wrapped layer with a wrong shape: {left} is still on afterwards"
+            assert not (left := left_on()), (
+                f"a call of a wrapped layer with a wrong shape: {left} is still on afterwards"
+            )
 
         pair.step(lambda model: model(input_ids).square().sum().backward())
 

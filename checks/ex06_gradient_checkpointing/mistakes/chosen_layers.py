@@ -144,7 +144,8 @@ MISTAKES = [
         (SAVE_HOOK, ""),
         (
             "    def forward(self, *args: Any",
-            """    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+            """\
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         return self.module.state_dict(*args, destination=destination, prefix=prefix)
 
     def forward(self, *args: Any""",

@@ -56,14 +56,20 @@ MISTAKES = [
         "6.2",
         "entered",
         ("self.use_checkpoint and self.training", "self.use_checkpoint"),
-        ("        self.use_checkpoint = use_checkpoint\n", "        self.use_checkpoint = use_checkpoint and module.training\n"),
+        (
+            "        self.use_checkpoint = use_checkpoint\n",
+            "        self.use_checkpoint = use_checkpoint and module.training\n",
+        ),
         only=True,
     ),
     Mistake(
         "mode_of_the_first_call",
         "6.2",
         "entered",
-        (CONDITION, '        self.first = getattr(self, "first", self.training)\n' + CONDITION.replace("training", "first")),
+        (
+            CONDITION,
+            '        self.first = getattr(self, "first", self.training)\n' + CONDITION.replace("training", "first"),
+        ),
         only=True,
     ),
     Mistake(
@@ -131,8 +137,11 @@ MISTAKES = [
 """
             + CONDITION,
         ),
-        (RECOMPUTED, "            output = checkpoint(self.module, *args, **kwargs)\n"
-         "            return output * self.one if isinstance(output, Tensor) else output\n"),
+        (
+            RECOMPUTED,
+            "            output = checkpoint(self.module, *args, **kwargs)\n"
+            "            return output * self.one if isinstance(output, Tensor) else output\n",
+        ),
         only=True,
     ),
     # What is kept, though nothing needs it any more.
@@ -159,12 +168,17 @@ MISTAKES = [
         only=True,
     ),
     # Modes.
-    Mistake("parts_set_to_training", "6.2", "training flags", (FLAG, "        self.train(module.training)\n"), only=True),
+    Mistake(
+        "parts_set_to_training", "6.2", "training flags", (FLAG, "        self.train(module.training)\n"), only=True
+    ),
     Mistake(
         "parts_trained_the_second_time",
         "6.2",
         "its dropout in eval",
-        (AGAIN, "            if isinstance(self.function, nn.Module):\n                self.function.train()\n" + AGAIN),
+        (
+            AGAIN,
+            "            if isinstance(self.function, nn.Module):\n                self.function.train()\n" + AGAIN,
+        ),
         only=True,
     ),
     Mistake(
@@ -267,7 +281,7 @@ MISTAKES = [
         "tolerance 1e-09",
         (
             "_detached(x)), (args",
-            "_detached(x.float().to(x.dtype).requires_grad_(x.requires_grad) if x.dtype == torch.float64 else x)), (args",
+            "_detached(x.float().double().requires_grad_(x.requires_grad) if x.dtype == torch.float64 else x)), (args",
         ),
         only=True,
     ),

@@ -131,7 +131,9 @@ MISTAKES = [
         "raises",
         (DETACHED, "    return tensor.detach().requires_grad_(tensor.is_floating_point())\n"),
     ),
-    Mistake("inputs_without_gradient_train_nothing", "6.4", "grad", REENTRANT, (", requires_grad=trains", ""), only=True),
+    Mistake(
+        "inputs_without_gradient_train_nothing", "6.4", "grad", REENTRANT, (", requires_grad=trains", ""), only=True
+    ),
     Mistake(
         "inputs_get_no_gradient",
         ("6.4", "6.7"),
@@ -192,7 +194,8 @@ MISTAKES = [
         REENTRANT,
         (
             GIVEN,
-            GIVEN + "            given = [t if any(u is v for v in args) else t.detach() for t, u in zip(given, tensors)]\n",
+            GIVEN
+            + "            given = [t if any(u is v for v in args) else t.detach() for t, u in zip(given, tensors)]\n",
         ),
         only=True,
     ),

@@ -76,9 +76,7 @@ class Recompute(torch.autograd.Function):
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Recomputes in backward; an empty anchor that needs a gradient brings backward here whatever the inputs are, unless
-    the module is frozen.
-    """
+    """Recomputes in backward; an empty anchor brings it here whatever the inputs are, unless the module is frozen."""
     call = Call(function, (args, kwargs))
     trains = not isinstance(function, nn.Module) or any(p.requires_grad for p in function.parameters())
     outputs = Recompute.apply(call, torch.empty(0, requires_grad=trains), *call.places)
