@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import _pop_mode
 
 from harness.testing import Close, Subject, calls, seed
 
@@ -278,17 +279,24 @@ _TOP, _POP = torch._C._autograd._top_saved_tensors_default_hooks, torch._C._auto
 
 
 def left_on() -> str:
-    """What is switched on that observes tensors or changes how they are computed; saved-tensor hooks go off."""
-    if _TOP(True) is not None:
-        while _TOP(True) is not None:
-            _POP()
-        return "a saved-tensor hook"
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode"
+    """What is switched on that observes tensors or changes how they are computed; it goes off."""
+    found = ""
+    while _TOP(True) is not None:
+        _POP()
+        found = "a saved-tensor hook"
+    while torch._C._len_torch_dispatch_stack():
+        _pop_mode()
+        found = "a dispatch mode"
     if torch._C._len_torch_function_stack():
-        return "a function mode"
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return "no_grad or inference_mode"
+        found = "a function mode"
+    if torch.autograd._profiler_enabled():
+        torch.autograd._disable_profiler()
+        found = "the profiler"
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        found = "no_grad"
     if torch.is_autocast_enabled("cpu"):
-        return "autocast"
-    return "the profiler" if torch.autograd._profiler_enabled() else ""
+        torch.set_autocast_enabled("cpu", False)
+        found = "autocast"
+    torch.set_autocast_dtype("cpu", torch.bfloat16)
+    return found

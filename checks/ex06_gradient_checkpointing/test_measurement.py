@@ -189,7 +189,7 @@ def test_nothing_stays_switched_on(subject: Subject, rng: torch.Generator) -> No
         assert came is (error if ends == "raises" else None), (
             "measure_memory_usage: an error of func does not come through unchanged"
         )
-        assert not left_on(), (
-            f"measure_memory_usage: {left_on()} is still on after func {ends}; use `with`, or try and finally"
+        assert not (left := left_on()), (
+            f"measure_memory_usage: {left} is still on after func {ends}; use `with`, or try and finally"
         )
         same_peak(measured(subject, chain, x)[1], 0.5, f"measure_memory_usage(chain), after a func that {ends}")

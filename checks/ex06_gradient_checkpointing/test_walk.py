@@ -28,7 +28,7 @@ class Layer(nn.Module):
         self.entered += 1
         if isinstance(x, dict):
             x, other, rest = x["x"], x["more"][0][0], ("text",) if isinstance(x["more"], tuple) else rest
-        x = self.down.weight * 2 if x is None else x.to(self.up.weight.dtype)
+        x = self.down.weight * 2 if x is None else x if x.is_floating_point() else x.to(self.up.weight.dtype)
         product = self.up(x)
         self.seen.append(product.dtype)
         hidden = torch.tanh(product)
@@ -117,9 +117,10 @@ class Modules:
     subject: Subject
     made: dict[str, Twins] = field(default_factory=dict)
 
-    def twins(self, form: str, anew: bool) -> Twins:
-        """Those of a form."""
-        if anew or form not in self.made:
+    def twins(self, step: Step) -> Twins:
+        """Those of a step."""
+        form = step["selected"] or step["kind"] or step["nested"] or step["twice"]
+        if step.seed % 4 == 0 or form not in self.made:
             self.made[form] = Twins(self.subject, form)
         return self.made[form]
 
@@ -146,7 +147,16 @@ class Steps(Walk):
             ),
             0.15,
         ),
+        Aspect("earlier", "6.7", words(
+            "after a call with a wrong shape",
+            "after a call under no_grad",
+            "after a call under inference_mode",
+            "after a call without a backward",
+            "after a step",
+        ), 0.3),
         Aspect("mode", "6.2", words("in eval", "under no_grad", "under inference_mode", "in eval under no_grad"), 0.25),
+        Aspect("kind", "6.2", words("checkpoint(module, …)", "use_checkpoint=False"), 0.25),
+        Aspect("evaluated", "6.2", words("after a call in eval"), 0.15),
         Aspect("parts", "6.2", words("its dropout in eval"), 0.2),
         Aspect("autocast", "6.3", PRECISIONS, 0.2),
         Aspect("backward", "6.3", {
@@ -172,14 +182,8 @@ class Steps(Walk):
         Aspect("give", "6.4", words(*list(GIVEN)[1:]), 0.3),
         Aspect("source", "6.4", words("inputs without gradient", "inputs made from others"), 0.3),
         Aspect("layout", "6.4", words("transposed inputs", "expanded inputs", "overlapping inputs"), 0.3),
-        Aspect("form", "6.7", words(
-            "nested wrappers",
-            "checkpoint(module, …)",
-            "every layer of a model",
-            "every 2nd layer of a model",
-            "a layer called twice in a row",
-            "use_checkpoint=False",
-        )),
+        Aspect("nested", "6.4", words("nested wrappers"), 0.15),
+        Aspect("twice", "6.7", words("a layer called twice in a row"), 0.15),
         Aspect("calls", "6.7", words(
             "two calls, then two backwards",
             "two calls, then two backwards, the last first",
@@ -191,27 +195,20 @@ class Steps(Walk):
         Aspect("weights", "6.7", words(
             "after new weights in place", "after new weights in .data", "after a cast there and back"
         ), 0.3),
-        Aspect("earlier", "6.7", words(
-            "after a call with a wrong shape",
-            "after a call under no_grad",
-            "after a call under inference_mode",
-            "after a call in eval",
-            "after a call without a backward",
-            "after a step",
-        ), 0.3),
         Aspect("between", "6.7", words(
             "draws before backward", "another seed before backward", "a call under no_grad before backward"
         ), 0.3),
+        Aspect("selected", "6.1", words("every layer of a model", "every 2nd layer of a model"), 0.25),
         Aspect("dtype", "6.7", words("in float64"), 0.1),
         Aspect("rows", "6.2", {"": 3, "one row": 1, "two rows": 2, "9 rows": 9, "300 rows": 300}, 0.3),
     )  # fmt: skip
     otherwise = ""
 
     def begin(self, subject: Subject) -> Modules:
-        return Modules(subject)
+        return Modules(subject.again())
 
     def step(self, state: Modules, step: Step) -> None:
-        twins, rng = state.twins(step["form"], anew=step.seed % 4 == 0), step.rng()
+        twins, rng = state.twins(step), step.rng()
         dtype = torch.float64 if step["dtype"] else torch.float32
         for one in twins.both:
             one.train("eval" not in step["mode"])
@@ -347,8 +344,8 @@ def load(twins: Twins, how: str) -> None:
 
 def earlier(twins: Twins, step: Step, rng: torch.Generator) -> None:
     """What the wrapped module is called with before the step."""
-    how, wrapped = step["earlier"], twins.wrapped
-    if not how:
+    how, wrapped = f"{step['earlier']} {step['evaluated']}", twins.wrapped
+    if how == " ":
         return
     mode = wrapped.training
     if "wrong" in how:

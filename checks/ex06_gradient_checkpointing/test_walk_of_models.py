@@ -121,7 +121,7 @@ class Selections(Walk):
     otherwise = "6.1"
 
     def begin(self, subject: Subject) -> Subject:
-        return subject
+        return subject.again()
 
     def step(self, state: Subject, step: Step) -> None:
         model, plain = (grown(random.Random(step.seed), 4) for _ in range(2))
@@ -239,7 +239,7 @@ class Measurements(Walk):
     otherwise = "6.5"
 
     def begin(self, subject: Subject) -> Subject:
-        return subject
+        return subject.again()
 
     def step(self, state: Subject, step: Step) -> None:
         given, there, more = (torch.ones(SIZE) for _ in range(3))
