@@ -135,7 +135,7 @@ def test_a_model_that_does_not_fit_trains(subject: Subject, close: Close, rng: t
 
     what = "three calls of train_step on a checkpointed model"
     close(
-        torch.tensor(came), torch.tensor(wanted), f"{what}: losses", tolerance=1e-6, hint="plain training gives others"
+        torch.tensor(came), torch.tensor(wanted), f"{what}: losses", tolerance=1e-4, hint="plain training gives others"
     )
     assert left[2] < left[0] + 8 * 400 * D, (
         f"{what}: bytes alive after each step: {left}; what a step leaves must not pile up"

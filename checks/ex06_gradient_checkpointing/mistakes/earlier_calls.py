@@ -49,7 +49,6 @@ MISTAKES = [
         if self.trains and self.use_checkpoint and self.training and torch.is_grad_enabled():
 """,
         ),
-        only=True,
     ),
     Mistake(
         "mode_of_construction",
