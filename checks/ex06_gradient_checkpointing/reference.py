@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import _pop_mode
 
 from harness.testing import Close, Subject, calls, seed
 
@@ -135,6 +136,7 @@ class Pair:
         self.before = dict(self.wrapped.named_parameters())
         wrap_layers(subject, self.wrapped, n)
         self.streams: list[Tensor] = []
+        self.entered: list[int] = []
 
     def step(self, run: Callable[[Any], None]) -> None:
         """Runs a step on both, from the same seed, and notes where the random stream is then."""
@@ -144,7 +146,8 @@ class Pair:
             with calls(*self.ups) as entered:
                 run(model)
             self.streams.append(torch.get_rng_state())
-        assert max(entered.values()) > 1, f"training step: {NOTHING_TWICE}"
+            self.entered = [entered[up] for up in self.ups]
+        assert max(entered.values(), default=0) > 1, f"training step: {NOTHING_TWICE}"
 
     def agree(self, close: Close, what: str, hint: str = "") -> None:
         """Every parameter of the wrapped model has the plain model's gradient."""
@@ -171,7 +174,7 @@ def units(number: int) -> nn.ModuleList:
     return nn.ModuleList(Unit() for _ in range(number))
 
 
-def tree(**children: nn.Module) -> Any:
+def tree(**children: nn.Module | None) -> Any:
     """A module with these children."""
     module = nn.Module()
     for name, child in children.items():
@@ -234,6 +237,7 @@ class Rich(nn.Module):
         if mode == "structures":
             first, rest = x
             a, (b, number) = rest["a"], rest["b"]
+            number += isinstance(x, tuple) - isinstance(b, tuple)
             mixed = self.block(first * a) + number * self.memory(b[0])
             return {"out": [mixed, (torch.tanh(mixed), None)], "size": 7, "ok": True}
         hidden = self.block(x) * scale
@@ -249,3 +253,50 @@ class Rich(nn.Module):
 def randoms(rng: torch.Generator, number: int, grad: bool = True) -> list[Tensor]:
     """Inputs that all differ."""
     return [torch.randn(B, D, generator=rng, dtype=torch.float64).requires_grad_(grad) for _ in range(number)]
+
+
+def measured(subject: Subject, func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
+    """The pair that measure_memory_usage gives, if it is one."""
+    result = subject.measure_memory_usage(func, *args, **kwargs)
+    what = "measure_memory_usage"
+    assert isinstance(result, tuple) and len(result) == 2, (
+        f"{what}: a {type(result).__name__} came, (result, peak MiB) was wanted"
+    )
+    kind = type(result[1]).__name__
+    assert kind in ("float", "int"), f"{what}: the peak is a {kind}, not a Python number"
+    return result
+
+
+def same_peak(came: float, wanted: float, what: str) -> None:
+    """Within 10 %, and within a hundredth of a MiB of nothing."""
+    assert abs(came - wanted) <= max(0.1 * wanted, 0.01), (
+        f"{what}: a peak of {came:.4g} MiB came, {wanted:.4g} MiB were wanted, to 10 %\n"
+        "storages made inside count, once each and while they live; 1 MiB is 2^20 bytes"
+    )
+
+
+_TOP, _POP = torch._C._autograd._top_saved_tensors_default_hooks, torch._C._autograd._pop_saved_tensors_default_hooks
+
+
+def left_on() -> str:
+    """What is switched on that observes tensors or changes how they are computed; it goes off."""
+    found = ""
+    while _TOP(True) is not None:
+        _POP()
+        found = "a saved-tensor hook"
+    while torch._C._len_torch_dispatch_stack():
+        _pop_mode()
+        found = "a dispatch mode"
+    if torch._C._len_torch_function_stack():
+        found = "a function mode"
+    if torch.autograd._profiler_enabled():
+        torch.autograd._disable_profiler()
+        found = "the profiler"
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        found = "no_grad"
+    if torch.is_autocast_enabled("cpu"):
+        torch.set_autocast_enabled("cpu", False)
+        found = "autocast"
+    torch.set_autocast_dtype("cpu", torch.bfloat16)
+    return found

@@ -14,7 +14,7 @@ Requirements
     layers are chosen; with every one of 8 encoder layers it is less than 0.25 of what it is with none (random states do
     not count). In a training step each chosen layer, with what is in it, is entered exactly twice, every other module
     once. In eval, without gradients and with use_checkpoint=False the output is the plain one, and nothing is computed
-    twice.
+    twice. Once its output is let go, nothing of a call is alive any more.
 6.3 (robustness) Mixed precision: the second computation runs under the autocast state of the first (float16, bfloat16
     or off), also when backward is called under another one. It is each call's own. (Judged on the CPU.)
 6.4 (correctness) Nested modules: wrapped modules inside wrapped ones; keyword arguments, tuples, lists and dicts, masks
@@ -27,12 +27,13 @@ Requirements
 6.6 (efficiency) A model that does not fit: the checkpointed model trains for several steps through `train_step`, with
     the same losses, and never has more than two thirds of plain training's peak alive (the check counts the bytes).
 6.7 (correctness) Gradients: after `.backward()` every parameter of the wrapped model has the plain model's gradient,
-    with dropout under a seed too, in the second step, and in a second backward with retain_graph. The random stream is
-    where it would be after a plain step.
+    with dropout under a seed too, in the second step, and in a second backward with retain_graph. They are exact: in
+    float64 to nine digits, since nothing is kept or computed below its own dtype. The random stream is where it would
+    be after a plain step.
 6.8 (correctness) Write your own test: `test_gradient_checkpointing` passes on right code, whoever wrote it, and fails
     on each of the slips listed below.
-6.9 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you add)
-    and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
+6.9 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each public class and function that
+    you add) and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
 6.10 (correctness) Write it from scratch: `torch.utils.checkpoint`, the standard tool, is reached neither in forward nor
     in backward.
 
@@ -54,15 +55,20 @@ Conventions
 - What is said of tensors holds for tensors in nested tuples, lists and dicts too, of arguments and of outputs.
 - `checkpoint` is judged with modules in training as its function, on its own and through `CheckpointWrapper`; whether
   to recompute at all is the wrapper's question.
-- A wrapper takes over its module's training flag: an evaluated layer stays evaluated when it is wrapped. It need not
-  pass on other attributes of its module, and the names in `named_parameters` may change.
+- A wrapper takes over its module's training flag: an evaluated layer stays evaluated when it is wrapped, and so does an
+  evaluated part of a layer that trains. It need not pass on other attributes of its module, and the names in
+  `named_parameters` may change. So may a state_dict's `_metadata`, by which BatchNorm knows old checkpoints.
 - A wrapped module may be called several times before backward, its parameters may be frozen or shared with others, and
-  it may be cast between steps. One tensor may come as several arguments, and is one tensor the second time too:
-  self-attention asks whether its key is its query. Inputs may be strided; neither modules nor your code write to them.
+  it may be cast between steps. Steps are as good after calls without gradients and after one that failed. A module that
+  is frozen as a whole gives an output without gradient if its inputs need none.
+- One tensor may come as several arguments, and is one tensor the second time too: self-attention asks whether its key
+  is its query. Two that share memory are two: x and x.detach(). Inputs, a batch and logits may be strided; neither
+  modules nor your code write to them.
 - A module inside two wrappers may be entered more often than twice; one from which backward needs nothing, and any
   module in a second backward, as often as you like. What forward writes to buffers (BatchNorm) may be written twice.
 - Not defined: no match; a second `apply_checkpointing`; n < 0; a layer that the model holds twice; a matching
-  ModuleDict or ParameterList; another mode in backward than in forward; torch.autograd.grad; double backward.
+  ModuleDict or ParameterList; another mode in backward than in forward; torch.autograd.grad, backward(inputs=…) and
+  double backward.
 - Memory is the bytes of tensor storage: a view costs nothing, and neither does a tensor that existed before `func` was
   called. 1 MiB = 2^20 bytes. The peak is the most that was alive at once: x + 1 - 2 + 3 for an x of 1 MiB
   has a peak of 2 (their sum is 3).

@@ -1,5 +1,6 @@
 """Computed twice (6.2, 6.3): what stays alive and what is entered twice, and under which autocast state."""
 
+import gc
 from contextlib import nullcontext
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_chosen_layers_are_entered_exactly_twice(subject: Subject, close: Close,
             output = model(input_ids)
             output.square().sum().backward()
 
-        close(output, plain(input_ids), "forward of a wrapped model")
+        close(output, plain(input_ids), "forward of a wrapped model", tolerance=1e-2)
         counts = [entered[up] for up in layers]
         assert counts == wanted, f"training step, n = {n}: the layers are entered {counts} times; {wanted} were wanted"
         around = [entered[model.embedding], entered[model.head]]
@@ -72,7 +73,7 @@ def test_less_is_alive_the_more_layers_are_chosen(subject: Subject, close: Close
         expected = model(x) if expected is None else expected
         wrap_layers(subject, model, n)
         alive[n], output = alive_after_forward(model, x)
-        close(output, expected, f"forward of 8 layers, n = {n}")
+        close(output, expected, f"forward of 8 layers, n = {n}", tolerance=1e-2)
 
     assert alive[0] > alive[4] > alive[2] > alive[1], (
         f"forward of 8 layers, bytes alive afterwards by n (0: none): {alive}\n"
@@ -94,12 +95,45 @@ def test_every_encoder_layer_leaves_less_than_a_quarter(subject: Subject, close:
 
     every, output = alive_after_forward(model, x)
 
-    close(output, expected, "forward of 8 encoder layers")
+    close(output, expected, "forward of 8 encoder layers", tolerance=1e-2)
     assert output.requires_grad, "forward of 8 encoder layers: the output carries no gradient"
     assert every < 0.25 * none, (
         f"forward of 8 encoder layers: {every} bytes stay alive, {every / none:.2f} of what plain layers leave; "
         "less than 0.25 is asked for\nsomething holds the activations: a closure, a context, a list"
     )
+
+
+@requirement("6.2")
+def test_nothing_outlives_the_output(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Once the output is let go, nothing of a call is alive any more: in training, in eval, and without gradients."""
+    x = torch.randn(400, D, generator=rng, dtype=torch.float64)
+    expected = seeded(Block)(x).detach()
+    alive: dict[str, int] = {}
+    gc.freeze()  # so that collecting takes no time
+    try:
+        for case in ("a step", "a forward", "eval", "no_grad"):
+            wrapper = subject.CheckpointWrapper(seeded(Block)).train(case != "eval")
+            leaf = x.clone().requires_grad_()
+            with Trace(at_least=x.numel()) as seen:
+                with torch.no_grad() if case == "no_grad" else nullcontext():
+                    # What came in is of this call, too: nothing else holds it.
+                    output = wrapper(leaf * 1)
+                if case == "a step":
+                    output.sum().backward()
+                leaf.grad = None
+            close(output.detach(), expected, f"forward of a wrapper, {case}", tolerance=1e-2)
+            del output
+            seen.alive_after_collection()  # a class made for a call takes a second collection to go
+            alive[case] = seen.alive_after_collection()
+            del wrapper
+    finally:
+        gc.unfreeze()
+
+    assert not any(alive.values()), (
+        f"a wrapper that is called: bytes still alive when its output is gone: {alive}\n"
+        "what a call keeps belongs to the output's graph; the wrapper itself keeps nothing"
+    )
+    recomputes(subject, x)
 
 
 @requirement("6.2")
@@ -194,7 +228,7 @@ def test_checkpoint_itself_recomputes(subject: Subject, close: Close, rng: torch
         kept = seen.alive_bytes
         output.square().sum().backward()
 
-    same_gradient(close, x.grad, leaf.grad, "checkpoint(module, x): gradient of x")
+    same_gradient(close, x.grad, leaf.grad, "checkpoint(module, x): gradient of x", tolerance=1e-2)
     assert kept < 8 * 1000 * 40, (
         f"checkpoint(module, x): {kept} bytes stay alive after forward; the output has {8 * 1000 * D}"
     )

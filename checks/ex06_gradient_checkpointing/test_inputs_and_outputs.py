@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
@@ -14,19 +15,24 @@ from .reference import (
     Block,
     D,
     L,
+    Map,
     Pair,
     Rich,
     Scale,
-    V,
     nested_wrapper,
     randoms,
     recomputes,
     same_gradient,
     seeded,
-    tokens,
     tree,
     ups,
 )
+
+
+@pytest.fixture
+def close() -> Close:
+    """To five digits: how exact gradients are is asked elsewhere (6.7)."""
+    return Close(1e-5)
 
 
 def agrees_with_plain(
@@ -106,23 +112,9 @@ def test_inputs_without_gradient_still_train_the_parameters(
 
 
 @requirement("6.4")
-def test_token_ids_train_an_embedding(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A wrapped module may begin with integers."""
-    input_ids = tokens(rng)
-    plain, module = (seeded(lambda: nn.Sequential(nn.Embedding(V, D), Block())) for _ in range(2))
-    plain(input_ids).square().sum().backward()
-
-    subject.CheckpointWrapper(module)(input_ids).square().sum().backward()
-
-    for (name, parameter), wanted in zip(module.named_parameters(), plain.parameters(), strict=True):
-        same_gradient(close, parameter.grad, wanted.grad, f"backward of a wrapper on token ids: gradient of {name}")
-    recomputes(subject, torch.randn(2, D, generator=rng, dtype=torch.float64))
-
-
-@requirement("6.4")
 def test_each_input_that_needs_a_gradient_gets_it(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Inputs with and without gradient may be mixed."""
-    for needs in ((True, True), (True, False), (False, True)):
+    for needs in ((True, False), (False, True)):
         x, other = (tensor.detach().requires_grad_(need) for tensor, need in zip(randoms(rng, 2), needs, strict=True))
 
         agrees_with_plain(subject, close, (x, other))
@@ -145,7 +137,7 @@ def test_masks(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Boolean and float masks work as keyword arguments, also one that needs a gradient."""
     x, values = randoms(rng, 2)
 
-    for kind, mask in {"bool": values > 0, "float": values.detach(), "needs a gradient": values}.items():
+    for kind, mask in {"bool": values > 0, "needs a gradient": values}.items():
         agrees_with_plain(subject, close, (x,), hint=f"mask=… is a keyword argument here ({kind})", mask=mask)
 
 
@@ -154,7 +146,7 @@ def test_several_outputs_of_any_kind(subject: Subject, close: Close, rng: torch.
     """Tensors, integers, a mask, text, numbers and None come out as they are, with the gradients of what is used."""
     x, other = randoms(rng, 2)
 
-    for used in ((0, 1), (0,), (1,)):
+    for used in ((0,), (1,)):
         agrees_with_plain(subject, close, (x, other, "outputs"), used=used, mask=x.detach() > 0)
 
 
@@ -173,61 +165,44 @@ def test_nested_structures(subject: Subject, close: Close, rng: torch.Generator)
         agrees_with_plain(subject, close, ((x, {"a": a, "b": ([b], 3)}), unused, "structures"))
 
 
-@requirement("6.4")
-def test_one_tensor_several_times(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A tensor that comes twice gets the sum of both gradients."""
-    x, a = randoms(rng, 2)
+class Asks(nn.Module):
+    """Gives something else where its second input is its first."""
 
-    agrees_with_plain(subject, close, (x, x), hint="one tensor is both arguments here")
-    agrees_with_plain(
-        subject, close, ((x, {"a": a, "b": ([x], 3)}),), mode="structures", hint="one tensor comes twice here"
-    )
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Map(D, D)
+
+    def forward(self, x: Tensor, *, other: Tensor) -> Tensor:
+        return torch.sin(self.up(x)) if other is x else self.up(x) * other
+
+
+@requirement("6.4")
+def test_a_module_may_ask_whether_two_inputs_are_one(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """One tensor as an argument and as a keyword argument is one the second time; two tensors are two."""
+    plain, module = seeded(Asks), seeded(Asks)
+    wrapper = subject.CheckpointWrapper(module)
+    for case, same in {"one tensor": True, "a tensor and its detached self": False}.items():
+        leaves = [torch.full((2, D), 0.7, dtype=torch.float64).requires_grad_() for _ in range(2)]
+        for one, x in zip((plain, wrapper), leaves, strict=True):
+            one.zero_grad()
+            one(x, other=x if same else x.detach()).square().sum().backward()
+
+        what = f"backward of a wrapped module whose arguments are {case}"
+        hint = "one tensor given twice has to be one tensor in the second computation too, and two have to be two"
+        same_gradient(close, leaves[1].grad, leaves[0].grad, f"{what}: gradient of x", hint)
+        for (name, parameter), wanted in zip(module.named_parameters(), plain.parameters(), strict=True):
+            same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {name}", hint)
+    recomputes(subject, torch.randn(2, D, generator=rng, dtype=torch.float64))
 
 
 @halfway
 @requirement("6.4")
-def test_one_tensor_is_one_tensor_the_second_time_too(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Self-attention, attention(x, x, x), takes a shorter way if its key is its query: both times, or not at all."""
-    x = torch.randn(L, 2, D, generator=rng, dtype=torch.float64).requires_grad_()
-    leaf = twin(x)
-    plain, attention = (seeded(lambda: nn.MultiheadAttention(D, 2)) for _ in range(2))
-    expected = plain(x, x, x)[0]
-    expected.square().sum().backward()
-    what = "backward of a wrapped attention(x, x, x)"
-    hint = "one tensor given three times has to be one tensor in the second computation: key is query"
-
-    output = subject.CheckpointWrapper(attention)(leaf, leaf, leaf)[0]
-    try:
-        output.square().sum().backward()
-    except RuntimeError as error:
-        raise AssertionError(f"{what} raises {error}\n{hint}") from error
-
-    close(output, expected, "forward of a wrapped attention(x, x, x)")
-    for name, came, wanted in zip(
-        ("x", *dict(plain.named_parameters())),
-        (leaf, *attention.parameters()),
-        (x, *plain.parameters()),
-        strict=True,
-    ):
-        same_gradient(close, came.grad, wanted.grad, f"{what}: gradient of {name}", hint)
-    recomputes(subject, torch.randn(2, D, generator=rng, dtype=torch.float64))
-
-
-@requirement("6.4")
-def test_strided_inputs(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Transposed and expanded inputs are as good as others."""
-    x = torch.randn(D, B, generator=rng, dtype=torch.float64).T.requires_grad_()
-    other = torch.randn(1, D, generator=rng, dtype=torch.float64).expand(B, D)
-
-    agrees_with_plain(subject, close, (x, other))
-
-
-@requirement("6.4")
 def test_inputs_are_not_written_to(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Inputs keep their values and their need of a gradient."""
+    """Inputs are not even written to with what they hold, and keep their need of a gradient."""
     x, other = randoms(rng, 2)
     other = other.detach()
     kept = [x.detach().clone(), other.clone()]
+    versions = [x._version, other._version]
     module = seeded(Rich)
 
     with calls(module.block.up) as entered:
@@ -235,6 +210,7 @@ def test_inputs_are_not_written_to(subject: Subject, close: Close, rng: torch.Ge
 
     close(x.detach(), kept[0], "x after a step", tolerance=0)
     close(other, kept[1], "other after a step", tolerance=0)
+    assert [x._version, other._version] == versions, "a step of a wrapped module writes to an input"
     assert not other.requires_grad and other.grad is None, "an input that needed no gradient requires one after a step"
     assert x.is_leaf and x.grad is not None, "backward of a wrapped module: x gets no gradient"
     assert entered[module.block.up] > 1, f"training step: {NOTHING_TWICE}"
@@ -276,24 +252,21 @@ def test_an_encoder_layer_with_a_mask(subject: Subject, close: Close, rng: torch
 
 @requirement("6.4")
 def test_wrapped_inside_wrapped(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A wrapper around wrapped blocks trains as the plain blocks do."""
-    for grad in (True, False):
-        x = randoms(rng, 1)[0].detach()
-        plain, layers = (seeded(lambda: nn.Sequential(Block(), Block())) for _ in range(2))
-        leaves = [x.clone().requires_grad_(grad) for _ in range(2)]
-        expected = plain(leaves[0])
-        expected.square().sum().backward()
+    """A wrapper around wrapped blocks trains as the plain blocks do, on an input without gradient."""
+    x = randoms(rng, 1, grad=False)[0]
+    plain, layers = (seeded(lambda: nn.Sequential(Block(), Block())) for _ in range(2))
+    expected = plain(x)
+    expected.square().sum().backward()
 
-        with calls(*ups(layers)) as entered:
-            output = nested_wrapper(subject, *layers)(leaves[1])
-            output.square().sum().backward()
+    with calls(*ups(layers)) as entered:
+        output = nested_wrapper(subject, *layers)(x)
+        output.square().sum().backward()
 
-        what = "backward of wrapped blocks inside a wrapper"
-        close(output, expected, "forward of wrapped blocks inside a wrapper")
-        same_gradient(close, leaves[1].grad, leaves[0].grad, f"{what}: gradient of x")
-        for (name, parameter), wanted in zip(layers.named_parameters(), plain.parameters(), strict=True):
-            same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {name}")
-        assert len(entered) == 2 and min(entered.values()) > 1, f"training step: {NOTHING_TWICE}"
+    what = "backward of wrapped blocks inside a wrapper"
+    close(output, expected, "forward of wrapped blocks inside a wrapper")
+    for (name, parameter), wanted in zip(layers.named_parameters(), plain.parameters(), strict=True):
+        same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {name}")
+    assert len(entered) == 2 and min(entered.values()) > 1, f"training step: {NOTHING_TWICE}"
 
 
 class Halves(nn.Module):
@@ -312,18 +285,16 @@ class Halves(nn.Module):
 def test_a_backward_from_each_output(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """backward twice from one output with retain_graph, then from the other, adds up to the plain gradients."""
     x = randoms(rng, 1)[0]
+    pair = Pair(subject, lambda: tree(layers=nn.ModuleList([Halves()])))
 
-    for order in ((1, 1, 0), (0, 0, 1)):
-        pair = Pair(subject, lambda: tree(layers=nn.ModuleList([Halves()])))
+    def step(model: Any) -> None:
+        outputs = model.layers[0](x)
+        for number in (0, 0, 1):
+            outputs[number].square().sum().backward(retain_graph=True)
 
-        def step(model: Any, chosen: tuple[int, ...] = order) -> None:
-            outputs = model.layers[0](x)
-            for number in chosen:
-                outputs[number].square().sum().backward(retain_graph=True)
+    pair.step(step)
 
-        pair.step(step)
-
-        pair.agree(close, f"backward from outputs {order}, one after the other", "each backward needs a part only")
+    pair.agree(close, "backward from outputs (0, 0, 1), one after the other", "each backward needs a part only")
 
 
 class Constant(nn.Module):

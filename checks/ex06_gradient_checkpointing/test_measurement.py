@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from harness.testing import Subject, Trace, requirement
 
+from .reference import left_on, measured, same_peak
+
 MIB = 2**18  # elements of a float32 tensor of one MiB
 QUARTER = 2**16
 
@@ -110,26 +112,6 @@ def test_the_peak_is_that_of_the_storages_made_inside(subject: Subject, rng: tor
         same_peak(result[1], quarters / 4, f"measure_memory_usage: {str(func.__doc__).rstrip('.')}")
 
 
-def measured(subject: Subject, func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
-    """The pair that measure_memory_usage gives, if it is one."""
-    result = subject.measure_memory_usage(func, *args, **kwargs)
-    what = "measure_memory_usage"
-    assert isinstance(result, tuple) and len(result) == 2, (
-        f"{what}: a {type(result).__name__} came, (result, peak MiB) was wanted"
-    )
-    kind = type(result[1]).__name__
-    assert kind in ("float", "int"), f"{what}: the peak is a {kind}, not a Python number"
-    return result
-
-
-def same_peak(came: float, wanted: float, what: str) -> None:
-    """Within 10 %, and within a hundredth of a MiB of nothing."""
-    assert abs(came - wanted) <= max(0.1 * wanted, 0.01), (
-        f"{what}: a peak of {came:.4g} MiB came, {wanted:.4g} MiB were wanted, to 10 %\n"
-        "storages made inside count, once each and while they live; 1 MiB is 2^20 bytes"
-    )
-
-
 @requirement("6.5")
 def test_result_and_arguments_go_through(subject: Subject, rng: torch.Generator) -> None:
     """func gets its arguments, and its own result comes back beside the peak."""
@@ -207,16 +189,7 @@ def test_nothing_stays_switched_on(subject: Subject, rng: torch.Generator) -> No
         assert came is (error if ends == "raises" else None), (
             "measure_memory_usage: an error of func does not come through unchanged"
         )
-        assert not left_on(), (
-            f"measure_memory_usage: {left_on()} is still on after func {ends}; use `with`, or try and finally"
+        assert not (left := left_on()), (
+            f"measure_memory_usage: {left} is still on after func {ends}; use `with`, or try and finally"
         )
         same_peak(measured(subject, chain, x)[1], 0.5, f"measure_memory_usage(chain), after a func that {ends}")
-
-
-def left_on() -> str:
-    """What is switched on that observes tensors."""
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode"
-    if torch._C._len_torch_function_stack():
-        return "a function mode"
-    return "the profiler" if torch.autograd._profiler_enabled() else ""

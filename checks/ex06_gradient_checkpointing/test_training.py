@@ -1,7 +1,7 @@
 """Training (6.6, 6.7): train_step, a model that does not fit, and the plain model's gradients."""
 
 import gc
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -9,9 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness.testing import Close, Subject, Trace, calls, requirement
+from harness.testing import Close, Subject, Trace, calls, is_tensor, requirement
 
-from .reference import NOTHING_TWICE, B, Block, D, L, Pair, Stack, V, same_gradient, seeded, tokens, tree, wrap_layers
+from .reference import (
+    NOTHING_TWICE,
+    B,
+    Block,
+    D,
+    L,
+    Pair,
+    Stack,
+    V,
+    left_on,
+    recomputes,
+    same_gradient,
+    seeded,
+    tokens,
+    wrap_layers,
+)
 
 # 6.6 a model that does not fit
 
@@ -70,6 +85,34 @@ def test_the_criterion_gets_its_positions_in_one_row(subject: Subject, rng: torc
     )
 
 
+class Transposed(nn.Module):
+    """Gives logits that are a view of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack(1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.stack(input_ids.T).transpose(0, 1)
+
+
+@requirement("6.6")
+def test_train_step_on_strided_tensors(subject: Subject, rng: torch.Generator) -> None:
+    """input_ids and targets cut from one tensor of ids, as one predicts the next, and logits that are a view."""
+    ids = torch.randint(V, (B, L + 1), generator=rng)
+    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+    model, plain = seeded(Transposed), seeded(Transposed)
+    wanted = functional.cross_entropy(plain(batch["input_ids"]).transpose(1, 2), batch["targets"]).item()
+    what = "train_step on batch = ids[:, :-1], ids[:, 1:], with logits that are transposed"
+
+    try:
+        came = subject.train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.5), nn.CrossEntropyLoss())
+    except RuntimeError as error:
+        raise AssertionError(f"{what}: raises {error}\nview needs other strides; flatten and reshape do not") from error
+
+    assert abs(came - wanted) < 1e-6, f"{what}: the loss {came} came, {wanted} was wanted"
+
+
 @requirement("6.6")
 def test_a_model_that_does_not_fit_trains(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Three steps under a budget of two thirds of what plain training needs, with the plain losses."""
@@ -92,7 +135,7 @@ def test_a_model_that_does_not_fit_trains(subject: Subject, close: Close, rng: t
 
     what = "three calls of train_step on a checkpointed model"
     close(
-        torch.tensor(came), torch.tensor(wanted), f"{what}: losses", tolerance=1e-6, hint="plain training gives others"
+        torch.tensor(came), torch.tensor(wanted), f"{what}: losses", tolerance=1e-4, hint="plain training gives others"
     )
     assert left[2] < left[0] + 8 * 400 * D, (
         f"{what}: bytes alive after each step: {left}; what a step leaves must not pile up"
@@ -142,25 +185,22 @@ def test_parameters_get_the_plain_gradients(
 
 @requirement("6.7")
 def test_the_random_stream_goes_on_as_after_a_plain_step(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Recomputing moves the random stream neither on nor back, also with draws between forward and backward."""
+    """Recomputing moves the random stream neither on nor back, with draws between forward and backward."""
     input_ids = tokens(rng)
     pair = Pair(subject, lambda: Stack(2, 0.5))
 
-    for between in (0, 3):
+    def step(model: Any) -> None:
+        loss = model(input_ids).square().sum()
+        torch.rand(3)
+        loss.backward()
 
-        def step(model: Any, draws: int = between) -> None:
-            model.zero_grad()
-            loss = model(input_ids).square().sum()
-            torch.rand(draws)
-            loss.backward()
+    pair.step(step)
 
-        pair.step(step)
-
-        assert torch.equal(pair.streams[1], pair.streams[0]), (
-            f"training step, {between} draws before backward: the random stream is not where a plain step ends\n"
-            "put back after the second computation what the random state was before it"
-        )
-        pair.agree(close, "backward of a model with dropout", "drawing between forward and backward changes nothing")
+    assert torch.equal(pair.streams[1], pair.streams[0]), (
+        "training step, 3 draws before backward: the random stream is not where a plain step ends\n"
+        "put back after the second computation what the random state was before it"
+    )
+    pair.agree(close, "backward of a model with dropout", "drawing between forward and backward changes nothing")
 
 
 @requirement("6.7")
@@ -206,32 +246,14 @@ def test_several_calls_before_backward(subject: Subject, close: Close, rng: torc
     both = tokens(rng), tokens(rng)
     pair = Pair(subject, lambda: Stack(2, 0.5))
 
-    for order in (1, -1):
-
-        def step(model: Any, direction: int = order) -> None:
-            model.zero_grad()
-            losses = [model(input_ids).square().sum() * scale for input_ids, scale in zip(both, (1, 3), strict=True)]
-            for loss in losses[::direction]:
-                loss.backward()
-
-        pair.step(step)
-
-        pair.agree(close, "two calls, then two backwards", "what a call keeps belongs to the call, not to the module")
-
-
-@requirement("6.7")
-def test_a_layer_that_is_called_several_times(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """One wrapped layer may be used again and again in one forward."""
-    x = torch.randn(B, D, generator=rng, dtype=torch.float64).requires_grad_()
-    pair = Pair(subject, lambda: tree(layers=nn.ModuleList([Block()])))
-
     def step(model: Any) -> None:
-        layer = model.layers[0]
-        layer(torch.sin(layer(layer(x)))).square().sum().backward()
+        losses = [model(input_ids).square().sum() * scale for input_ids, scale in zip(both, (1, 3), strict=True)]
+        for loss in losses:
+            loss.backward()
 
     pair.step(step)
 
-    pair.agree(close, "a wrapped layer called three times in a row")
+    pair.agree(close, "two calls, then two backwards", "what a call keeps belongs to the call, not to the module")
 
 
 @requirement("6.7")
@@ -274,20 +296,64 @@ def test_frozen_parameters_stay_without_gradient(subject: Subject, close: Close,
         model.requires_grad_().zero_grad()
     pair.step(lambda model: model(input_ids).square().sum().backward())
     pair.agree(close, "backward of a model whose parameters were frozen when it was wrapped")
+    assert pair.entered == [2, 2, 2], (
+        f"step of a model whose parameters were frozen in its first step: layers are entered {pair.entered} times, "
+        "not twice each"
+    )
 
 
 @requirement("6.7")
-def test_a_wrapped_model_may_be_cast(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """After .float() a wrapped model trains in float32, and after .double() again in float64."""
+def test_a_frozen_module_asks_for_no_gradient(subject: Subject, rng: torch.Generator) -> None:
+    """What is made of inputs without gradient by a module that is frozen as a whole needs none, as ever."""
+    x = torch.randn(2, D, generator=rng, dtype=torch.float64)
+    frozen, block = seeded(Block).requires_grad_(False), seeded(Block)
+
+    outputs = [is_tensor(subject.CheckpointWrapper(one)(x), "forward of a wrapped module") for one in (frozen, block)]
+
+    asks = [output.requires_grad for output in outputs]
+    assert asks == [False, True], (
+        f"forward of a wrapped module on an input without gradient: requires_grad of the output is {asks[0]} if all of "
+        f"its parameters are frozen, and {asks[1]} if none is; False and True were wanted\n"
+        "an anchor that asks for a gradient is for modules with a parameter that does"
+    )
+    recomputes(subject, x)
+
+
+@requirement("6.7")
+def test_steps_after_other_calls(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A step is as good after a call without gradients, and after a call that failed."""
+    input_ids = tokens(rng)
+
+    for earlier in ("inference_mode", "a wrong shape"):
+        pair = Pair(subject, lambda: Stack(2, 0.5))
+        if earlier == "inference_mode":
+            with torch.inference_mode():
+                pair.wrapped(input_ids)
+        else:
+            with suppress(RuntimeError):
+                pair.wrapped.layers[0](torch.ones(2, D + 1, dtype=torch.float64))
+            assert not (left := left_on()), (
+                f"a call of a wrapped layer with a wrong shape: {left} is still on afterwards"
+            )
+
+        pair.step(lambda model: model(input_ids).square().sum().backward())
+
+        pair.agree(close, f"backward after a call with {earlier}")
+
+
+@requirement("6.7")
+def test_a_wrapped_model_may_be_cast(subject: Subject, rng: torch.Generator) -> None:
+    """After .float() a wrapped model trains in float32."""
     input_ids = tokens(rng)
     pair = Pair(subject, lambda: Stack(2, 0.5))
 
-    for dtype in (torch.float32, torch.float64):
-        for model in (pair.plain, pair.wrapped):
-            model.to(dtype).zero_grad()
-        pair.step(lambda model: model(input_ids).square().sum().backward())
+    pair.step(lambda model: model(input_ids).square().sum().backward())
+    for model in (pair.plain, pair.wrapped):
+        model.float().zero_grad()
+    pair.step(lambda model: model(input_ids).square().sum().backward())
 
-    pair.agree(close, "backward after .float() and .double()", "the model was cast between the steps")
+    what = "backward after .float()"
+    pair.agree(Close(1e-4), what, "the model was cast between the steps")
 
 
 @requirement("6.7")

@@ -94,6 +94,83 @@ MISTAKES = [
         (IS_LIST, "        is_list = isinstance(child, (nn.ModuleList, nn.Sequential)) and not in_list\n"),
         only=True,
     ),
+    Mistake(
+        "sequentials_by_exact_type",
+        "6.1",
+        "layer1.0",
+        ("isinstance(child, nn.Sequential) and not in_list", "type(child) is nn.Sequential and not in_list"),
+        only=True,
+    ),
+    Mistake(
+        "children_that_are_none",
+        "6.1",
+        "layer_x",
+        ("in module.named_children():\n        name =", "in module._modules.items():\n        name ="),
+        only=True,
+    ),
+    Mistake(
+        "elements_of_other_lists_never_match",
+        "6.1",
+        "body.last_layer",
+        (
+            "        matches = in_list or (pattern",
+            "        matches = in_list or (not isinstance(module, nn.Sequential) and pattern",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "breadth_first",
+        "6.1",
+        "checkpointed_modules is",
+        (
+            FOUND,
+            """        if matches and not is_list:
+            yield name
+    for attribute, child in module.named_children():
+        name = prefix + attribute
+        matches = in_list or (pattern in attribute and "norm" not in attribute)
+"""
+            + IS_LIST
+            + """        if not matches or is_list:
+            yield from _layer_names(child, pattern, f"{name}.", in_list=matches)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "keep_vars_dropped",
+        "6.1",
+        "keep_vars",
+        (SAVE_HOOK, ""),
+        (
+            "    def forward(self, *args: Any",
+            """\
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        return self.module.state_dict(*args, destination=destination, prefix=prefix)
+
+    def forward(self, *args: Any""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "dict_that_is_loaded_renamed",
+        "6.1",
+        "the dict that it is given",
+        (
+            LOAD_HOOK,
+            """
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        _insert_own_name(self, state_dict, "")
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if prefix:
+            _insert_own_name(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+""",
+        ),
+        only=True,
+    ),
     Mistake("norms_wrapped", "6.1", "layer_norm", (' and "norm" not in attribute', ""), only=True),
     Mistake(
         "norms_by_suffix",

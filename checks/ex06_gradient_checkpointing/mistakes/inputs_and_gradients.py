@@ -22,12 +22,13 @@ REENTRANT = (
 
     replay = _Replay(function, args, kwargs)
     leaves, spec = tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
+    trains = not isinstance(function, nn.Module) or any(p.requires_grad for p in function.parameters())
     forms: list[Any] = []
 
     def run(given: Any) -> tuple[Any, ...]:
-        tensors_left = iter(given)
-        again = [next(tensors_left) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        twins = dict(zip(map(id, tensors), given))
+        again = [twins.get(id(leaf), leaf) for leaf in leaves]
         new_args, new_kwargs = tree_unflatten(again, spec)
         outputs, form = tree_flatten(function(*new_args, **new_kwargs))
         forms.append(form)
@@ -53,7 +54,7 @@ REENTRANT = (
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
             return None, *(tensor.grad for tensor in given)
 
-    flat = Rerun.apply(torch.empty(0, requires_grad=True), *tensors)
+    flat = Rerun.apply(torch.empty(0, requires_grad=trains), *tensors)
     return tree_unflatten(flat, forms[0])
 """,
 )
@@ -130,7 +131,9 @@ MISTAKES = [
         "raises",
         (DETACHED, "    return tensor.detach().requires_grad_(tensor.is_floating_point())\n"),
     ),
-    Mistake("inputs_without_gradient_train_nothing", "6.4", "grad", REENTRANT, (", requires_grad=True", ""), only=True),
+    Mistake(
+        "inputs_without_gradient_train_nothing", "6.4", "grad", REENTRANT, (", requires_grad=trains", ""), only=True
+    ),
     Mistake(
         "inputs_get_no_gradient",
         ("6.4", "6.7"),
@@ -163,15 +166,19 @@ MISTAKES = [
     Mistake(
         "one_tensor_becomes_several",
         "6.4",
-        "key is query",
+        "one tensor given twice",
         ("lambda x: twins.setdefault(id(x), _detached(x))", "_detached"),
         only=True,
     ),
     Mistake(
         "one_leaf_for_one_tensor",
         "6.4",
-        "one tensor is both",
+        "one tensor given twice",
         REENTRANT,
+        (
+            "    tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())\n",
+            "    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]\n",
+        ),
         (
             GIVEN,
             """            distinct = {id(tensor): _detached(tensor) for tensor in tensors}
@@ -187,8 +194,8 @@ MISTAKES = [
         REENTRANT,
         (
             GIVEN,
-            GIVEN + "            given = [t if any(t is u or u is v for v in args) else t.detach() "
-            "for t, u in zip(given, tensors)]\n",
+            GIVEN
+            + "            given = [t if any(u is v for v in args) else t.detach() for t, u in zip(given, tensors)]\n",
         ),
         only=True,
     ),

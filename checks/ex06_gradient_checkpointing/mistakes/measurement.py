@@ -63,6 +63,21 @@ MISTAKES = [
     ),
     Mistake("existing_tensors_counted", "6.5", "a peak of", (KNOWN, ""), only=True),
     Mistake(
+        "existing_tensors_known_by_arguments_of_func",
+        "6.5",
+        "a peak of",
+        (KNOWN, ""),
+        (CALL, "        meter.known.update(_storages((args, kwargs)))\n" + CALL),
+        only=True,
+    ),
+    Mistake(
+        "existing_out_counted",
+        "6.5",
+        "a peak of",
+        (KNOWN, "        self.known.update(_storages(args))\n"),
+        only=True,
+    ),
+    Mistake(
         "elements_of_four_bytes",
         "6.5",
         "a peak of",

@@ -93,6 +93,8 @@ MISTAKES = [
         ('batch["targets"].flatten()', 'batch["input_ids"].flatten()'),
         only=True,
     ),
+    Mistake("targets_viewed", "6.6", "raises", ('batch["targets"].flatten()', 'batch["targets"].view(-1)'), only=True),
+    Mistake("logits_viewed", "6.6", "raises", ("logits.flatten(0, 1)", "logits.view(-1, logits.size(-1))"), only=True),
     Mistake(
         "gradients_clipped",
         "6.6",

@@ -96,6 +96,37 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "prebuilt_from_the_second_call_on",
+        "6.10",
+        "reached checkpoint",
+        (
+            CHECKPOINT,
+            """    import torch.utils.checkpoint
+
+    if vars(function).setdefault("warm", False):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
+    vars(function)["warm"] = True
+"""
+            + CHECKPOINT,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "prebuilt_in_float32",
+        "6.10",
+        "reached checkpoint",
+        (
+            CHECKPOINT,
+            """    import torch.utils.checkpoint
+
+    if any(p.dtype == torch.float32 for p in function.parameters()) and not torch.is_autocast_enabled("cpu"):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
+"""
+            + CHECKPOINT,
+        ),
+        only=True,
+    ),
+    Mistake(
         "prebuilt_function",
         "6.10",
         "reached",

@@ -17,9 +17,11 @@ class Call:
     def __init__(self, function: Callable[..., Any], arguments: Any) -> None:
         leaves, self.spec = tree_flatten(arguments)
         self.function = function
-        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.places: dict[Tensor, list[int]] = {}
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                self.places.setdefault(leaf, []).append(place)
         self.outputs: TreeSpec | None = None
         self.random_state = torch.get_rng_state()
         self.autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
@@ -27,8 +29,9 @@ class Call:
     def run(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """The flat outputs for these tensors."""
         leaves = list(self.others)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            leaves[place] = tensor
+        for places, tensor in zip(self.places.values(), tensors, strict=True):
+            for place in places:
+                leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
         outputs, self.outputs = tree_flatten(self.function(*args, **kwargs))
         return tuple(outputs)
@@ -73,9 +76,10 @@ class Recompute(torch.autograd.Function):
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Recomputes in backward; an empty anchor that needs a gradient brings backward here whatever the inputs are."""
+    """Recomputes in backward; an empty anchor brings it here whatever the inputs are, unless the module is frozen."""
     call = Call(function, (args, kwargs))
-    outputs = Recompute.apply(call, torch.empty(0, requires_grad=True), *call.tensors)
+    trains = not isinstance(function, nn.Module) or any(p.requires_grad for p in function.parameters())
+    outputs = Recompute.apply(call, torch.empty(0, requires_grad=trains), *call.places)
     assert call.outputs is not None
     return tree_unflatten(outputs, call.outputs)
 
@@ -87,7 +91,7 @@ class CheckpointWrapper(nn.Module):
         super().__init__()
         self._inner = module
         self.active = use_checkpoint
-        self.train(module.training)
+        self.training = module.training
         self._register_state_dict_hook(self.shorten)
         self.register_load_state_dict_pre_hook(self.lengthen)
 

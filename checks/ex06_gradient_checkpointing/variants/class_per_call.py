@@ -13,12 +13,13 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls `function`, keeps only its inputs, and computes it a second time when backward needs what was forgotten."""
     replay = _States()
     leaves, spec = tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
+    trains = not isinstance(function, nn.Module) or any(p.requires_grad for p in function.parameters())
     forms: list[Any] = []
 
     def run(given: Any) -> tuple[Any, ...]:
-        tensors_left = iter(given)
-        again = [next(tensors_left) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        twins = dict(zip(map(id, tensors), given, strict=True))
+        again = [twins.get(id(leaf), leaf) for leaf in leaves]
         new_args, new_kwargs = tree_unflatten(again, spec)
         outputs, form = tree_flatten(function(*new_args, **new_kwargs))
         forms.append(form)
@@ -45,7 +46,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                 torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
             return None, *(tensor.grad for tensor in given)
 
-    flat = Rerun.apply(torch.empty(0, requires_grad=True), *tensors)
+    flat = Rerun.apply(torch.empty(0, requires_grad=trains), *tensors)
     return tree_unflatten(flat, forms[0])
 
 

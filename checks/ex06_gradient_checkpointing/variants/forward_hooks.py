@@ -107,7 +107,7 @@ class Hooks:
         self.open: list[saved_tensors_hooks | None] = []
         self.paused = False
         layer.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True)
-        layer.register_forward_hook(self.after)
+        layer.register_forward_hook(self.after, always_call=True)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def flatten(value: Any, tensors: list[Tensor]) -> Any:
-    """Replaces each tensor in nested tuples, lists and dicts by its place in `tensors`, to which it is added."""
+    """Replaces each tensor in nested tuples, lists and dicts by its place in `tensors`, to which it is added once."""
     if isinstance(value, Tensor):
-        tensors.append(value)
-        return Place(len(tensors) - 1)
+        number = next((number for number, one in enumerate(tensors) if one is value), len(tensors))
+        tensors[number:] = tensors[number:] or [value]
+        return Place(number)
     if isinstance(value, dict):
         return {key: flatten(item, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
