@@ -1,6 +1,6 @@
 """What the checks of LoRA build, and what they expect of it, apart from the learner's code."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.testing import Step, Subject, Trace, Walk, seed
+from harness.testing import Subject, Trace, seed
 
 IN, OUT, RANK, ALPHA = 11, 7, 3, 5.0
 
@@ -203,24 +203,3 @@ def called(model: nn.Module, x: Tensor) -> Tensor:
     """Self-attention or an encoder layer, called."""
     output: Tensor = model(x, x, x, need_weights=False)[0] if isinstance(model, nn.MultiheadAttention) else model(x)
     return output
-
-
-class Walking(Walk):
-    """A walk whose faults are told by what is the same in all of their calls, and by what could be shortened."""
-
-    def faults(self, subject: Subject, steps: list[Step]) -> dict[str, Exception]:
-        """What could not be shortened blames anything: it is a consequence of another fault, or costs `otherwise`."""
-        found = super().faults(subject, steps)
-        long = [
-            error for error in found.values() if any(word in str(error) for word in ("not in a shorter", "\ncall 4:"))
-        ]
-        short = {number: error for number, error in found.items() if error not in long}
-        return short or dict(zip([self.otherwise], long, strict=False))
-
-    def _plainer(self, steps: list[Step]) -> Iterator[list[Step]]:
-        """First, all of the steps plain in one aspect: it may be what chooses the layer."""
-        for aspect in self.aspects:
-            plainer = [step.without(aspect.name) for step in steps]
-            if plainer != steps:
-                yield plainer
-        yield from super()._plainer(steps)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.testing import Aspect, Close, Step, Subject, Trace, is_tensor, walk_check
+from harness.testing import Aspect, Close, Step, Subject, Trace, Walk, is_tensor, walk_check
 
-from .reference import Walking, linear, randomize, trainable, value
+from .reference import linear, randomize, trainable, value
 
 # What one rounding of each dtype is worth, over sums of a few dozen terms.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
@@ -90,7 +90,7 @@ class Layers:
         return known
 
 
-class Calls(Walking):
+class Calls(Walk):
     """Calls of a few layers."""
 
     aspects = (

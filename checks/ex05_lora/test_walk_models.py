@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.testing import Aspect, Close, Step, Subject, walk_check
+from harness.testing import Aspect, Close, Step, Subject, Walk, walk_check
 
-from .reference import IN, OUT, Walking, descend, linear, randomize, trainable, tree, value
+from .reference import IN, OUT, descend, linear, randomize, trainable, tree, value
 
 ALPHA = 5.0
 CLOSE = Close(1e-5)
@@ -47,7 +47,7 @@ class Model:
         return [self.root.get_submodule(path) for path in self.paths]
 
 
-class Models(Walking):
+class Models(Walk):
     """Models that are built, adapted, trained, counted, saved and loaded."""
 
     aspects = (

@@ -18,6 +18,9 @@ from harness.testing.subject import Subject, neutral_state
 
 # Steps that may be played again to shorten what fails in a walk: a wrong answer is judged fast too.
 _REPLAYED = 500
+_PAIRS = 40
+# More steps than these tell nobody what was wrong.
+_SHORT = 3
 
 
 @dataclass(frozen=True)
@@ -106,24 +109,30 @@ class Walk(ABC):
     def faults(self, subject: Subject, steps: list[Step]) -> dict[str, Exception]:
         """The first fault of each requirement. The aspect that one was found with is plain in the steps that follow.
 
-        Code that is not written yet costs the requirement that needs it; all of them, where a plain call needs it.
+        Code that is not written yet costs the requirement that needs it; all of them, where a plain call needs it. What
+        cannot be shortened blames nothing where something else was found: it may be a consequence of that.
         """
         found: dict[str, Exception] = {}
+        long: Exception | None = None
         budget = _Budget(max(_REPLAYED, 2 * len(steps)))
-        while len(found) < len(self.requirements):
-            failure = self._play(subject, steps) if not (found and budget.spent) else None
+        while steps and not (budget.spent and (found or long)):
+            failure = self._play(subject, steps)
             if failure is None:
                 break
             place, error = failure
             shortest, error = self._shortened(subject, steps[: place + 1], error, budget)
-            blamed = self._blamed(shortest or [steps[place]])
+            steps, subject = steps[place + 1 :], subject.again()
+            if not shortest:
+                long = long or _told(error, [], place + 1)
+                continue
+            blamed = self._blamed(shortest)
             told = error if isinstance(error, NotImplementedError) else _told(error, shortest, place + 1)
             if blamed is None:
                 costs = self.requirements if isinstance(error, NotImplementedError) else [self.otherwise]
-                return {**dict.fromkeys(costs, told), **found}
+                return {**dict.fromkeys((number for number in costs if number), told), **found}
             found.setdefault(blamed.requirement, told)
-            steps = [step.without(blamed.name) for step in steps[place + 1 :]]
-        return found
+            steps = [step.without(blamed.name) for step in steps]
+        return found or ({self.otherwise: long} if long is not None and self.otherwise else {})
 
     def _play(self, subject: Subject, steps: list[Step]) -> tuple[int, Exception] | None:
         """Plays steps from the beginning; the place of the one that fails, and how."""
@@ -142,9 +151,7 @@ class Walk(ABC):
     def _shortened(
         self, subject: Subject, steps: list[Step], error: Exception, budget: "_Budget"
     ) -> tuple[list[Step], Exception]:
-        """The fewest and plainest of the steps whose last one still fails, and how; no steps if it fails now and then
-        only.
-        """
+        """The fewest and plainest of the steps whose last one still fails, and how; none if there are too many."""
 
         def fails(some: list[Step]) -> bool:
             nonlocal error
@@ -154,27 +161,25 @@ class Walk(ABC):
             error = failure[1]
             return True
 
-        length = 1
-        while not fails(steps[-length:]):
-            if length >= len(steps):
-                return [], error
-            length = min(4 * length, len(steps))
-        shortest = steps[-length:]
-        while smaller := next((one for one in _shorter(shortest) if fails(one)), None):
+        shortest = next((some for some in _endings(steps) if fails(some)), [])
+        while shortest and (smaller := next((one for one in _shorter(shortest) if fails(one)), None)):
             shortest = smaller
-        while plainer := next((one for one in self._plainer(shortest) if fails(one)), None):
+        while shortest and (plainer := next((one for one in self._plainer(shortest) if fails(one)), None)):
             shortest = plainer
-        return shortest, error
+        return (shortest if len(shortest) <= _SHORT else []), error
 
     def _plainer(self, steps: list[Step]) -> Iterator[list[Step]]:
-        """The steps with one of them plain in everything; then with one plain in one more aspect."""
+        """All of the steps plain in one aspect; one of them plain in everything; one of them plain in one aspect."""
+        for aspect in self.aspects:
+            if (plainer := [step.without(aspect.name) for step in steps]) != steps:
+                yield plainer
         for aspects in (self.aspects, *((aspect,) for aspect in self.aspects)):
             for place, step in enumerate(steps):
-                plainer = step
+                one = step
                 for aspect in aspects:
-                    plainer = plainer.without(aspect.name)
-                if plainer != step:
-                    yield [*steps[:place], plainer, *steps[place + 1 :]]
+                    one = one.without(aspect.name)
+                if one != step:
+                    yield [*steps[:place], one, *steps[place + 1 :]]
 
     def _blamed(self, steps: list[Step]) -> Aspect | None:
         """The first aspect that is not plain, in the last step rather than in those before."""
@@ -188,6 +193,18 @@ class Walk(ABC):
 def _drawn(aspect: Aspect, rng: random.Random) -> str:
     plain, *others = aspect.choices
     return rng.choice(others) if others and rng.random() < aspect.rate else plain
+
+
+def _endings(steps: list[Step]) -> Iterator[list[Step]]:
+    """The last step; it after one of those before; then more and more of the last ones."""
+    yield steps[-1:]
+    yield from ([before, steps[-1]] for before in reversed(steps[-1 - _PAIRS : -1]))
+    length = 4
+    while length < len(steps):
+        yield steps[-length:]
+        length *= 4
+    if len(steps) > 2:
+        yield steps
 
 
 def _shorter(steps: list[Step]) -> Iterator[list[Step]]:
