@@ -13,7 +13,7 @@ from selftest import cheats, more_cheats
 
 FILE = "ex01_multi_head_attention.py"
 # Words that a message uses for what "from scratch" forbids, or for the means that are refused.
-MEANS = (" reached ", "PermissionError", "Operation not permitted", "Can't get source", "buffer length (0)")
+MEANS = (" reached ", " replaces ", "PermissionError", "not permitted", "Can't get source", "buffer length (0)")
 HOSTILE = "raise SystemExit('hostile')\n"
 BESIDE = (
     "torch.py",
