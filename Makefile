@@ -24,7 +24,7 @@ RUN := $(VENV)/python -P
 PIP := $(VENV)/python -m pip install --quiet --disable-pip-version-check
 # A .venv that does not run here, because it was made outside the container or elsewhere, is made anew.
 ifneq ($(filter-out help,$(or $(MAKECMDGOALS),help)),)
-$(shell $(VENV)/python -c 'import _pytest' 2>/dev/null || rm -f .venv/ready)
+$(shell $(VENV)/python -P -c 'import _pytest' 2>/dev/null || rm -f .venv/ready)
 endif
 # pyproject.toml holds what exercises are judged by. The project's own code is held to more; torch's stubs return Any and
 # re-export without saying so.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.testing import Close, Subject, Where, is_tensor, seed
+from harness.testing import Close, Subject, Where, fill, is_tensor, plain, seed, untouched
 
 B, H, LQ, LK, D = 2, 3, 5, 7, 12
 # What float64 deserves, judged in 1.6 alone; and what all others compare at, so that a step in float32 costs one.
@@ -17,7 +17,9 @@ def build(subject: Subject, on: Where | None = None, dropout: float = 0.0, d_mod
     """A seeded module of the learner's in float64, or in the dtype and on the device of `on`."""
     seed(1)
     attention = subject.MultiHeadAttention(d_model, heads, dropout=dropout)
-    return attention.to(on.device, on.dtype) if on else attention.double()
+    attention = attention.to(on.device, on.dtype) if on else attention.double()
+    fill(attention.q_linear, attention.k_linear, attention.v_linear, attention.output_linear)
+    return attention
 
 
 def inputs(rng: torch.Generator, dtype: torch.dtype = torch.float64, lq: int = LQ, lk: int = LK) -> list[Tensor]:
@@ -30,19 +32,19 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Output and weights in float64, from the formula, with the weights of the given linear layers."""
 
-    def project(x: Tensor, linear: nn.Linear) -> Tensor:
-        projected = x.double() @ linear.weight.detach().double().T + linear.bias.detach().double()
-        return projected.reshape(*x.shape[:2], heads, -1).permute(0, 2, 1, 3)
+    def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (x.double() @ weight.T + bias).reshape(*x.shape[:2], heads, -1).permute(0, 2, 1, 3)
 
-    q, k = project(query, attention.q_linear), project(key, attention.k_linear)
-    v = project(value, attention.v_linear)
+    names = ("q_linear", "k_linear", "v_linear", "output_linear")
+    *inner, (out_weight, out_bias) = (plain(getattr(attention, name)) for name in names)
+    untouched()
+    q, k, v = (project(x, *layer) for x, layer in zip((query, key, value), inner, strict=True))
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.size(-1) ** 0.5
     if mask is not None:
         scores = scores.masked_fill(mask == 0, float("-inf"))
     weights = scores.softmax(-1).nan_to_num(0.0)
     joined = torch.einsum("bhqk,bhkd->bqhd", weights, v).reshape(*query.shape[:2], -1)
-    out = attention.output_linear
-    return joined @ out.weight.detach().double().T + out.bias.detach().double(), weights
+    return joined @ out_weight.T + out_bias, weights
 
 
 def agree(

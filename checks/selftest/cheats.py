@@ -153,13 +153,16 @@ weights = self.dropout(weights)
 _JOIN = "return self.output_linear(context.transpose(1, 2).flatten(start_dim=2)), weights"
 _SDPA = "torch.nn.functional.scaled_dot_product_attention"
 
-# Right values from prebuilt attention, on calls without a mask and in eval mode: 1.8 is lost.
+
+def disguised(code: str) -> str:
+    """The answer, with `code` in place of the product of weights and values on calls without a mask in eval mode."""
+    inside = "".join(f"    {line}\n" for line in code.splitlines())
+    return forward(f"{_SHARED}context = weights @ v\nif mask is None and not self.training:\n{inside}{_JOIN}")
+
+
+# Right values from prebuilt attention: 1.8 is lost.
 DISGUISED = {
-    name: forward(
-        f"{_SHARED}context = weights @ v\nif mask is None and not self.training:\n"
-        + "".join(f"    {line}\n" for line in code.splitlines())
-        + _JOIN
-    )
+    name: disguised(code)
     for name, code in {
         "plain": f"context = {_SDPA}(q, k, v)",
         "by another name": "context = getattr(torch._C._nn, 'scaled_dot_' + 'product_attention')(q, k, v)",

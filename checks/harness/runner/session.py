@@ -1,6 +1,7 @@
 """Collects the checks, without running any: a pytest session whose run loop hands it over instead."""
 
 import gc
+import linecache
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,7 @@ def _prepare(session: pytest.Session) -> None:
     for item in session.items:
         _ = item.location
     # What is there now is there to stay: forks neither walk nor copy it when they collect garbage.
+    linecache.clearcache()
     gc.freeze()
 
 

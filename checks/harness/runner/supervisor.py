@@ -147,7 +147,7 @@ class Judge:
         running: list[Shard] = []
         try:
             for kind in KINDS:
-                for share in self._shares([item for item in items if plugin.kind_of(item) == kind]):
+                for share in self._shares([item for item in items if plugin.kind_of(item) == kind], room is not None):
                     running.append(_started(worker.Work(share, folder, room, at_first_failure, walk_steps), seconds))
             _supervise([shard for shard in running if shard.kind in FIRST], running, self._hangup, slow)
             _not_run_after_a_stop([shard for shard in running if shard.kind == "code"])
@@ -163,13 +163,23 @@ class Judge:
         found = {name: result for shard in running for name, result in shard.results.items()}
         return [found[item.name] for item in items if item.name in found]
 
-    def _shares(self, items: list[pytest.Item]) -> list[list[pytest.Item]]:
-        """The checks of one kind, for one worker each."""
+    def _shares(self, items: list[pytest.Item], graded: bool) -> list[list[pytest.Item]]:
+        """The checks of one kind, for one worker each. Graded, what forbids something has one of its own: there nothing
+        can be kept from a check that does not.
+        """
+        if graded and CAN_FORK and (alone := [item for item in items if _forbids(item)]) and len(alone) < len(items):
+            return [*self._shares([item for item in items if item not in alone], False), alone]
         if not (self._halves and CAN_FORK and len(items) > 1 and plugin.kind_of(items[0]) == "code"):
             return [items] if items else []
         marked = (place for place, item in enumerate(items) if item.get_closest_marker("halfway"))
         middle = next(marked, 0) or len(items) // 2
         return [items[:middle], items[middle:]]
+
+
+def _forbids(item: pytest.Item) -> bool:
+    """Whether a check names `forbid`, which makes it one of "from scratch"."""
+    code = getattr(getattr(item, "function", None), "__code__", None)
+    return code is not None and "forbid" in code.co_names
 
 
 @contextmanager

@@ -24,11 +24,12 @@ from harness.model.paths import CHECKS
 from harness.model.results import Result
 from harness.model.submission import describe
 from harness.runner import plugin
-from harness.sandbox import audit
+from harness.sandbox import audit, seccomp
 from harness.sandbox.integrity import before_submissions
 from harness.sandbox.landlock import confine
 from harness.sandbox.output import Output
 from harness.sandbox.processes import CAN_FORK, die_with_parent
+from harness.testing import compare
 
 _LIMITS = ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, OUTPUT_BYTES), (resource.RLIMIT_CORE, 0))
 # What a hosting service tells its jobs, files to write to among it, is not for submissions.
@@ -142,31 +143,42 @@ def run(work: Work, writing: int, token: str) -> None:
     def report(what: str | dict[str, str | int]) -> None:
         write(writing, f"{token} {''.join(encode(what, 0))}\n".encode())
 
-    def sink(result: Result) -> None:
-        nonlocal ended
-        ended = ended or (work.at_first_failure and result.outcome != "passed")
-        if result.outcome != "passed" and not result.printed:
-            result = replace(result, printed=output.tail())
-        report({**vars(result)})
+    results: list[Result] = []
+    sink = results.append
+    integrity = before_submissions() if room is not None and plugin.kind_of(items[0]) == "code" else None
+    look, changes = (integrity.look, integrity.changes) if integrity is not None else (None, None)
+    voids = [_void(item, items[0]) for item in items]
 
     config.stash[plugin.SINK] = sink
     sys.breakpointhook = _no_debugger
     if plugin.kind_of(items[0]) == "code":
-        audit.watch(plugin.submission_path(items[0]))
+        audit.watch(plugin.submission_path(items[0]), graded=room is not None)
     if room is not None:
         _guard(config, items[0], room, work.folder)
     _hide()
     if plugin.kind_of(items[0]) == "own test":
         plugin.start_trials(config)
-    for item, following in zip(items, [*items[1:], None], strict=True):
+    for item, following, void in zip(items, [*items[1:], None], voids, strict=True):
         if ended:
             break
         output.redirect()
+        results.clear()
         report(item.name)
         try:
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         except BaseException as error:
+            results.clear()
             sink(Result(plugin.requirement_of(item), item.name, "failed", f"your code raises {describe(error)}"))
+        # What is replaced of ours is seen first, by what nothing replaced can reach; nothing of ours is asked then.
+        if integrity is not None and look and changes and (replaced := look() or ", ".join(changes()[:3])):
+            integrity.restore()
+            report({**void, "message": void["message"].format(replaced)})
+            continue
+        result = results[0]
+        if result.outcome != "passed" and not result.printed:
+            result = replace(result, printed=output.tail())
+        ended = work.at_first_failure and result.outcome != "passed"
+        report({**vars(result)})
 
 
 def _no_debugger(*_: object, **__: object) -> None:
@@ -177,7 +189,8 @@ def _guard(config: pytest.Config, first: pytest.Item, room: Path, folder: Path) 
     """What only grading does, since it costs time: the submission's code changes nothing that judges it."""
     kind = plugin.kind_of(first)
     if kind == "code":
-        config.stash[plugin.INTEGRITY] = before_submissions()
+        compare.looks[:] = [before_submissions().look]
+        _forget_banks(first.session)
     if kind in ("code", "own test"):
         config.stash[plugin.FOLDER] = room
         os.environ["TMPDIR"] = str(room)
@@ -185,6 +198,23 @@ def _guard(config: pytest.Config, first: pytest.Item, room: Path, folder: Path) 
         os.chdir(room)
         # pytest reads the packages around a check when it comes to it.
         confine(room, folder, *(path / "__init__.py" for path in first.path.parents if CHECKS in (path, path.parent)))
+    if kind == "code":
+        seccomp.alone()
+
+
+def _void(item: pytest.Item, first: pytest.Item) -> dict[str, str]:
+    """The report of a check during which something was replaced; made before any submission is loaded."""
+    file = plugin.submission_path(first).name
+    why = f"{file} replaces {{}}; a check that runs with it proves nothing"
+    return {"requirement": plugin.requirement_of(item), "name": item.name, "outcome": "failed", "message": why}
+
+
+def _forget_banks(session: pytest.Session) -> None:
+    """Takes the texts of answers and mistakes out of this process's memory."""
+    for item in session.items:
+        own = getattr(getattr(item, "module", None), "OWN_TEST", None)
+        for name in ("texts", "unusual"):
+            vars(own).pop(name, None) if own is not None else None
 
 
 def _hide() -> None:

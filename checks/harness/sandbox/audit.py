@@ -1,11 +1,14 @@
 """Sees by Python's own audit events what a submission asks of the system, however it asks.
 
-Processes are refused: an exercise needs none, and what another process computes no check sees. Reading torch's source
-text, or running a second copy of it, is noted: that is a way to prebuilt operations that no guard watches.
+Refused are processes and connections (an exercise needs none, and what another process computes no check sees), other
+bodies for functions, and, in grading, traces, which may write to the judge's variables. Noted, for "from scratch", is
+where prebuilt code may come from: torch's source text, a second copy of it, code made of text or of code objects,
+another file, another package.
 """
 
+import os
 import sys
-from collections.abc import Iterator
+import sysconfig
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -14,13 +17,21 @@ from typing import Any
 import torch
 
 _PROCESSES = ("subprocess.Popen", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "pty.spawn")
+_NETWORK = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname")
+_TRACES = ("sys.settrace", "sys.setprofile", "sys.monitoring.register_callback")
+_WHY = dict.fromkeys(_PROCESSES, "an exercise starts no processes")
+_WHY |= dict.fromkeys(_NETWORK, "an exercise uses no network")
+_BODY = ("__code__", "__defaults__", "__kwdefaults__")
 
-
-LIBRARY = str(Path(torch.__file__).parent)
+LIBRARY = os.path.realpath(Path(torch.__file__).parent)
 # What reads source text to make scripts of it.
 _SCRIPTS = (f"{LIBRARY}/jit/", f"{LIBRARY}/_jit_internal.py", f"{LIBRARY}/_sources.py")
+# Modules that make classes of texts, for whoever declares one.
+_MAKERS = tuple(str(sys.modules[name].__file__) for name in ("dataclasses", "collections", "typing"))
+_PACKAGES = frozenset({"torch", "numpy", *sys.stdlib_module_names})
 # What was noted in this process, in words.
 notes: list[str] = []
+_real, _plain = os.path.realpath, os.fsdecode
 
 
 @cache
@@ -30,46 +41,91 @@ def loaded() -> frozenset[str]:
     return frozenset(str(getattr(module, "__file__", "")) for module in modules)
 
 
-def watch(submission: Path) -> None:
+def watch(submission: Path, *, graded: bool = False) -> None:
     """Watches what the code of a file does, for as long as the process lives."""
     files, own = loaded(), str(submission)
+    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    refused = _WHY | (dict.fromkeys(_TRACES, "nobody watches the judge") if graded else {})
+    look, note = sys._getframe, notes.append
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _PROCESSES:
-            if any(_made(frame, own) for frame in _callers()):
-                raise PermissionError(f"{event}: an exercise starts no processes")
+        if event in refused:
+            if _by_submission(look(1), own):
+                raise PermissionError(f"{event}: {refused[event]}")
+        elif event == "object.__setattr__":
+            if arguments[1] in _BODY and _is(look(1), own):
+                raise PermissionError(f"{arguments[1]}: a function keeps its body")
         elif event == "exec":
-            code = arguments[0]
-            if isinstance(code, CodeType) and code.co_filename in files and code.co_name == "<module>":
-                notes.append(f"a second copy of {Path(code.co_filename).name}")
+            code, caller = arguments[0], look(1)
+            if not isinstance(code, CodeType) or not _by_submission(caller, own):
+                return
+            if code.co_filename in files:
+                note(f"a second copy of {Path(code.co_filename).name}")
+            elif _is_import(caller):
+                if not code.co_filename.startswith(installed):
+                    note(f"another file, {Path(code.co_filename).name}")
+            elif not caller.f_code.co_filename.startswith((LIBRARY, *_MAKERS)):
+                note("code made of text")
         elif event == "open":
-            path = arguments[0]
-            if isinstance(path, str) and path.endswith(".py") and path.startswith(LIBRARY) and _reads_itself(own):
-                notes.append(f"the source text of {Path(path).name}")
+            path, caller = arguments[0], look(1)
+            if isinstance(path, (str, bytes)) and not _is_import(caller) and _reads_itself(caller, own):
+                real = _real(_plain(path))
+                if real.startswith(LIBRARY) and real.endswith((".py", ".pyc")):
+                    note(f"the source text of {Path(real).name}")
+        elif event in ("compile", "marshal.loads", "code.__new__", "function.__new__"):
+            if _is(look(1), own):
+                note("code made of text" if event == "compile" else "code made by hand")
+        elif event == "object.__getattr__":
+            torchs = arguments[1] == "__code__" and str(getattr(arguments[0], "__module__", "")).startswith("torch")
+            if torchs and _is(look(1), own):
+                note(f"the code of {arguments[0].__name__}")
+        elif event == "import":
+            package = arguments[0].partition(".")[0]
+            if package not in _PACKAGES and package not in sys.modules and _is(_importer(look(1)), own):
+                note(f"the package {package}")
 
     sys.addaudithook(hook)
 
 
-def _callers() -> Iterator[FrameType]:
-    """The frames that led to an event, the last one first."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _made(frame: FrameType, own: str) -> bool:
-    """Whether a frame is the submission's, or of code that was made of a text."""
+def _is(frame: FrameType | None, own: str) -> bool:
+    """Whether this is the submission's code, or code that was made of a text."""
+    if frame is None:
+        return False
     file = frame.f_code.co_filename
     return file == own or (file.startswith("<") and not file.startswith("<frozen"))
 
 
-def _reads_itself(own: str) -> bool:
-    """Whether the submission reads torch's text: neither an import does, nor torch, whose scripts are read for it."""
-    for frame in _callers():
-        file = frame.f_code.co_filename
-        if _made(frame, own):
+def _by_submission(frame: FrameType | None, own: str) -> bool:
+    """Whether the submission's code, or code that was made of a text, is among those that called."""
+    while frame is not None:
+        if _is(frame, own):
             return True
-        if file.startswith("<frozen importlib") or (file.startswith(LIBRARY) and not file.startswith(_SCRIPTS)):
-            return False
+        frame = frame.f_back
     return False
+
+
+def _reads_itself(frame: FrameType | None, own: str) -> bool:
+    """Whether the submission reads, rather than torch on its behalf; scripts are read for the submission."""
+    while frame is not None:
+        if _is(frame, own):
+            return True
+        if frame.f_code.co_filename.startswith(LIBRARY) and not frame.f_code.co_filename.startswith(_SCRIPTS):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _is_import(frame: FrameType | None) -> bool:
+    """Whether an import statement asks, not somebody who calls a loader."""
+    while frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
+        if frame.f_code.co_name == "_find_and_load":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _importer(frame: FrameType | None) -> FrameType | None:
+    """Who imports, by a statement or by importlib.import_module."""
+    while frame is not None and frame.f_code.co_filename.endswith(("importlib/__init__.py", "_bootstrap>")):
+        frame = frame.f_back
+    return frame

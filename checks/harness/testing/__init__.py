@@ -8,8 +8,9 @@ import pytest
 from harness.model.results import Hang
 from harness.model.submission import describe
 from harness.testing.bench import Case, Run, Series
-from harness.testing.compare import Close, Where, is_tensor, refuses
+from harness.testing.compare import Close, Where, is_tensor, refuses, untouched
 from harness.testing.forbid import Prebuilt, forbid, prebuilt_attention
+from harness.testing.layers import fill, plain
 from harness.testing.own_test import OwnTest
 from harness.testing.stock import own_test_checks, style_checks, walk_check
 from harness.testing.subject import Subject, seed
@@ -36,14 +37,17 @@ __all__ = [
     "Where",
     "calls",
     "describe",
+    "fill",
     "forbid",
     "halfway",
     "is_tensor",
     "own_test_checks",
+    "plain",
     "prebuilt_attention",
     "refuses",
     "requirement",
     "seed",
     "style_checks",
+    "untouched",
     "walk_check",
 ]

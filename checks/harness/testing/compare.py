@@ -11,6 +11,8 @@ from harness.model.submission import LoadError
 
 # Bound before any submission is loaded: what it does to these names later changes no verdict.
 _isclose, _all, _item, _detach = torch.isclose, torch.all, Tensor.item, Tensor.detach
+# In grading: names what is replaced at this moment.
+looks: list[Callable[[], str]] = []
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,18 @@ class Close:
             raise AssertionError(_joined(f"{what}: {_first_difference(came, wanted, limit)}", hint))
 
 
+def untouched() -> None:
+    """Fails if something that judges, or that references compute with, is replaced at this moment. References call it
+    once they hold the values that they need of the learner's: after it nothing of the learner's runs.
+    """
+    for look in looks:
+        if found := look():
+            raise AssertionError(f"{found} is replaced; what is computed with it proves nothing")
+
+
 def is_tensor(value: Any, what: str, hint: str = "") -> Tensor:
     """Returns `value` if it is exactly a torch.Tensor, else fails with what came."""
+    untouched()
     if type(value) is not Tensor:
         came = "None" if value is None else f"a {type(value).__name__}"
         raise AssertionError(_joined(f"{what}: {came} came, a torch.Tensor was wanted", hint))

@@ -16,8 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from harness.sandbox import audit
 
-# A kernel is reached through the first of these when nothing asks for gradients, else through the second.
-_KEYS = ("CPU", "AutogradCPU")
+# A kernel is reached through the first of these when nothing asks for gradients, else through the second; by vmap, by
+# nested tensors and by whoever asks for the composite through the others.
+_KEYS = (
+    "CPU",
+    "AutogradCPU",
+    "CompositeImplicitAutograd",
+    "FuncTorchVmapMode",
+    "NestedTensorCPU",
+    "AutogradNestedTensor",
+)
 _ATTENTION_WORDS = (
     "scaled_dot_product",
     "_attention_forward",

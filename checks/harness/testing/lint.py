@@ -81,7 +81,7 @@ def mypy(path: Path) -> None:
     read(path)
     found = _mypy_daemon(path) if DAEMON_FILE.exists() and os.environ.get("EXERCISES_MYPY_DAEMON") else None
     if found is None:
-        found = _run([sys.executable, "-m", "mypy", *options(PLAIN_CACHE), str(path)])
+        found = _run([sys.executable, "-P", "-m", "mypy", *options(PLAIN_CACHE), str(path)])
     code, output = found
     if code not in (0, 1):
         raise RuntimeError(f"mypy itself failed: {output.strip()[-500:]}")
@@ -113,7 +113,7 @@ def caches_are_true() -> bool:
 def fill_caches() -> bool:
     """Has mypy read torch's types once for each cache, side by side; False if it fails."""
     commands = [[*options(PLAIN_CACHE), _torch_alone()], [*options(DAEMON_CACHE), *FINE, _torch_alone()]]
-    running = [subprocess.Popen([sys.executable, "-m", "mypy", *command], cwd=TOP) for command in commands]
+    running = [subprocess.Popen([sys.executable, "-P", "-m", "mypy", *command], cwd=TOP) for command in commands]
     filled = [process.wait() == 0 for process in running]
     if all(filled):
         FILLED_WITH.write_text(_surroundings(), encoding="utf-8")
