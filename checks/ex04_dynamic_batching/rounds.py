@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -129,14 +129,17 @@ class Round:
         if following is not None:
             self.reached(following, batches[0][0], "it may go")
             self.judge(self.running, "their batch is done, the next one still runs")
-            self.turns("the next batch runs")
+            if not all(self.stage.turns(loop) for loop in self.loops):
+                self.blocked("the next batch runs")
             following.open()
         self.judge([*self.running, *(request for batch in batches for request in batch)], "")
         for job in jobs:
             self.returned(job)
-        stage.settle()
+        rest = [request for request in self.waiting if not any(request in batch for batch in batches)]
+        if rest or len(batches) == 0:
+            stage.settle()
         self.judge_calls([self.running, *batches])
-        self.leave([request for request in self.waiting if not any(request in batch for batch in batches)])
+        self.leave(rest)
         self.unchanged()
         self.state.past |= {aspect for aspect in ("end", "fault", "cancelled") if self.drawn.words[aspect]}
 
@@ -152,6 +155,7 @@ class Round:
         if fault in ("empty", "rows", "int32", "nothing"):
             self.refuse_bad(fault)
         self.turns("a batch runs")
+        settled = self.kind.seconds == NEVER
         if self.drawn["queue"]:
             self.overfill()
         taken = self.waiting[self.drawn["cancelled"]]
@@ -171,7 +175,9 @@ class Round:
         if fault == "closed":
             self.stage.end(self.callers[self.running[0]].loop)
             self.cancelled.append(self.running[0])
-        self.stage.settle(self.kind.seconds if self.kind.seconds != NEVER else 0)
+            settled = False
+        if not settled:
+            self.stage.settle(self.kind.seconds if self.kind.seconds != NEVER else 0)
 
     def pattern(self) -> list[int]:
         """The buckets of those that wait, the oldest first."""
@@ -187,11 +193,11 @@ class Round:
     def ask(self, requests: list[Request], *, on: Loop | None = None, gone: bool = False) -> None:
         """Callers of these; the first one on a loop of its own if that is to be closed."""
         self.versions += [(r.tokens, r.tokens._version) for r in requests if not r.tokens.is_inference()]
-        for place, request in enumerate(requests):
-            loop = self.stage.loop() if gone and place == 0 else on
-            (self.callers[request],) = self.stage.ask(request, on=loop)
-            if gone and place == 0:
-                self.stage.settle()
+        if gone and requests:
+            (self.callers[requests[0]],) = self.stage.ask(requests[0], on=self.stage.loop())
+            self.stage.settle()
+            requests = requests[1:]
+        self.callers |= zip(requests, self.stage.ask(*requests, on=on), strict=True)
 
     def refuse_bad(self, fault: str) -> None:
         (request,) = self.requests([0])
@@ -261,7 +267,6 @@ class Round:
             return
         if not self.drawn["rest"]:
             self.cancel(rest)
-            self.stage.settle()
             return
         for batch in self.kind.batches(rest, True):
             more = self.requests([self.kind.bucket(batch[0])] * (self.kind.size - len(batch)), exact=True)
@@ -339,11 +344,14 @@ class Round:
     def turns(self, when: str) -> None:
         """The callers' event loops turn."""
         if not self.stage.settle() and not all(self.stage.turns(loop) for loop in self.loops):
-            raise Fault(
-                "4.3",
-                f"the event loop of the callers is blocked while {when}",
-                "add_request awaits its result; it neither waits in the loop's thread nor needs a lock for long",
-            )
+            self.blocked(when)
+
+    def blocked(self, when: str) -> NoReturn:
+        raise Fault(
+            "4.3",
+            f"the event loop of the callers is blocked while {when}",
+            "add_request awaits its result; it neither waits in the loop's thread nor needs a lock for long",
+        )
 
     def not_early(self, asked: float) -> None:
         """A batch that is not full has waited for max_wait_time."""

@@ -163,13 +163,11 @@ class Caller(Job):
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self.loop.loop.call_soon_threadsafe(self._start)
+        """Begins, on the event loop's thread."""
+        self._task = self.loop.loop.create_task(self._ask())
 
     def cancel(self) -> None:
         self.loop.loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
-
-    def _start(self) -> None:
-        self._task = self.loop.loop.create_task(self._ask())
 
     async def _ask(self) -> None:
         try:
@@ -253,7 +251,7 @@ class Stage:
         self._callers += callers
         for caller in callers:
             caller.request.asked, caller.request.state = caller.request.tokens.clone(), self.model.state
-            caller.start()
+        loop.loop.call_soon_threadsafe(lambda: [caller.start() for caller in callers])
         return callers
 
     def ask_at_once(self, *requests: Request, seconds: float = 0) -> list[Caller]:

@@ -1,8 +1,8 @@
-"""A walk over what no single check crosses: batchers, buckets, prompts, callers, cancellations, faults, a full queue and
-shutdown, in any order, against a plain model of the rules.
+"""A walk over what no single check crosses: batchers, buckets, prompts, callers, cancellations, faults, a full queue,
+and shutdown, in any order, against a plain model of the rules.
 
-Each step is a round. A batch runs behind a gate while others wait, some are cancelled or refused, or shutdown is called;
-then the gate opens. Which batches run, in which order, and what each caller gets is known beforehand.
+Each step is a round. A batch runs behind a gate while others wait, some are cancelled or refused, or shutdown is
+called; then the gate opens. Which batches run, in which order, and what each caller gets is known beforehand.
 """
 
 from typing import ClassVar
