@@ -72,8 +72,9 @@ class State:
         """Puts a batcher of this kind on the stage, the one that is there already if there is one."""
         stage = self.stage
         if kind not in self.batchers:
+            threads = stage.model.loop_threads
             stage.model = Model()
-            stage.model.loop_threads = {loop.thread.ident or 0 for loop in (stage.home, self.second) if loop}
+            stage.model.loop_threads = threads
             names = ("max_batch_size", "max_wait_time", "length_tolerance", "max_queue_size")
             values = (kind.size, kind.seconds, kind.width, kind.room)
             stage.start(bare=kind.bare, **dict(zip(names, values, strict=True)))

@@ -328,6 +328,7 @@ class Stage:
         loop.stop()
         self._patience.join(loop)
         self._loops.remove(loop)
+        self.model.loop_threads.discard(loop.thread.ident or 0)  # Another thread may get its number.
 
     # Judging
 
