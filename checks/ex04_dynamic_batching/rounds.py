@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from .reference import Call, Gate, Model, Request
 from .stage import NEVER, Caller, Job, Loop, Stage
 
 CLOSE = Close(0.0)
+STILL_RUNS = "their batch is done, the next one still runs"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Round:
         self.fails: dict[Request, Exception] = {}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.wanted: list[list[Request]] = []
         self.versions: list[tuple[Tensor, int]] = []
 
     # What happens
@@ -114,6 +117,7 @@ class Round:
         stage.model.state = int(torch.randint(9, (), generator=self.rng))
         # Of a batcher whose time limit is short a lone one goes: others might not come before it is overdue.
         self.running = self.requests([0] * (kind.size if kind.seconds == NEVER else 1))
+        self.wanted = [self.running]
         gate, asked = stage.hold(*self.running), time.monotonic()
         self.ask(self.running, gone=self.drawn["fault"] == "closed")
         self.reached(gate, self.running[0], "none waits")
@@ -122,6 +126,7 @@ class Round:
         self.queue_up()
         self.not_early(asked)
         batches = kind.batches(self.waiting, kind.seconds != NEVER or self.drawn["end"] != "")
+        self.wanted = [self.running, *batches]
         if batches and self.drawn["fault"] == "raises next":
             self.fail(batches[0][-1])
         following = stage.hold(batches[0][0]) if batches and self.drawn["end"] != "loop" else None
@@ -129,7 +134,7 @@ class Round:
         gate.open()
         if following is not None:
             self.reached(following, batches[0][0], "it may go")
-            self.judge(self.running, "their batch is done, the next one still runs")
+            self.judge(self.running, STILL_RUNS)
             if not all(self.stage.turns(loop) for loop in self.loops):
                 self.blocked("the next batch runs")
             following.open()
@@ -139,10 +144,10 @@ class Round:
         rest = [request for request in self.waiting if not any(request in batch for batch in batches)]
         if rest or len(batches) == 0:
             stage.settle()
-        self.judge_calls([self.running, *batches])
+        self.judge_calls(so_far=False)
         self.leave(rest)
         self.unchanged()
-        self.state.past |= {aspect for aspect in ("end", "fault", "cancelled") if self.drawn.words[aspect]}
+        self.state.past |= self.happened()
 
     def queue_up(self) -> None:
         """Others wait while the first batch runs; some are refused, or cancelled."""
@@ -219,6 +224,7 @@ class Round:
         self.ask(more)
         self.waiting += more
         self.stage.settle()
+        self.nobody_ended()
         (request,) = self.requests([1])
         (caller,) = self.stage.ask(request)
         self.refused.append(caller)
@@ -268,6 +274,7 @@ class Round:
             return
         if not self.drawn["rest"]:
             self.cancel(rest)
+            self.state.past |= {"cancelled"} if rest else set()
             return
         for batch in self.kind.batches(rest, True):
             more = self.requests([self.kind.bucket(batch[0])] * (self.kind.size - len(batch)), exact=True)
@@ -346,6 +353,7 @@ class Round:
         """The callers' event loops turn."""
         if not self.stage.settle() and not all(self.stage.turns(loop) for loop in self.loops):
             self.blocked(when)
+        self.nobody_ended()
 
     def blocked(self, when: str) -> NoReturn:
         raise Fault(
@@ -353,6 +361,21 @@ class Round:
             f"the event loop of the callers is blocked while {when}",
             "add_request awaits its result; it neither waits in the loop's thread nor needs a lock for long",
         )
+
+    def nobody_ended(self) -> None:
+        """While the first batch runs nobody has a result, nor an error."""
+        for request, caller in self.callers.items():
+            if caller.finished.is_set() and request not in self.cancelled:
+                self.no_error(caller, "while a batch runs")
+                raise Fault("4.2", f"{request}: a result came before generate was called for it")
+
+    def no_error(self, caller: Caller, why: str) -> None:
+        came = caller.error
+        if isinstance(came, NotImplementedError):
+            raise came
+        if came is not None:
+            number = "4.8" if isinstance(came, self.stage.full_queue) else self.silence()
+            raise Fault(number, f"{caller.request}: {type(came).__name__} ({came}) came, a result was wanted", why)
 
     def not_early(self, asked: float) -> None:
         """A batch that is not full has waited for max_wait_time."""
@@ -387,70 +410,87 @@ class Round:
             self.silent(caller, why)
         request, came = caller.request, caller.error
         wanted = next((self.fails[failing] for failing in self.fails if self.together(failing, request)), None)
-        if isinstance(came, NotImplementedError):
-            raise came
-        if wanted is not None:
-            if type(came) is not type(wanted) or str(came) != str(wanted):
-                raise Fault("4.7", f"generate raised {wanted!r}: {request} got {came!r}, the same type and text")
-        elif came is not None:
-            requirement = "4.8" if isinstance(came, self.stage.full_queue) else self.silence()
-            raise Fault(requirement, f"{request}: {type(came).__name__} ({came}) came, a result was wanted", why)
-        else:
+        if wanted is None:
+            self.no_error(caller, why)
             try:
                 CLOSE(caller.value, request.expected, str(request))
             except AssertionError as error:
                 raise Fault("4.2", str(error), "row i of a batch is output[i, pads_i : width + max_length_i]") from None
+        elif type(came) is not type(wanted) or str(came) != str(wanted):
+            raise Fault("4.7", f"generate raised {wanted!r}: {request} got {came!r}, the same type and text was wanted")
 
     def together(self, one: Request, other: Request) -> bool:
         """Whether two requests ran in one call."""
         return any(call.serves(one) and call.serves(other) for call in self.stage.model.calls)
 
-    def silent(self, caller: Caller, why: str) -> None:
-        """Blames that a caller has never heard of its request."""
+    def silent(self, caller: Caller, why: str) -> NoReturn:
+        """Blames that a caller has never heard of its request: what has run so far may explain it."""
         where = self.stage.where(caller)
+        if "blocked" in where:
+            raise Fault("4.9" if self.drawn["end"] == "loop" else "4.3", "the event loop of a caller is blocked", why)
+        self.judge_calls(so_far=True)
         heard = self.silence()
-        if "blocked" in where or ("returned" in where and heard in ("4.4", "4.5")):
+        failing = any(self.together(one, caller.request) for one in self.fails)
+        if "returned" in where and (heard in ("4.1", "4.4", "4.5") or (why == STILL_RUNS and not failing)):
             heard = "4.3"
         raise Fault(heard, f"the caller of request {caller.request.name} was never woken: {where}", self.about(why))
 
     def silence(self) -> str:
         """The requirement that is lost where nothing or an error comes: by what has happened before."""
-        happened = {aspect for aspect in ("end", "fault", "cancelled") if self.drawn.words[aspect]}
-        for happenings in (happened, self.state.past):
-            if "end" in happenings:
+        for happened in (self.happened(), self.state.past):
+            if "end" in happened:
                 return "4.9"
-            if happenings:
+            if happened:
                 return "4.7"
         if len(self.loops) > 1:
             return "4.3"
-        return "4.4" if self.kind.seconds == NEVER else "4.5"
+        if self.kind.seconds != NEVER:
+            return "4.5"
+        return "4.1" if self.drawn["lengths"] or self.drawn["new"] != (2, 2) else "4.4"
 
-    def judge_calls(self, wanted: list[list[Request]]) -> None:
-        """Which calls of generate there were."""
-        calls, everyone = self.stage.model.calls, list(self.callers)
+    def happened(self) -> set[str]:
+        return {aspect for aspect in ("end", "fault", "cancelled") if self.drawn.words[aspect]}
+
+    def judge_calls(self, so_far: bool) -> None:
+        """Which calls of generate there were: the wanted ones, or `so_far` the first of them."""
+        calls, everyone, wanted = self.stage.model.calls, list(self.callers), self.wanted
+        if self.stage.model.on_a_loop:
+            raise Fault("4.3", "generate is called in the thread of the callers' event loop")
         for call in calls:
             self.judge_call(call, [request for request in everyone if call.serves(request)])
         if self.stage.model.most_active > 1:
             raise Fault("4.4", f"{self.stage.model.most_active} calls of generate ran at a time")
         came = [[request for request in everyone if call.serves(request)] for call in calls]
-        if came == [[request for request in everyone if request in batch] for batch in wanted]:
+        due = [[request for request in everyone if request in batch] for batch in wanted]
+        if came == due or (so_far and came == due[: len(came)]):
             return
-        fact = self.about(f"{self.shown([*self.running, *self.waiting])}: ran as {lines(came)}, not as {lines(wanted)}")
+        fact = self.about(f"{self.shown([*self.running, *self.waiting])}: ran as {lines(came)}, not as {lines(due)}")
+        self.judge_batches(came, wanted, fact)
+        plain = not self.drawn["lengths"] and self.drawn["new"] == (2, 2)
+        number = "4.3" if len(self.loops) > 1 else "4.4" if plain or self.cancelled else "4.1"
+        raise Fault(
+            "4.9" if self.drawn["end"] else number,
+            "requests of one bucket wait, and do not share a call of generate",
+            fact,
+        )
+
+    def judge_batches(self, came: list[list[Request]], wanted: list[list[Request]], fact: str) -> None:
+        """Blames what is wrong with the batches that came, besides that they are no full ones."""
         due = [request for batch in wanted for request in batch]
         served = [request for batch in came for request in batch]
         if early := [request for request in served if request not in due]:
-            raise Fault("4.5", f"{names(early)} went, in a batch neither full nor overdue", fact)
+            number = "4.4" if self.cancelled else "4.5"
+            raise Fault(number, f"{names(early)} went, in a batch neither full nor overdue", fact)
         if len(served) != len(set(served)):
             raise Fault("4.4", "a request was in two calls of generate", fact)
-        if len(came) == len(wanted) and all(batch in wanted for batch in came):
+        if all(any(set(batch) == set(one) for one in wanted) for batch in came):
             raise Fault("4.6", "of the batches that may go, the one with the oldest request goes first", fact)
         for bucket in {self.kind.bucket(request) for request in served}:
-            order = [[due.index(r) for r in batch if self.kind.bucket(r) == bucket] for batch in came]
-            if any(max(a) > min(b) for a, b in zip(filter(None, order), list(filter(None, order))[1:], strict=False)):
+            places = [[due.index(r) for r in batch if self.kind.bucket(r) == bucket] for batch in came]
+            places = [one for one in places if one]
+            left = [i for i, r in enumerate(due) if self.kind.bucket(r) == bucket and r not in served]
+            if any(max(a) > min(b) for a, b in pairwise([*places, *([left] if left else [])])):
                 raise Fault("4.6", "a batch takes the oldest requests of its bucket", fact)
-        plain = not self.drawn["lengths"] and self.drawn["new"] == (2, 2)
-        number = "4.3" if len(self.loops) > 1 else "4.4" if plain else "4.1"
-        raise Fault(number, "requests of one bucket wait, and do not share a call of generate", fact)
 
     def judge_call(self, call: Call, requests: list[Request]) -> None:
         """One call keeps to the limits, and serves nobody in vain."""
@@ -462,10 +502,11 @@ class Round:
         if ended:
             raise Fault("4.4", f"{names(ended)} was cancelled while it waited, and generate was called for it")
         buckets = {self.kind.bucket(request) for request in requests}
+        end = self.drawn["end"] and "4.9"
         if len(buckets) > 1:
-            raise Fault("4.1", f"{self.shown(requests)} shared a call", self.about("two buckets never do"))
+            raise Fault(end or "4.1", f"{self.shown(requests)} shared a call", self.about("two buckets never do"))
         if len(call.ids) > self.kind.size:
-            raise Fault("4.5", f"{len(call.ids)} requests ran in one batch", self.about(""))
+            raise Fault(end or "4.5", f"{len(call.ids)} requests ran in one batch", self.about(""))
         if not requests or len(call.ids) > len(requests):
             raise Fault("4.4", f"generate got {len(call.ids)} rows for {len(requests)} requests", self.about(""))
         if (most := max(request.new for request in requests)) < call.new:

@@ -60,9 +60,10 @@ class Patience:
     requirement has used up is missing to no other one.
     """
 
-    def __init__(self, left: float = 3.5, share: float = 0.9) -> None:
+    def __init__(self, left: float = 3.5, share: float = 0.9, later: float = 0.08) -> None:
         self.left = left
         self.share = share
+        self.later = later
         self.spent: dict[str, float] = {}
         self.stuck = False
 
@@ -76,7 +77,7 @@ class Patience:
     def wait(self, event: threading.Event, number: str) -> bool:
         """Whether the event comes."""
         first = 0.25 if self.spent else 0.7
-        most = min(self.left, self.share - self.spent.get(number, 0), 0.08 if number in self.spent else first)
+        most = min(self.left, self.share - self.spent.get(number, 0), self.later if number in self.spent else first)
         spent = spent_until(event, max(most, 0.02))
         if event.is_set():
             return True

@@ -117,7 +117,7 @@ class Rounds(Walk):
 
     def faults(self, subject: Subject, steps: list[Step]) -> dict[str, Exception]:
         """What a fault itself names as its requirement goes before what was drawn."""
-        self.patience = Patience(1.5, 1.5)
+        self.patience = Patience(1.6, 1.6, later=0.04)
         try:
             found = super().faults(subject, steps)
         finally:
