@@ -11,7 +11,8 @@ import torch
 
 from harness.testing import Aspect, Step, Subject, Walk, walk_check
 
-from .rounds import CLOSE, Kind, Round, State
+from .rounds import Round
+from .rules import CLOSE, Fault, Kind, State
 from .stage import Patience, Stage
 
 
@@ -122,8 +123,14 @@ class Rounds(Walk):
             found = super().faults(subject, steps)
         finally:
             self.tidy()
-        named = ((getattr(error.__cause__, "requirement", number), error) for number, error in found.items())
-        return dict(reversed(list(named)))
+        costs: dict[str, Exception] = {}
+        unless: dict[str, str] = {}
+        for drawn, error in found.items():
+            fault = error.__cause__
+            number = fault.requirement if isinstance(fault, Fault) else drawn
+            costs.setdefault(number, error)
+            unless.setdefault(number, fault.unless if isinstance(fault, Fault) else "")
+        return {number: error for number, error in costs.items() if unless[number] not in costs}
 
     def tidy(self) -> None:
         if self.stage is not None:
