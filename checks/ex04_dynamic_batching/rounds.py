@@ -205,6 +205,10 @@ class Round(Rules):
         made = self.stage.requests(*lengths, new=tuple(new))
         if self.drawn["prompts"] and made:
             self.change(made, self.drawn["prompts"])
+        if self.drawn["roles"] == "one" and not self.running:
+            for request in made:
+                request.name, request.tokens = made[0].name, made[0].tokens
+        self.repeat(made, self.drawn["roles"] == "again")
         return made
 
     def change(self, requests: list[Request], drawn: str) -> None:
@@ -229,19 +233,15 @@ class Round(Rules):
             elif drawn == "inference":
                 with torch.inference_mode():
                     request.tokens = tokens.clone()
-            elif drawn == "one" and not self.running:
-                request.name, request.tokens = requests[0].name, requests[0].tokens
             elif drawn == "id":
                 request.id = "same"
-        if drawn == "again":
-            self.repeat(requests)
 
-    def repeat(self, requests: list[Request]) -> None:
-        """Puts prompts of earlier rounds in the place of new ones, where there are some of the same bucket."""
+    def repeat(self, requests: list[Request], again: bool) -> None:
+        """Puts what was asked for in earlier rounds in the place of new requests, where there is some of a bucket."""
         for request in requests:
             used = self.state.used.setdefault((self.kind, self.kind.bucket(request)), {})
-            old = next((name for name in used if name not in self.repeated), None)
+            old = next((name for name in reversed(used) if name not in self.repeated), None) if again else None
             if old is not None:
-                request.name, request.tokens = old, used[old]
+                request.name, (request.tokens, request.new) = old, used[old]
             self.repeated.add(request.name)
-            used[request.name] = request.tokens
+            used[request.name] = request.tokens, request.new

@@ -66,7 +66,7 @@ class State:
         self.stage = stage
         self.batchers: dict[Kind, tuple[Any, Model]] = {}
         self.second: Loop | None = None
-        self.used: dict[tuple[Kind, int], dict[str, Tensor]] = {}
+        self.used: dict[tuple[Kind, int], dict[str, tuple[Tensor, int]]] = {}
         self.past: set[str] = set()
 
     def batcher(self, kind: Kind) -> None:
@@ -231,7 +231,9 @@ class Rules:
     @property
     def unless(self) -> str:
         """What would explain silence, or an error, here as well as in other rounds."""
-        return "4.3" if "closed" in self.drawn["fault"] else ""
+        if "closed" in self.drawn["fault"]:
+            return "4.3"
+        return "" if self.drawn["fault"] or "fault" in self.state.past else "4.4"
 
     def happened(self) -> set[str]:
         return {aspect for aspect in ("end", "fault", "cancelled") if self.drawn.words[aspect]}
