@@ -179,7 +179,8 @@ class Round(Rules):
             (late,) = self.stage.ask(request)
             self.is_refused(late, RuntimeError, "4.9", "the batcher is shut down")
             return
-        if not self.drawn["rest"]:
+        missing = sum(self.kind.size - len(batch) for batch in self.kind.batches(rest, True))
+        if not self.drawn["rest"] or len(rest) + missing > self.kind.room:
             self.cancel(rest)
             self.state.past |= {"cancelled"} if rest else set()
             return

@@ -272,7 +272,7 @@ class Rules:
             what = f"{names(early)} went, in a batch neither full nor overdue"
             if any(self.older(request, served) for request in early):
                 number = "4.6" if self.alike else "4.1"
-                raise Fault(number, f"{names(early)} went, and older ones of the bucket wait", fact)
+                raise Fault(number, f"{names(early)} went, and older ones of the bucket wait", fact, unless="4.6")
             gone = [self.kind.bucket(request) for request in self.cancelled]
             if any(self.kind.bucket(request) in gone for request in early):
                 raise Fault("4.4", f"{what}, unless cancelled ones count", fact, unless="4.5")

@@ -126,7 +126,7 @@ class Rounds(Walk):
 
     def faults(self, subject: Subject, steps: list[Step]) -> dict[str, Exception]:
         """What a fault itself names as its requirement goes before what was drawn."""
-        self.patience = Patience(1.6, 1.6, later=0.04)
+        self.patience = Patience(2.0, 2.0, later=0.1)
         try:
             found = super().faults(subject, steps)
         finally:
@@ -138,7 +138,7 @@ class Rounds(Walk):
             number = fault.requirement if isinstance(fault, Fault) else drawn
             costs.setdefault(number, error)
             unless.setdefault(number, fault.unless if isinstance(fault, Fault) else "")
-        return {number: error for number, error in costs.items() if unless[number] not in costs}
+        return {number: error for number, error in costs.items() if unless[number] not in costs.keys() - {number}}
 
     def tidy(self) -> None:
         if self.stage is not None:

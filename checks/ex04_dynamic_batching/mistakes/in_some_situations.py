@@ -30,7 +30,7 @@ MISTAKES = [
     Mistake(
         "mask_kept_for_a_shape",
         "4.2",
-        "attention_mask",
+        "differ",
         (OPEN, OPEN + "\n        self._masks: dict[tuple[int, int], Tensor] = {}"),
         (CAT_MASK, "attention_mask=self._masks.setdefault((len(batch), width), torch.cat(mask)),"),
         only=True,
@@ -86,7 +86,7 @@ MISTAKES = [
     Mistake(
         "last_of_a_full_batch_blocks",
         "4.3",
-        "blocked",
+        "event loop",
         (
             AWAIT,
             """mates = [r for r in self._waiting if r.input_tokens.size(1) == input_tokens.size(1)]
@@ -113,7 +113,7 @@ MISTAKES = [
     Mistake(
         "eight_rows_a_call",
         "4.4",
-        "calls of generate",
+        "do not share a call of generate",
         (RESULTS, "results = [row for i in range(0, len(batch), 8) for row in self._generate(batch[i : i + 8])]"),
         only=True,
     ),
@@ -150,7 +150,7 @@ MISTAKES = [
     Mistake(
         "stays_with_a_bucket",
         "4.6",
-        "oldest request goes first",
+        "waited longest",
         (OPEN, OPEN + "\n        self._latest: int | None = None"),
         (
             BY_AGE,
@@ -190,7 +190,7 @@ MISTAKES = [
     Mistake(
         "first_error_only_is_caught",
         "4.7",
-        "never woken",
+        "worker has to live on",
         (
             FAIL,
             """for request in batch:
