@@ -77,8 +77,9 @@ class State:
             stage.model = Model()
             stage.model.loop_threads = threads
             names = ("max_batch_size", "max_wait_time", "length_tolerance", "max_queue_size")
-            values = (kind.size, kind.seconds, kind.width, kind.room)
-            stage.start(bare=kind.bare, **dict(zip(names, values, strict=True)))
+            values: tuple[Any, ...] = (kind.size, kind.seconds, kind.width, kind.room)
+            options: dict[str, Any] = dict(zip(names, values, strict=True))
+            stage.start(bare=kind.bare, **options)
             self.batchers[kind] = stage.batcher, stage.model
         stage.batcher, stage.model = self.batchers[kind]
         stage.forget()

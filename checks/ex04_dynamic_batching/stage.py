@@ -252,7 +252,12 @@ class Stage:
         self._callers += callers
         for caller in callers:
             caller.request.asked, caller.request.state = caller.request.tokens.clone(), self.model.state
-        loop.loop.call_soon_threadsafe(lambda: [caller.start() for caller in callers])
+
+        def start() -> None:
+            for caller in callers:
+                caller.start()
+
+        loop.loop.call_soon_threadsafe(start)
         return callers
 
     def ask_at_once(self, *requests: Request, seconds: float = 0) -> list[Caller]:
