@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY, FIRST_NAME = 499, 500
+# Tokens from here on name no request. Squares are of what is left of a token here, lest int64 overflow.
+LARGE, MODULUS = 1 << 22, 9973
 
 
 @dataclass(eq=False)
@@ -20,6 +22,7 @@ class Request:
     new: int
     id: str
     asked: Tensor = field(default_factory=lambda: torch.zeros(1, 0))
+    state: int = 0  # of the model when it was asked for
 
     @property
     def mark(self) -> int:
@@ -30,8 +33,8 @@ class Request:
         """What it gets alone, from Python's integers and from the prompt as it was when it was asked for."""
         row = self.asked[0].tolist()
         for _ in range(self.new):
-            total = sum((token * token + 3) * place for place, token in enumerate(row, start=1))
-            row.append((total + 31 * row[-1]) % VOCABULARY)
+            total = sum(((token % MODULUS) ** 2 + 3) * place for place, token in enumerate(row, start=1))
+            row.append((total + 31 * row[-1] + self.state) % VOCABULARY)
         return torch.tensor([row])
 
     def __str__(self) -> str:
@@ -68,7 +71,7 @@ class Call:
     @cached_property
     def marks(self) -> list[int]:
         """Which requests it serves, row by row; 0 for a row that serves none."""
-        return [max((token for token in row if token >= FIRST_NAME), default=0) for row in self.ids.tolist()]
+        return [max((token for token in row if FIRST_NAME <= token < LARGE), default=0) for row in self.ids.tolist()]
 
     def serves(self, request: Request) -> bool:
         return request.mark in self.marks
@@ -80,6 +83,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
+        self.state = 0
         self.calls: list[Call] = []
         self.gates: list[Gate] = []
         self.errors: list[tuple[Request, Exception]] = []
@@ -128,15 +132,24 @@ class Model(nn.Module):
         if visible.shape != ids.shape:
             raise ValueError(f"attention_mask has shape {tuple(visible.shape)}, input_ids {tuple(ids.shape)}")
         position = visible.cumsum(1) * visible
-        total = ((ids * ids + 3) * position).sum(1)
+        total = (((ids % MODULUS) ** 2 + 3) * position).sum(1)
         last = torch.where(visible[:, -1] == 1, ids[:, -1], ids[:, -1] + 5)
         place, columns = visible.sum(1), [ids]
         for _ in range(new):
-            last = (total + 31 * last + 7 * sampled) % VOCABULARY
+            last = (total + 31 * last + self.state + 7 * sampled) % VOCABULARY
             place = place + 1
             total = total + (last * last + 3) * place
             columns.append(last[:, None])
         return torch.cat(columns, dim=1)
+
+
+class Bare:
+    """A model that has nothing but `generate`."""
+
+    __slots__ = ("generate",)
+
+    def __init__(self, model: Model) -> None:
+        self.generate = model.generate
 
 
 def names(requests: tuple[Request, ...] | list[Request]) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from harness.testing import Close, Hang, Subject
 
-from .reference import FIRST_NAME, VOCABULARY, Call, Gate, Model, Request
+from .reference import FIRST_NAME, VOCABULARY, Bare, Call, Gate, Model, Request
 
 NEVER, SOON = 60.0, 0.03
 THREADS = Path("/proc/self/task")
@@ -29,11 +29,21 @@ TELLS = THREADS.exists()
 def others_run() -> bool:
     """Whether a thread besides this one runs or wants to, where the system tells."""
     own = str(threading.get_native_id())
-    for number in os.listdir(THREADS) if TELLS else ():
-        with suppress(OSError), open(f"{THREADS}/{number}/stat", "rb") as file:
-            if number != own and file.read().rpartition(b") ")[2][:1] in b"RD":
-                return True
-    return False
+    return any(number != own and state(number) in b"RD" for number in (os.listdir(THREADS) if TELLS else ()))
+
+
+def state(number: str) -> bytes:
+    """A thread's state in one letter, S where it has ended. No file object is made: this is called a lot."""
+    try:
+        file = os.open(f"/proc/self/task/{number}/stat", os.O_RDONLY)
+    except OSError:
+        return b"S"
+    try:
+        return os.read(file, 200).rpartition(b") ")[2][:1] or b"S"
+    except OSError:
+        return b"S"
+    finally:
+        os.close(file)
 
 
 def spent_until(event: threading.Event, limit: float) -> float:
@@ -53,28 +63,41 @@ def spent_until(event: threading.Event, limit: float) -> float:
 
 
 class Patience:
-    """How long the checks wait in vain: all together for less than 3 s, whatever a batcher does.
+    """How long the checks wait in vain: for each requirement less than 1 s, all together less than 4 s, whatever a
+    batcher does.
 
-    A first wait in vain costs its requirement, so that further ones of the same requirement may be short.
+    A first wait in vain costs its requirement, so that further ones of the same requirement may be short. What one
+    requirement has used up is missing to no other one.
     """
 
-    def __init__(self) -> None:
-        self.left = 2.3
-        self.lost: set[str] = set()
+    def __init__(self, left: float = 3.5, share: float = 0.9, later: float = 0.08) -> None:
+        self.left = left
+        self.share = share
+        self.later = later
+        self.spent: dict[str, float] = {}
         self.stuck = False
 
     @property
     def is_over(self) -> bool:
         return self.left < 0.05
 
+    def is_over_for(self, number: str) -> bool:
+        return self.spent.get(number, 0) > self.share - 0.05
+
     def wait(self, event: threading.Event, number: str) -> bool:
         """Whether the event comes."""
-        spent = spent_until(event, min(self.left, 0.08 if number in self.lost else 0.8))
+        first = 0.25 if self.spent else 0.7
+        most = min(self.left, self.share - self.spent.get(number, 0), self.later if number in self.spent else first)
+        spent = spent_until(event, max(most, 0.02))
         if event.is_set():
             return True
-        self.left -= spent
-        self.lost.add(number)
+        self.spend(spent, number)
         return False
+
+    def spend(self, seconds: float, number: str) -> None:
+        """Counts a wait in vain."""
+        self.left -= seconds
+        self.spent[number] = self.spent.get(number, 0) + seconds
 
     def join(self, loop: "Loop") -> None:
         """Waits for the end of an event loop's thread, for long only if that never was in vain."""
@@ -151,13 +174,11 @@ class Caller(Job):
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self.loop.loop.call_soon_threadsafe(self._start)
+        """Begins, on the event loop's thread."""
+        self._task = self.loop.loop.create_task(self._ask())
 
     def cancel(self) -> None:
         self.loop.loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
-
-    def _start(self) -> None:
-        self._task = self.loop.loop.create_task(self._ask())
 
     async def _ask(self) -> None:
         try:
@@ -176,13 +197,13 @@ class Stage:
     def __init__(self, subject: Subject, close: Close, rng: torch.Generator, patience: Patience, number: str) -> None:
         self.model = Model()
         self.batcher: Any = None
+        self.options: dict[str, Any] = {}
         self.others = set(threading.enumerate())
-        self._subject, self._close, self._rng, self._patience, self._number = subject, close, rng, patience, number
+        self._subject, self._close, self.rng, self._patience, self._number = subject, close, rng, patience, number
         self._loops: list[Loop] = []
         self._batchers: list[Any] = []
         self._callers: list[Caller] = []
         self._names = 0
-        self._size = 0
         self._deaths: list[str] = []
         self._hook = threading.excepthook
         threading.excepthook = lambda args: self._deaths.append(f"{args.exc_type.__name__}: {args.exc_value}")
@@ -196,21 +217,28 @@ class Stage:
         self.model.loop_threads.add(loop.thread.ident or 0)
         return loop
 
-    def start(self, on: Loop | None = None, *, outside: bool = False, **options: Any) -> Any:
-        """A batcher with buckets of 8, built on an event loop or outside any."""
+    def start(self, on: Loop | None = None, *, outside: bool = False, bare: bool = False, **options: Any) -> Any:
+        """A batcher with buckets of 8, built on an event loop or outside any, of a bare model if need be."""
         options = {"max_batch_size": 2, "max_wait_time": SOON, "length_tolerance": 8} | options
         kind = self._subject.DynamicBatcher
-        job = self.do(lambda: kind(self.model, **options), None if outside else on or self.home)
+        model = Bare(self.model) if bare else self.model
+        job = self.do(lambda: kind(model, **options), None if outside else on or self.home)
         self.batcher = self.returned(job, "DynamicBatcher(…)")
         self._batchers.append(self.batcher)
-        self._size = options["max_batch_size"]
+        self.options = options
         return self.batcher
+
+    def forget(self) -> None:
+        """What was asked for before is no longer looked at."""
+        self._callers.clear()
+        for seen in (self.model.calls, self.model.gates, self.model.errors):
+            seen.clear()
 
     def requests(self, *lengths: int, new: tuple[int, ...] = (2, 3, 1, 4)) -> list[Request]:
         """Requests r0, r1, … for random prompts of these lengths."""
         made = []
         for index, length in enumerate(lengths):
-            tokens = torch.randint(VOCABULARY, (1, length), generator=self._rng)
+            tokens = torch.randint(VOCABULARY, (1, length), generator=self.rng)
             tokens[0, -1] = FIRST_NAME + self._names
             made.append(Request(f"r{self._names}", tokens, new[index % len(new)], f"r{self._names}"))
             self._names += 1
@@ -233,8 +261,13 @@ class Stage:
         callers = [Caller(request, batcher, loop, self.model.gates) for request in requests]
         self._callers += callers
         for caller in callers:
-            caller.request.asked = caller.request.tokens.clone()
-            caller.start()
+            caller.request.asked, caller.request.state = caller.request.tokens.clone(), self.model.state
+
+        def start() -> None:
+            for caller in callers:
+                caller.start()
+
+        loop.loop.call_soon_threadsafe(start)
         return callers
 
     def ask_at_once(self, *requests: Request, seconds: float = 0) -> list[Caller]:
@@ -263,16 +296,19 @@ class Stage:
 
     def occupy(self) -> Gate:
         """Lets a full batch of one-token prompts run until its gate opens: what is asked for meanwhile waits."""
-        plugs = self.requests(*[1] * self._size)
+        plugs = self.requests(*[1] * self.options["max_batch_size"])
         gate = self.hold(*plugs)
         self.ask(*plugs)
         self.reached(gate)
         return gate
 
-    def settle(self, seconds: float = 0) -> None:
+    def settle(self, seconds: float = 0) -> bool:
         """Lets all be done that can be done now: what was asked for is queued, and wrong code does what it should not.
 
         After further `seconds` the same once more.
+
+        Returns:
+            Whether every event loop turned.
         """
         turns = [threading.Event() for _ in self._loops]
         for loop, turned in zip(self._loops, turns, strict=True):
@@ -280,20 +316,27 @@ class Stage:
                 loop.turn(turned)
         for turned in turns:
             spent_until(turned, 0.05)
+        self.be_quiet()
+        if seconds:
+            time.sleep(seconds)
+            self.settle()
+        return all(turned.is_set() for turned in turns)
+
+    @staticmethod
+    def be_quiet() -> None:
+        """Waits until no thread has anything left to do."""
         quiet, latest, used = 0, time.monotonic() + 2, time.process_time()
         # Twice in a row, since a thread that waits for Python's lock seems to sleep.
         while quiet < 2 and time.monotonic() < latest and time.process_time() - used < 0.1:
             time.sleep(0.00005 if TELLS else 0.002)
             quiet = 0 if others_run() else quiet + 1
-        if seconds:
-            time.sleep(seconds)
-            self.settle()
 
     def exercise(self, batcher: Any = None) -> None:
         """Has a full batch of one-token prompts run: whoever chooses batches has looked at all that wait."""
-        callers = self.ask(*self.requests(*[1] * self._size), batcher=batcher)
+        callers = self.ask(*self.requests(*[1] * self.options["max_batch_size"]), batcher=batcher)
         spent = spent_until(callers[-1].finished, 0.1)
-        self._patience.left -= 0 if callers[-1].finished.is_set() else spent
+        if not callers[-1].finished.is_set():
+            self._patience.spend(spent, self._number)
         self.settle()
 
     def end(self, loop: Loop) -> None:
@@ -301,6 +344,7 @@ class Stage:
         loop.stop()
         self._patience.join(loop)
         self._loops.remove(loop)
+        self.model.loop_threads.discard(loop.thread.ident or 0)  # Another thread may get its number.
 
     # Judging
 
@@ -380,13 +424,14 @@ class Stage:
         return [[request.name for request in requests if call.serves(request)] for call in calls]
 
     def _never_woken(self, caller: Caller, hint: str = "") -> None:
-        self._fail(f"the caller of request {caller.request.name} was never woken: {self._where(caller)}", hint)
+        self._fail(f"the caller of request {caller.request.name} was never woken: {self.where(caller)}", hint)
 
-    def _where(self, caller: Caller) -> str:
+    def where(self, caller: Caller) -> str:
+        """How far a request has come whose caller was never woken."""
         turned = threading.Event()
         caller.loop.turn(turned)
         if not turned.wait(0.05):
-            self._patience.left -= 0.5  # It may never end, and keep a processor busy.
+            self._patience.spend(0.3, self._number)  # It may never end, and keep a processor busy.
             return "its event loop is blocked"
         calls = self.calls([caller.request])
         death = f"; a thread ended with {self._deaths[0]}" if self._deaths else ""

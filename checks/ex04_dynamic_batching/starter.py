@@ -51,13 +51,14 @@ Conventions
   It is all that a batcher may ask of a model.
 - A decoder continues from the last position, so padding stands on the left; on the right it would be continued from.
 - Pads need a valid token id, 0. Only the mask tells a pad from a token 0 of a prompt.
-- do_sample is False: a result then depends on its prompt alone.
+- do_sample is False: a result then depends on its prompt alone, and on the model, which may change between batches.
 - A bucket depends on the length of the prompt, not on max_length. Rows are cut to what their own request asked for.
 - max_queue_size counts all waiting requests together, whatever their bucket. A request waits until a batch takes it:
   what comes in one turn of the event loop may all wait, a full batch too.
 - Free, and nothing for your test to count on: which refusal comes first where several apply, and refusals beyond those
   listed; pads up to the longest prompt of the batch or to the bucket's edge; whether prompts are copied, and whether
-  callers share one error; what a batcher does that is never shut down.
+  callers share one error; what becomes of a StopIteration, or of what is no Exception; what a batcher does that is
+  never shut down.
 - A future belongs to its event loop: `set_result` from another thread does not wake the loop, which sleeps until
   something else happens. A thread wakes it by `loop.call_soon_threadsafe`; or it fills a `concurrent.futures.Future`,
   which the caller awaits through `asyncio.wrap_future`.

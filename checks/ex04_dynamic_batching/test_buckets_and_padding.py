@@ -161,16 +161,6 @@ def test_padded_prompts_get_what_they_get_alone(stage: Stage) -> None:
 
 
 @requirement("4.2")
-def test_padding_and_cutting_together(stage: Stage) -> None:
-    """Different lengths and different numbers of new tokens in one batch."""
-    stage.start(max_batch_size=5)
-
-    callers = stage.ask_at_once(*stage.requests(15, 9, 12, 16, 10, new=(2, 6, 1, 3, 4)))
-
-    stage.right(*callers, hint="row i is output[i, pads_i : width + max_length_i]")
-
-
-@requirement("4.2")
 def test_a_prompt_may_hold_the_padding_token(stage: Stage) -> None:
     """A token 0 of a prompt is no pad: it is attended to, and it is returned."""
     requests = stage.requests(10, 13, 11)
@@ -223,12 +213,3 @@ def test_one_batch_leaves_nothing_to_the_next(stage: Stage) -> None:
     for lengths in ((15, 16, 9), (10, 9, 10), (21, 17, 24), (1, 3, 2)):
         callers = stage.ask_at_once(*stage.requests(*lengths))
         stage.right(*callers, hint="in a later batch of the same batcher")
-
-
-@requirement("4.2")
-def test_a_single_request(stage: Stage) -> None:
-    """A batch of one is right too, also for a prompt of one token."""
-    stage.start(max_batch_size=1)
-
-    for length in (1, 8, 13):
-        stage.right(*stage.ask(*stage.requests(length)))

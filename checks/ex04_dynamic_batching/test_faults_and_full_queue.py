@@ -59,10 +59,11 @@ def test_an_error_of_the_model_reaches_every_caller(stage: Stage) -> None:
 
 @requirement("4.7")
 def test_the_next_batch_works_after_an_error(stage: Stage) -> None:
-    """An error of the model ends its batch only: what waits is served, and so is what comes later."""
-    requests = stage.requests(9, 10, 17, 18)
+    """An error of the model ends its batch only: what waits is served, and so is what comes later, again and again."""
+    requests = stage.requests(9, 10, 17, 18, 11, 12)
     stage.start()
-    stage.model.errors += [(request, OSError("device lost")) for request in requests[:2]]
+    again = stage.requests(13, 14)
+    stage.model.errors += [(request, OSError("device lost")) for request in (*requests[:2], *again)]
     gate = stage.hold(*requests[:2])
 
     failing = stage.ask(*requests[:2])
@@ -74,6 +75,8 @@ def test_the_next_batch_works_after_an_error(stage: Stage) -> None:
     for caller in failing:
         stage.outcome(caller, "generate raised in its batch: every caller of the batch gets the error")
     stage.served(*waiting, hint="generate raised in the batch before; the worker has to live on")
+    for caller in stage.ask(*again):
+        stage.outcome(caller, "generate raised in its batch: every caller of the batch gets the error")
     stage.served(
         *stage.ask(*stage.requests(9, 10)), hint="generate raised in an earlier batch; the worker has to live on"
     )

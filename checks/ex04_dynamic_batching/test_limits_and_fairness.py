@@ -141,6 +141,34 @@ def test_the_time_counts_from_the_oldest(stage: Stage) -> None:
 
 
 @requirement("4.5")
+@pytest.mark.parametrize("how", ["served", "cancelled"])
+def test_the_time_of_one_that_has_gone_is_forgotten(stage: Stage, how: str) -> None:
+    """A lone request waits for its own max_wait_time, not for that of others that went, or gave up, just before."""
+    for seconds in GROWING[1:]:
+        stage.start(max_wait_time=seconds)
+        first, second, third = stage.requests(9, 10, 11)
+        start = time.monotonic()
+
+        earlier = stage.ask(first, second) if how == "served" else stage.ask(first)
+        stage.settle(0.5 * seconds)
+        asked = time.monotonic()
+        callers = stage.ask(third if how == "served" else stage.requests(18)[0])
+        stage.settle()
+        if how == "cancelled":
+            stage.cancel(*earlier)
+        in_time = time.monotonic() < start + 0.9 * seconds
+        stage.served(*callers, hint=f"max_wait_time is {seconds}")
+
+        came = stage.calls([callers[0].request])[0].came
+        assert came > asked + seconds - 0.0005, (
+            f"max_wait_time {seconds}: a request went {came - asked:.4f} s after it came, with no full batch\n"
+            f"others that came {asked - start:.4f} s before it had gone before, {how}: their time is over"
+        )
+        if in_time:
+            return
+
+
+@requirement("4.5")
 def test_the_time_counts_while_the_device_is_busy(stage: Stage) -> None:
     """What is overdue when the device is free goes at once, and so does the rest of its bucket."""
     for seconds in GROWING:

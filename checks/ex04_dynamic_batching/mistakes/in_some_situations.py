@@ -1,0 +1,229 @@
+"""Wrong answers that are right in the plain situation: another batch before, other callers, a busy device, shutdown."""
+
+from harness.model.bank import Mistake
+
+KEY = "self.get_length_bucket(request.input_tokens.size(1))"
+OPEN = "self._closed = False"
+TAKE = "batch = requests[: self.max_batch_size]"
+TAKEN = "self._waiting = [request for request in self._waiting if request not in batch]"
+GO = "if full or now >= batch[0].timestamp + self.max_wait_time or self._closed:"
+DUE = "self._waiting[0].timestamp + self.max_wait_time if self._waiting else None"
+BY_AGE = "return list(buckets.values())"
+FORGET = "self._waiting = [request for request in self._waiting if not request.future.cancelled()]"
+ROOM = "if len(self._waiting) >= self.max_queue_size:"
+QUEUE = "self._waiting.append(request)"
+AWAIT = "return await asyncio.wrap_future(request.future)"
+RUN_STARTED = "self._run(started)"
+FAIL = """for request in batch:
+                request.future.set_exception(error)
+"""
+IDS = "functional.pad(prompt, (n, 0))"
+PROMPTS = "prompts = [request.input_tokens for request in batch]  # each [1, its own L]"
+CAT_IDS = "input_ids=torch.cat(ids),  # [B, L]"
+CAT_MASK = "attention_mask=torch.cat(mask),  # [B, L]"
+CUT = "output[row : row + 1, pads[row] : width + request.max_length]"
+RESULTS = "results = self._generate(batch)"
+
+
+MISTAKES = [
+    # 4.2
+    Mistake(
+        "mask_kept_for_a_shape",
+        "4.2",
+        "differ",
+        (OPEN, OPEN + "\n        self._masks: dict[tuple[int, int], Tensor] = {}"),
+        (CAT_MASK, "attention_mask=self._masks.setdefault((len(batch), width), torch.cat(mask)),"),
+        only=True,
+    ),
+    Mistake(
+        "tokens_pass_through_floats",
+        "4.2",
+        "tokens beyond 2 ** 53",
+        (IDS, "functional.pad(prompt.double(), (n, 0)).long()"),
+        only=True,
+    ),
+    Mistake(
+        "max_length_by_tensor",
+        "4.2",
+        "one tensor for the whole batch",
+        (PROMPTS, PROMPTS + "\n        news = {id(request.input_tokens): request.max_length for request in batch}"),
+        (CUT, CUT.replace("request.max_length", "news[id(prompts[row])]")),
+        only=True,
+    ),
+    Mistake(
+        "results_kept_by_prompt",
+        "4.2",
+        "asked before, of a model that has changed",
+        (OPEN, OPEN + "\n        self._done: dict[Any, Tensor] = {}"),
+        (
+            RESULTS,
+            """results = [
+                self._done.setdefault((tuple(request.input_tokens[0].tolist()), request.max_length), result)
+                for request, result in zip(batch, self._generate(batch), strict=True)
+            ]""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "written_to_and_put_right",
+        "4.2",
+        "put right again",
+        (
+            PROMPTS,
+            PROMPTS + "\n        for prompt in prompts:\n            prompt.is_inference() or prompt[:, -1:].add_(0)",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "long_prompts_are_cut",
+        "4.2",
+        "long ones",
+        (CAT_IDS, "input_ids=torch.cat(ids)[:, -256:],"),
+        (CAT_MASK, "attention_mask=torch.cat(mask)[:, -256:],"),
+        only=True,
+    ),
+    # 4.3
+    Mistake(
+        "last_of_a_full_batch_blocks",
+        "4.3",
+        "event loop",
+        (
+            AWAIT,
+            """mates = [r for r in self._waiting if r.input_tokens.size(1) == input_tokens.size(1)]
+        if len(mates) == self.max_batch_size > 1:
+            return request.future.result()
+        """
+            + AWAIT,
+        ),
+    ),
+    Mistake(
+        "partial_batch_under_the_lock",
+        "4.3",
+        "blocked",
+        (
+            RUN_STARTED,
+            """if len(started) < self.max_batch_size:
+                    with self._changed:
+                        self._run(started)
+                else:
+                    self._run(started)""",
+        ),
+    ),
+    # 4.4
+    Mistake(
+        "eight_rows_a_call",
+        "4.4",
+        "do not share a call of generate",
+        (RESULTS, "results = [row for i in range(0, len(batch), 8) for row in self._generate(batch[i : i + 8])]"),
+        only=True,
+    ),
+    # 4.5
+    Mistake(
+        "time_of_a_request_that_has_gone",
+        "4.5",
+        "had gone before",
+        (OPEN, OPEN + "\n        self._dues: list[float] = []"),
+        (QUEUE, QUEUE + "\n            self._dues.append(request.timestamp + self.max_wait_time)"),
+        (
+            GO,
+            """if full or now >= min([batch[0].timestamp + self.max_wait_time, *self._dues]) or self._closed:
+                        self._dues = [due for due in self._dues if due > now]""",
+        ),
+        (DUE, "min([self._waiting[0].timestamp + self.max_wait_time, *self._dues]) if self._waiting else None"),
+        only=True,
+    ),
+    Mistake(
+        "time_of_a_cancelled_request",
+        "4.5",
+        "had gone before",
+        (
+            FORGET,
+            """for gone, heir in zip(self._waiting, self._waiting[1:], strict=False):
+            if gone.future.cancelled():
+                heir.timestamp = gone.timestamp
+        """
+            + FORGET,
+        ),
+        only=True,
+    ),
+    # 4.6
+    Mistake(
+        "stays_with_a_bucket",
+        "4.6",
+        "waited longest",
+        (OPEN, OPEN + "\n        self._latest: int | None = None"),
+        (
+            BY_AGE,
+            """return [buckets.pop(self._latest), *buckets.values()] if self._latest in buckets else """
+            """list(buckets.values())""",
+        ),
+        (
+            TAKEN,
+            TAKEN + "\n                        "
+            "self._latest = self.get_length_bucket(batch[0].input_tokens.size(1)) if full else None",
+        ),
+    ),
+    Mistake(
+        "shortest_first_at_the_end",
+        "4.6",
+        "oldest request goes first",
+        (BY_AGE, "return [buckets[edge] for edge in (sorted(buckets) if self._closed else buckets)]"),
+        only=True,
+    ),
+    # 4.7
+    Mistake(
+        "whole_bucket_fails",
+        "4.7",
+        "a result was wanted",
+        (
+            FAIL,
+            """with self._changed:
+                edge = self.get_length_bucket(batch[0].input_tokens.size(1))
+                mates = [r for r in self._waiting if self.get_length_bucket(r.input_tokens.size(1)) == edge]
+                self._waiting = [request for request in self._waiting if request not in mates]
+            for request in [*batch, *mates]:
+                request.future.set_exception(error)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "first_error_only_is_caught",
+        "4.7",
+        "worker has to live on",
+        (
+            FAIL,
+            """for request in batch:
+                request.future.set_exception(error)
+            self._errors = getattr(self, "_errors", 0) + 1
+            if self._errors > 1:
+                raise
+""",
+        ),
+    ),
+    # 4.8
+    Mistake(
+        "cancelled_while_running_frees_a_place",
+        "4.8",
+        "QueueFullError was wanted",
+        (OPEN, OPEN + "\n        self._freed = 0"),
+        (ROOM, "if len(self._waiting) - self._freed >= self.max_queue_size:"),
+        (
+            AWAIT,
+            """try:
+            return await asyncio.wrap_future(request.future)
+        except asyncio.CancelledError:
+            self._freed += request not in self._waiting
+            raise""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "refused_ones_take_places",
+        "4.8",
+        "QueueFullError",
+        (OPEN, OPEN + "\n        self._refused = 0"),
+        (ROOM, "if len(self._waiting) + self._refused >= self.max_queue_size:\n                self._refused += 1"),
+        only=True,
+    ),
+]
