@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from harness.testing import Close, Subject, is_tensor, requirement, seed
+from harness.testing import Close, Subject, halfway, is_tensor, requirement, seed
 
 from .reference import LK, LQ, VALUES, B, D, H, agree, build, inputs, reference, unpack
 
 
+@halfway
 @requirement("1.5")
 def test_scores_by_hand(subject: Subject, close: Close) -> None:
     """Two features and one head: q·k / √2."""

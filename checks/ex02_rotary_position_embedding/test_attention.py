@@ -119,7 +119,6 @@ def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, 
     attends(close, build(subject).to(of_x), some_x(rng).to(of_x), mask, hint=hint)
 
 
-@halfway
 @requirement("2.4")
 @pytest.mark.parametrize(
     "shape",
@@ -178,6 +177,7 @@ def test_low_scores_are_not_masked_ones(subject: Subject, close: Close, rng: tor
     attends(close, build(subject), 1000 * some_x(rng), mask, hint=hint)
 
 
+@halfway
 @requirement("2.4")
 def test_attention_of_strided_inputs(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A transposed x and an expanded mask are as good as copies."""

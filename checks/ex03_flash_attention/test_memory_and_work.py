@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.testing import Close, Subject, Trace, requirement
+from harness.testing import Close, Subject, Trace, halfway, requirement
 
 from .reference import ABOUT, BLOCK, CALL, SLIM, WIDE, _Elements, attend, call, reference, standard, wide
 
@@ -126,6 +126,7 @@ def test_causal_computes_fewer_exponentials(subject: Subject, close: Close, rng:
     )
 
 
+@halfway
 @requirement("3.5")
 def test_operations_grow_with_block_pairs(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A larger block takes no more operations; twice the blocks on both sides take at most four times as many."""

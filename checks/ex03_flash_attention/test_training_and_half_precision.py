@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.testing import Close, Subject, Trace, halfway, requirement
+from harness.testing import Close, Subject, Trace, requirement
 
 from .reference import (
     ABOUT,
@@ -79,7 +79,6 @@ def ratio(came: Tensor | None, wanted: Tensor) -> str:
     return "P = exp(S - logsumexp), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))"
 
 
-@halfway
 @requirement("3.6")
 def test_gradients_by_hand(subject: Subject, close: Close) -> None:
     """Weights 3/4 and 1/4, values 4 and 8, dO = 1: dV = (3/4, 1/4), dS = (-3/4, 3/4), dQ = -3/4 log 3, dK = dS."""

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from harness.testing import requirement
+from harness.testing import halfway, requirement
 
 from .reference import Request, names
 from .stage import NEVER, Caller, Stage, mix
@@ -168,6 +168,7 @@ def test_the_time_of_one_that_has_gone_is_forgotten(stage: Stage, how: str) -> N
             return
 
 
+@halfway
 @requirement("4.5")
 def test_the_time_counts_while_the_device_is_busy(stage: Stage) -> None:
     """What is overdue when the device is free goes at once, and so does the rest of its bucket."""

@@ -38,7 +38,6 @@ MATMULS = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "mat
 LOOSE = 1e-5
 
 
-@halfway
 @requirement("5.5")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_the_merged_weight(subject: Subject, close: Close, rng: torch.Generator, bias: bool) -> None:
@@ -68,6 +67,7 @@ def test_the_merged_weight_of_a_square_layer(subject: Subject, close: Close, rng
     close(adapter.now(), wanted, "original_layer.weight after merge_weights", hint=hint)
 
 
+@halfway
 @requirement("5.5")
 @pytest.mark.parametrize(("training", "scale"), [(True, 1.0), (False, 30.0)])
 def test_merging_changes_no_output(

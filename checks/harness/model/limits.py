@@ -23,6 +23,8 @@ MYPY_SECONDS = 120.0
 MYPY_DAEMON_SECONDS = 5.0
 MYPY_DAEMON_IDLE_SECONDS = 7200
 
+# How far own test and mypy stand back behind the code's checks, as `nice` counts.
+LATER = 15
 # A worker's address space, and the largest file that it may write.
 MEMORY_BYTES = 12 << 30
 OUTPUT_BYTES = 16 << 20

@@ -20,7 +20,7 @@ from mypy.api import run_dmypy
 from ruff import find_ruff_bin
 
 from harness.model.exercise import Exercise
-from harness.model.limits import MYPY_DAEMON_IDLE_SECONDS, MYPY_DAEMON_SECONDS, MYPY_SECONDS
+from harness.model.limits import LATER, MYPY_DAEMON_IDLE_SECONDS, MYPY_DAEMON_SECONDS, MYPY_SECONDS
 from harness.model.paths import BUILD, TOP, write_whole
 from harness.model.source import public_names
 from harness.model.submission import read
@@ -96,6 +96,7 @@ def start_mypy_daemon() -> None:
     """Starts mypy's daemon for the exercises and lets it read torch's types; returns at once."""
     subprocess.Popen(
         _daemon_command() if caches_are_true() else [sys.executable, "-P", "-m", "harness.testing.lint", "daemon"],
+        preexec_fn=lambda: os.nice(LATER),
         cwd=TOP,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
