@@ -105,7 +105,8 @@ def test_no_prebuilt_attention_is_reached(subject: Subject, close: Close, rng: t
     with modes.get(mode, nullcontext)(), forbid(prebuilt_attention(), "forward"):
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             attention = build(subject).to(dtype).train(mode == "train")
-            for lq, lk in ((LQ, LK), (40, 40), (1, LK)):
+            # Sizes are crossed with modes in float64; kernels choose by precision at any size.
+            for lq, lk in ((LQ, LK), (40, 40), (1, LK)) if dtype == torch.float64 else ((40, 40),):
                 given, mask = inputs(rng, dtype, lq, lk), some_mask((B, 1, 1, lk), rng)
                 if dtype.itemsize > 2 and lq > 1:
                     agree(close, attention, given, tolerance=1e-2)

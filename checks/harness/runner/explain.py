@@ -40,7 +40,8 @@ def explain(error: BaseException, requirement: str, name: str, path: Path, exerc
         )
     quoted = _quoted(error, path, raised_at)
     if isinstance(error, AssertionError):
-        message = describe_plainly(error) if raised_at == 0 or hasattr(error, "line") else describe(error)
+        theirs = line_in(error, path) and not hasattr(error, "line")
+        message = describe(error) if theirs else describe_plainly(error)
         return Result(requirement, name, "failed", message + quoted, line, printed=getattr(error, "printed", ""))
     return Result(
         requirement,
