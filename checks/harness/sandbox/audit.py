@@ -9,6 +9,7 @@ another file, another package.
 import os
 import sys
 import sysconfig
+import timeit  # noqa: F401
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -26,8 +27,8 @@ _BODY = ("__code__", "__defaults__", "__kwdefaults__")
 LIBRARY = os.path.realpath(Path(torch.__file__).parent)
 # What reads source text to make scripts of it.
 _SCRIPTS = (f"{LIBRARY}/jit/", f"{LIBRARY}/_jit_internal.py", f"{LIBRARY}/_sources.py")
-# Modules that make classes of texts, for whoever declares one.
-_MAKERS = tuple(str(sys.modules[name].__file__) for name in ("dataclasses", "collections", "typing"))
+# Modules that make code of texts for whoever declares a class, or measures.
+_MAKERS = tuple(str(sys.modules[name].__file__) for name in ("dataclasses", "collections", "timeit", "typing"))
 _PACKAGES = frozenset({"torch", "numpy", *sys.stdlib_module_names})
 # What was noted in this process, in words.
 notes: list[str] = []
