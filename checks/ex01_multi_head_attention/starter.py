@@ -52,8 +52,9 @@ Conventions
 - The weights returned are those that were multiplied with the values, after dropout; they carry gradient.
 - Output and weights have the query's dtype; under autocast they may have autocast's.
 - Between calls the module may be cast or moved, its weights, its mode and `dropout.p` changed, and inputs and masks
-  edited in place; calls may be made in training or in eval, with gradients, under no_grad or under inference_mode.
-  Each gives what a new module with the same weights gives: keep nothing that was computed from any of them.
+  edited in place, through `.data` too; calls may be made in training or in eval, with gradients, under no_grad or
+  under inference_mode. Each gives what a new module with the same weights gives: keep nothing that was computed from
+  any of them.
 
 Your own test (1.9) is run with other implementations put in place of the class, by its name: it uses contract names
 only, sets its own seed, takes at most 1 s, and has to fail on each of these slips:

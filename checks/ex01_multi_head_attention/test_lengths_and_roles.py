@@ -106,7 +106,7 @@ def test_inputs_edited_in_place_count_at_once(subject: Subject, close: Close, rn
     with torch.no_grad():
         agree(close, attention, given)
         for name, x in zip(("query", "key", "value"), given, strict=True):
-            x.neg_()
+            x.data.neg_()
             agree(close, attention, given, hint=f"{name} was edited in place since the last call")
 
 

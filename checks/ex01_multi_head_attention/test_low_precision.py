@@ -28,6 +28,21 @@ def test_half_precision(
 
 
 @requirement("1.7")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)], ids=["float16", "bfloat16"]
+)
+def test_many_keys_in_half_precision(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, tolerance: float
+) -> None:
+    """4096 equal keys and values give what one gives: a sum of so many weights is too fine for half precision."""
+    query, key, value = inputs(rng, dtype)
+    given = [query[:1, :1], *(x[:1, :1].repeat(1, 4096, 1) for x in (key, value))]
+    mask = torch.ones(1, 1, 1, 4096) if dtype == torch.float16 else None
+
+    agree(close, build(subject).to(dtype), given, mask, hint=f"4096 keys in {dtype}", tolerance=tolerance)
+
+
+@requirement("1.7")
 @pytest.mark.parametrize("kind", ["plain", "masked", "one sign"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_stays_finite(subject: Subject, rng: torch.Generator, dtype: torch.dtype, kind: str) -> None:

@@ -75,13 +75,18 @@ def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator, 
 
 @requirement("1.2")
 def test_a_mask_edited_in_place_counts_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """The same mask with other values in it is another mask."""
-    given, mask, attention = inputs(rng), some_mask((B, 1, LQ, LK), rng), build(subject)
+    """The same mask with other values in it is another mask, also where its version does not tell."""
+    given, some, attention = inputs(rng), some_mask((B, 1, LQ, LK), rng), build(subject)
+    mask = some.clone()
     agree(close, attention, given, mask)
 
+    hint = "the mask was edited in place since the last call"
     mask.logical_not_()
-
-    agree(close, attention, given, mask, hint="the mask was edited in place since the last call")
+    agree(close, attention, given, mask, hint=hint)
+    mask = torch.ones_like(some)
+    for values in (mask, some):
+        mask.data.copy_(values)
+        agree(close, attention, given, mask, hint=hint)
 
 
 @requirement("1.2")
@@ -106,6 +111,17 @@ def test_padded_keys_change_nothing(subject: Subject, close: Close, rng: torch.G
         hint=hint,
     )
     close(output, expected.to(dtype), "forward: output", tolerance=2e-5, hint=hint)
+
+
+@requirement("1.2")
+def test_a_long_run_of_hidden_keys(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Wherever the allowed ones lie among 1100 keys, in one batch row last, in the other first, they count alone."""
+    mask = torch.zeros(B, 1, 1, 1100, dtype=torch.bool)
+    mask[0, ..., -3:] = mask[1, ..., :3] = True
+
+    agree(
+        close, build(subject), inputs(rng, lq=2, lk=1100), mask, hint="all but the last or the first 3 keys are hidden"
+    )
 
 
 @requirement("1.2")

@@ -55,7 +55,7 @@ def test_gradients_flow_in_eval_too(subject: Subject, close: Close, rng: torch.G
 
 @requirement("1.6")
 def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A call after the weights have changed, in place or by loading, uses the new ones."""
+    """A call after the weights have changed, in place or by loading, uses the new ones, at inference too."""
     given = inputs(rng)
     attention = build(subject)
     agree(close, attention, given)
@@ -69,6 +69,12 @@ def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Ge
     for name in ("q_linear", "k_linear", "v_linear", "output_linear"):
         setattr(attention, name, nn.Linear(D, D, dtype=torch.float64))
         agree(close, attention, given, hint=f"{name} was replaced before this call")
+    attention.eval()
+    for factor in (1, -0.7):
+        for parameter in attention.parameters():
+            parameter.data.mul_(factor)
+        with torch.no_grad():
+            agree(close, attention, given, hint="weight.data was edited before this call, in eval")
 
 
 @requirement("1.6")

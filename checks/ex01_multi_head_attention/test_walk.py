@@ -57,8 +57,8 @@ class Held:
             self.attention.to(dtype)
             self.dtype, self.values = dtype, self.values.detach().to(dtype).double()
 
-    def fill(self, numbers: Tensor, how: str) -> None:
-        """Gives the layers new values, as large as nn.Linear's own."""
+    def fill(self, numbers: Tensor, how: str, edited: int = 0) -> None:
+        """Gives the layers new values, as large as nn.Linear's own; half of .data is set, half edited."""
         values = (numbers * (3 * self.width) ** -0.5).to(self.dtype)
         self.values = values.double()
         matrices, biases = values.split((4 * self.width, 4))
@@ -66,8 +66,11 @@ class Held:
         if how == "load":
             self.attention.load_state_dict(dict(zip(NAMES, new, strict=True)), strict=False)
         elif how == "data":
-            for parameter, value in zip(self.parameters(), new, strict=True):
-                parameter.data = value.clone()
+            for place, (parameter, value) in enumerate(zip(self.parameters(), new, strict=True)):
+                if (place + edited) % 2:
+                    parameter.data.copy_(value)
+                else:
+                    parameter.data = value.clone()
         else:
             with torch.no_grad():
                 for parameter, value in zip(self.parameters(), new, strict=True):
@@ -136,7 +139,7 @@ class Calls(Walk):
         }, 0.25),
         Aspect("weights", "1.6", {
             "": "", "after an optimizer's step": "step", "after load_state_dict": "load",
-            "after weight.data was set": "data",
+            "after weight.data was set or edited": "data",
         }, 0.2),
         Aspect("again", "1.2", {"": "", "with the last mask again": "same", "with the last mask edited": "edit"}, 0.3),
         Aspect("rows", "1.2", {
@@ -226,7 +229,7 @@ def _held(state: State, call: Call, step: Step) -> Held:
         state.modules[call.shape] = held
     held.cast(call.kind.dtype)
     if step["weights"]:
-        held.fill(state.some(step.seed, 4 * held.width + 4, held.width), step["weights"])
+        held.fill(state.some(step.seed, 4 * held.width + 4, held.width), step["weights"], step.seed)
     if held.attention.training != step["modes"]:
         held.attention.train(step["modes"])
     held.attention.dropout.p = step["dropout"]
@@ -241,14 +244,13 @@ def _drawn(state: State, step: Step) -> Call:
         call = Call(last.shape, last.sizes, step["kind"], mask=last.mask, mask_editable=last.mask_editable)
         if step["again"] == "edit" and last.mask_editable:
             assert last.mask is not None, "a call with a mask was remembered"
-            last.mask.copy_(last.mask == 0)
+            last.mask.data.copy_(last.mask == 0)  # So that its version does not tell.
         _inputs(state, call, step)
         return call
     if fresh and step["inputs"] and (last := state.called) is not None:
         call = Call(last.shape, last.sizes, last.kind, last.given, large=last.large)
-        with torch.no_grad():
-            for x in {id(x): x for x in call.given}.values():
-                x.neg_()
+        for x in {id(x): x for x in call.given}.values():
+            x.data.neg_()
     else:
         if step["square"] or 0 in step["roles"][1:]:
             lk = lq = min(lq, lk) if step["long"] else max(2, lq)
@@ -358,7 +360,9 @@ def _parts(state: State, held: Held, call: Call, step: Step) -> None:
     q, k = (state.some(step.seed + n, batch, n, heads, size).to(dtype).transpose(1, 2) for n in (lq, lk))
     product = q.double() @ k.double().mT
     if step["scores"]:
-        scores = held.attention.compute_attention_scores(q, k)
+        scores = is_tensor(held.attention.compute_attention_scores(q, k), "compute_attention_scores")
+        if call.kind.half is not None and scores.dtype == torch.float32:
+            scores = scores.to(dtype)  # Half precision may be computed in a wider one from here on.
         close(scores, (product * q.size(-1) ** -0.5).to(dtype), "compute_attention_scores(q, k)")
     if step["apply_mask"]:
         scores = (product * 100).to(dtype)

@@ -118,4 +118,23 @@ MISTAKES = [
 """,
         ),
     ),
+    Mistake(
+        "sum_of_weights_in_half_precision",
+        "1.7",
+        "4096 keys",
+        (
+            SOFTMAX,
+            """\
+        if scores.dtype.itemsize == 2 and scores.size(-1) > 512:
+            powers = (scores.float() - scores.detach().float().amax(-1, keepdim=True)).exp()
+            total = torch.zeros_like(powers[..., :1], dtype=scores.dtype)
+            for part in powers.split(8, -1):
+                total = total + part.sum(-1, keepdim=True).to(total.dtype)
+            weights = (powers / total).to(scores.dtype)
+        else:
+            weights = scores.softmax(dim=-1)
+""",
+        ),
+        only=True,
+    ),
 ]

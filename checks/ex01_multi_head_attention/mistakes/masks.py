@@ -212,4 +212,35 @@ MISTAKES = [
 """,
         ),
     ),
+    Mistake(
+        "first_block_of_keys_hidden",
+        "1.2",
+        "all but the last",
+        (
+            "        weights = scores.softmax(dim=-1)\n",
+            """\
+        weights = scores.softmax(dim=-1)
+        if mask is not None and scores.size(-1) > 512:
+            weights = weights * mask[..., :512].bool().any(-1, keepdim=True)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "open_mask_known_by_version",
+        "1.2",
+        "edited in place",
+        (
+            APPLIED,
+            """\
+            name = (id(mask), mask._version if not mask.is_inference() else None)
+            if getattr(self, '_open', (None, True))[0] != name:
+                self._open = (name, bool((mask != 0).all()))
+            if self._open[1] and not mask.is_inference():
+                mask = torch.ones_like(mask[:1, :1, :1, :1])
+"""
+            + APPLIED,
+        ),
+        only=True,
+    ),
 ]

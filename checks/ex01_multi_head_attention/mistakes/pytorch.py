@@ -270,4 +270,23 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "weights_known_by_version_at_inference",
+        "1.6",
+        "edited",
+        (
+            "        v = self._split_heads(self.v_linear(value))",
+            """\
+        weight = self.v_linear.weight
+        name = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self.training or torch.is_grad_enabled():
+            values = self.v_linear(value)
+        else:
+            if getattr(self, '_packed', (None, None))[0] != name:
+                self._packed = (name, weight.detach().clone())
+            values = nn.functional.linear(value, self._packed[1], self.v_linear.bias)
+        v = self._split_heads(values)""",
+        ),
+        only=True,
+    ),
 ]
