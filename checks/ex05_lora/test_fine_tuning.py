@@ -135,19 +135,19 @@ def test_one_run_trains_everything_and_one_the_adapters(subject: Subject) -> Non
 @requirement("5.6")
 def test_the_numbers_are_those_of_the_run(subject: Subject) -> None:
     """What is reported equals what the optimizer held after its last step, of whatever dtype the models are."""
-    kept = torch.get_default_dtype()
-    for dtype in (torch.float32, torch.float64):
-        torch.set_default_dtype(dtype)
-        try:
-            runs = compared(subject, 1)
-        finally:
-            torch.set_default_dtype(kept)
-        for name, (reported, seen) in runs.items():
-            for number, hint in NUMBERS.items():
-                what = f"compare_fine_tuning(1)[{name!r}][{number!r}], models in {dtype}"
-                came, wanted = reported.get(number), getattr(seen, number)
-                assert isinstance(came, int | float), f"{what}: {came!r} came, a number was wanted"
-                assert came == wanted, f"{what}: {came} came, {wanted} was seen\n{hint}"
+    kept, _ = torch.get_default_dtype(), subject.compare_fine_tuning  # loading sets the default dtype too
+    # In float64, where what is worked out by float32's four bytes is not what was held.
+    torch.set_default_dtype(torch.float64)
+    try:
+        runs = compared(subject, 1)
+    finally:
+        torch.set_default_dtype(kept)
+    for name, (reported, seen) in runs.items():
+        for number, hint in NUMBERS.items():
+            what = f"compare_fine_tuning(1)[{name!r}][{number!r}], models in torch.float64"
+            came, wanted = reported.get(number), getattr(seen, number)
+            assert isinstance(came, int | float), f"{what}: {came!r} came, a number was wanted"
+            assert came == wanted, f"{what}: {came} came, {wanted} was seen\n{hint}"
 
 
 @requirement("5.6")
