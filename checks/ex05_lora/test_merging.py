@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import tracemalloc
 
 import pytest
 import torch
@@ -268,6 +269,28 @@ def test_unmerging_keeps_no_copy(subject: Subject, close: Close, rng: torch.Gene
             layer.unmerge_weights()
 
     no_copy(seen, model, "after merge_weights and unmerge_weights, W shared with an embedding")
+
+
+@requirement("5.5")
+def test_unmerging_keeps_nothing_that_is_no_tensor(subject: Subject, rng: torch.Generator) -> None:
+    """A copy of W as bytes, as numbers in a list or as a numpy array is one too."""
+    held = 0
+    # The first round is for what Python and torch load once, in their first calls.
+    for size in (2, 192):
+        original = linear(rng, size, size)
+        tracemalloc.start()
+        try:
+            layer = subject.LoRALinear(original, rank=RANK)
+            layer.merge_weights()
+            layer.unmerge_weights()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    whole = original.weight.nbytes
+    assert held < whole // 2, (
+        f"after merge_weights and unmerge_weights: {held} bytes are held in Python's memory; W has {whole}\n"
+        "is a copy of W kept somewhere, as bytes, a list or an array?"
+    )
 
 
 @requirement("5.5")

@@ -158,7 +158,14 @@ class Calls(Walk):
         Aspect(
             "shape",
             "5.2",
-            {"": (5,), "one row": (1,), "a vector": (), "no rows": (0,), "257 rows": (257,), "4 dimensions": (2, 1, 3)},
+            {
+                "": (5,),
+                "one row": (1,),
+                "a vector": (),
+                "no rows": (0,),
+                "1100 rows": (1100,),
+                "4 dimensions": (2, 1, 3),
+            },
         ),
         Aspect(
             "layout",
@@ -273,7 +280,7 @@ def change(state: Layers, known: Known, act: str, rng: torch.Generator) -> None:
 
 def made_input(known: Known, step: Step, rng: torch.Generator) -> Tensor:
     """The step's input, [..., in]."""
-    lead = (5,) if step["watch"] and step["shape"] == (257,) else step["shape"]
+    lead = (5,) if step["watch"] and step["shape"] == (1100,) else step["shape"]
     shape = (*lead, known.weight.size(1))
     # No element is near 0, so that one that is dropped out can be told.
     x = torch.rand(shape, generator=rng, dtype=torch.float64) + 0.5

@@ -35,6 +35,16 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "state_by_float32s_formula",
+        "5.6",
+        "models in torch.float64",
+        (
+            '        "optimizer_bytes": sum(value.nbytes for value in state),\n',
+            '        "optimizer_bytes": sum(2 * 4 * p.numel() + 4 for p in optimizer.state) + 0 * len(state),\n',
+        ),
+        only=True,
+    ),
+    Mistake(
         "gradients_read_after_zero_grad",
         "5.6",
         "before any zero_grad",
@@ -130,6 +140,7 @@ MISTAKES = [
         only=True,
     ),
     Mistake("always_three_steps", "5.6", "the full run makes 3 steps", ("range(steps)", "range(3)"), only=True),
+    Mistake("no_more_data", "5.6", "the full run makes 16 steps", ("range(steps)", "range(min(steps, 16))"), only=True),
     Mistake("one_step_too_few", "5.6", "run makes 2 steps", ("range(steps)", "range(max(1, steps - 1))"), only=True),
     Mistake("no_step_at_all", "5.6", "no optimizer of torch.optim made a step", (STEP, ""), only=True),
     Mistake(

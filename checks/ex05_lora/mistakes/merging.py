@@ -292,6 +292,26 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "bytes_of_w_kept_after_unmerging",
+        "5.5",
+        "held in Python's memory",
+        (
+            KEEP,
+            KEEP
+            + """            raw = self._own_weight[0].detach().cpu().contiguous().view(torch.uint8)
+            self.__dict__["_check"] = raw.numpy().tobytes()
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "numbers_of_w_kept_after_unmerging",
+        "5.5",
+        "held in Python's memory",
+        (KEEP, KEEP + '            self.__dict__["_check"] = self._own_weight[0].tolist()\n'),
+        only=True,
+    ),
+    Mistake(
         "merge_keeps_the_first_dtype",
         "5.5",
         "merged after .double()",

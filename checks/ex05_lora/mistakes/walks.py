@@ -51,6 +51,13 @@ MISTAKES = [
         cached("not torch.is_grad_enabled()", "(self.lora_B._version, x.dtype)"),
     ),
     Mistake(
+        "scaled_b_kept_by_version_in_eval",
+        "5.1",
+        "something is kept from before",
+        cached("not (self.training or torch.is_grad_enabled())", "(self.lora_B._version, x.dtype)"),
+        only=True,
+    ),
+    Mistake(
         "factor_made_under_inference_mode",
         "5.1",
         "Inference tensors cannot be saved",
@@ -168,13 +175,27 @@ MISTAKES = [
     Mistake(
         "many_rows_lose_the_rest",
         "5.2",
-        "257 rows",
+        "1100 rows",
         (
             RETURN,
             """        added = self.dropout(x) @ self.lora_A.mT @ self.lora_B.mT * self.scaling
         if x.dim() == 2 and x.size(0) > 256:
             added = torch.cat([added[:256], torch.zeros_like(added[256:])])
         return output + added
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "a_short_last_block_is_detached",
+        "5.2",
+        "1100 rows",
+        (
+            RETURN,
+            """        blocks = self.dropout(x).reshape(-1, x.size(-1)).split(512)
+        mats = [self.lora_A if len(block) == 512 or len(blocks) == 1 else self.lora_A.detach() for block in blocks]
+        added = torch.cat([block @ a.mT @ self.lora_B.mT for block, a in zip(blocks, mats, strict=True)])
+        return output + added.view(output.shape) * self.scaling
 """,
         ),
         only=True,
