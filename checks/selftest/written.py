@@ -5,7 +5,7 @@ from pathlib import Path
 
 from harness.model.exercise import Exercise
 
-_CHECK = re.compile(r"^def (test_\w+)|^(test_\w+), (test_\w+) = ", re.MULTILINE)
+_CHECK = re.compile(r"^def (test_\w+)|^(test_\w+)(?:, (test_\w+))? = ", re.MULTILINE)
 
 
 def written(exercise: Exercise) -> dict[str, Path]:

@@ -54,7 +54,7 @@ class Saved:
 
     def rest(self, verdict: ExerciseVerdict) -> None:
         """Shows what has come since."""
-        if not self._late:
+        if not self._late or verdict.state == "does not import":
             return
         if self._out.is_terminal and not self._out.is_dumb_terminal and self._rows < self._out.height:
             self._out.file.write(f"\x1b[{self._rows}A\x1b[J")

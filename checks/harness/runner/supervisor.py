@@ -5,25 +5,21 @@ The supervising process never runs a learner's code. It knows which checks must 
 nothing.
 """
 
-import json
 import os
 import secrets
 import select
-import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 from harness.model.exercise import Exercise, exercise_of, exercises
-from harness.model.limits import HANG_SECONDS, KIND_SECONDS, SHARD_SECONDS, SLOW_SECONDS
-from harness.model.results import NOT_RUN, Result
-from harness.runner import plugin, worker
+from harness.model.limits import SHARD_SECONDS, SLOW_SECONDS
+from harness.model.results import Result
+from harness.runner import plugin, shards, worker
+from harness.runner.shards import Shard
 from harness.sandbox.integrity import before_submissions
 from harness.sandbox.processes import CAN_FORK, Lines, Stopwatch, adopt_orphans, end, end_children
 from harness.testing.own_test import OwnTest, digest
@@ -35,31 +31,6 @@ FIRST = KINDS[:2]
 
 class Abandoned(Exception):
     """Whoever asked for the verdict has gone."""
-
-
-@dataclass
-class Shard:
-    """One worker and the checks that it has to report, in their order.
-
-    `stopped` is empty, or why what follows its last result is not run. `limit` is for all of its checks together.
-    """
-
-    kind: str
-    pid: int
-    lines: Lines
-    token: str
-    stack: IO[bytes]
-    work: worker.Work
-    limit: float
-    watch: Stopwatch
-    whole: Stopwatch
-    results: dict[str, Result]
-    running: pytest.Item | None = None
-    stopped: str = ""
-    ended: bool = False
-
-    def waiting(self) -> list[pytest.Item]:
-        return [item for item in self.work.items if item.name not in self.results]
 
 
 class Judge:
@@ -150,7 +121,7 @@ class Judge:
                 for share in self._shares([item for item in items if plugin.kind_of(item) == kind], room is not None):
                     running.append(_started(worker.Work(share, folder, room, at_first_failure, walk_steps), seconds))
             _supervise([shard for shard in running if shard.kind in FIRST], running, self._hangup, slow)
-            _not_run_after_a_stop([shard for shard in running if shard.kind == "code"])
+            shards.not_run_after_a_stop([shard for shard in running if shard.kind == "code"])
             if first is not None:
                 first([result for shard in running if shard.kind in FIRST for result in shard.results.values()])
             _supervise(running, running, self._hangup)
@@ -204,109 +175,27 @@ def _started(work: worker.Work, seconds: float) -> Shard:
     return Shard(kind, pid, Lines(reading), token, stack, work, seconds, Stopwatch(pid), Stopwatch(pid), {})
 
 
-def _not_run_after_a_stop(shards: list[Shard]) -> None:
-    """What follows a hang or a crash is not run: the verdict is that of one process, however the work was shared."""
-    stopped = ""
-    for shard in shards:
-        if stopped:
-            shard.results = {item.name: _missing(item, stopped) for item in shard.work.items}
-        stopped = stopped or shard.stopped
-
-
-def _missing(item: pytest.Item, why: str) -> Result:
-    return Result(plugin.requirement_of(item), item.name, "missing", why)
-
-
 def _supervise(
-    wanted: list[Shard], shards: list[Shard], hangup: int | None, slow: Callable[[str], None] | None = None
+    wanted: list[Shard], running: list[Shard], hangup: int | None, slow: Callable[[str], None] | None = None
 ) -> None:
     """Reads the reports of all shards until the wanted ones have reported or ended; what hangs is given up."""
     while any(not shard.ended for shard in wanted):
-        open_shards = [shard for shard in shards if not shard.ended]
+        open_shards = [shard for shard in running if not shard.ended]
         waiting = [shard.lines.descriptor for shard in open_shards]
         ready, _, _ = select.select([*waiting, *([hangup] if hangup is not None else [])], [], [], 0.1)
         if hangup in ready:
             raise Abandoned
         for shard in open_shards:
-            running = shard.running if shard.kind == "code" and shard.watch.seconds() > SLOW_SECONDS else None
-            if slow is not None and running is not None:
-                slow(running.name)
+            check = shard.running if shard.kind == "code" and shard.watch.seconds() > SLOW_SECONDS else None
+            if slow is not None and check is not None:
+                slow(check.name)
                 slow = None
             if shard.lines.descriptor in ready:
                 for line in shard.lines.take():
-                    _note(shard, line)
+                    shards.note(shard, line)
             if shard.lines.ended or not shard.waiting():
-                _close(shard)
+                shards.close(shard)
                 shard.ended = True
-            elif shard.watch.seconds() > _limit(shard) or shard.whole.seconds() > shard.limit:
-                _give_up(shard)
+            elif shard.watch.seconds() > shards.limit_of(shard) or shard.whole.seconds() > shard.limit:
+                shards.give_up(shard)
                 shard.ended = True
-
-
-def _note(shard: Shard, line: str) -> None:
-    """Takes one report: a check's name when it starts, its result when it ends. Lines without the run's token are not
-    reports.
-    """
-    token, _, body = line.partition(" ")
-    if token != shard.token:
-        return
-    report = json.loads(body)
-    if isinstance(report, str):
-        shard.running = next((item for item in shard.work.items if item.name == report), None)
-        shard.watch.restart()
-    elif report["name"] not in shard.results:
-        shard.results[report["name"]] = Result(**report)
-        if report["outcome"] == "timeout":
-            shard.stopped = NOT_RUN
-
-
-def _close(shard: Shard) -> None:
-    """A shard has ended: what it did not report has failed together with its process."""
-    missing = shard.waiting()
-    failed = any(result.outcome != "passed" for result in shard.results.values())
-    if not missing or (shard.work.at_first_failure and failed):
-        return
-    status = os.waitstatus_to_exitcode(_reaped(shard.pid))
-    how = (
-        f"your code ended the process (exit code {status})"
-        if status >= 0
-        else f"the interpreter died ({signal.Signals(-status).name})"
-    )
-    shard.stopped = f"not run: {how} in {missing[0].name}"
-    _end_at(shard, missing, "error", how)
-
-
-def _reaped(pid: int) -> int:
-    """The exit status of a child that has closed its reports: it is ending, or it lives on in silence and is killed."""
-    for _ in range(20):
-        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if info is not None:
-            return info.si_status << 8 if info.si_code == os.CLD_EXITED else info.si_status
-        time.sleep(0.05)
-    return signal.SIGKILL
-
-
-def _give_up(shard: Shard) -> None:
-    missing = shard.waiting()
-    shard.stopped, line = NOT_RUN, worker.where(shard.pid, shard.stack, shard.work)
-    text = f"did not end within {_limit(shard):g} s: an endless loop, or a wait that nothing ends"
-    if shard.whole.seconds() > shard.limit:
-        text = f"did not end: the checks of this exercise have taken {shard.limit:g} s together"
-    _end_at(shard, missing, "timeout", f"{text}\nit was in line {line}" if line else text, line)
-
-
-def _end_at(shard: Shard, missing: list[pytest.Item], outcome: str, message: str, line: int = 0) -> None:
-    """The first of the missing checks is the one that ended the shard; the others were not run."""
-    first, *others = missing
-    shard.results[first.name] = Result(plugin.requirement_of(first), first.name, outcome, message, line)
-    shard.results |= {item.name: _missing(item, shard.stopped) for item in others}
-
-
-def _limit(shard: Shard) -> float:
-    item = shard.running
-    if shard.work.walk_steps:
-        return shard.limit
-    mark = item.get_closest_marker("limit") if item is not None else None
-    if mark is not None:
-        return float(mark.args[0])
-    return KIND_SECONDS[plugin.kind_of(item)] if item is not None else HANG_SECONDS
