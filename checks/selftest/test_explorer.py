@@ -20,7 +20,7 @@ import pytest
 from devtools.workspace import Workspace
 from harness.model.exercise import exercises
 from harness.model.paths import TOP
-from harness.runner import supervisor
+from harness.runner import shards
 from selftest import toys as toy
 from selftest.written import node_id, written
 
@@ -168,7 +168,7 @@ def test_a_hang_ends_as_it_does_on_the_board(explorer: Explorer, hang: str) -> N
     first, *others = [line["says"] for line in told.lines if "id" in line]
     board = "an endless loop, or a wait that nothing ends"
     assert first.startswith(f"42.1: did not end within 1 s: {board}\nexercises/{toy.FILE}:"), first
-    assert board in inspect.getsource(supervisor)
+    assert board in inspect.getsource(shards)
     assert all("not run after the hang" in says for says in others), others
 
 
