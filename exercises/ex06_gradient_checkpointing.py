@@ -8,13 +8,13 @@ with it, and measure what it saves.
 Requirements
 6.1 (correctness) Selective checkpointing of layers: exactly the chosen layers are checkpointed, by number (n) and by
     name (`layer_pattern`), also in nested lists. Lists stay lists, parameters the same objects. The state_dict keeps
-    its keys: a plain checkpoint loads strictly into a wrapped model, and back; a missing or unexpected key is refused
-    as ever.
+    its keys, whatever the parts of a layer are called: a plain checkpoint loads strictly into a wrapped model, and
+    back; a missing or unexpected key is refused as ever.
 6.2 (efficiency) Memory against computation: what is alive after forward, with only the output held, falls as more
     layers are chosen; with every one of 8 encoder layers it is less than 0.25 of what it is with none (random states do
     not count). In a training step each chosen layer, with what is in it, is entered exactly twice, every other module
     once. In eval, without gradients and with use_checkpoint=False the output is the plain one, and nothing is computed
-    twice. Once its output is let go, nothing of a call is alive any more.
+    twice. Once its output is let go, nothing of a call is alive any more (in cycles: once they are collected).
 6.3 (robustness) Mixed precision: the second computation runs under the autocast state of the first (float16, bfloat16
     or off), also when backward is called under another one. It is each call's own. (Judged on the CPU.)
 6.4 (correctness) Nested modules: wrapped modules inside wrapped ones; keyword arguments, tuples, lists and dicts, masks
@@ -28,8 +28,8 @@ Requirements
     the same losses, and never has more than two thirds of plain training's peak alive (the check counts the bytes).
 6.7 (correctness) Gradients: after `.backward()` every parameter of the wrapped model has the plain model's gradient,
     with dropout under a seed too, in the second step, and in a second backward with retain_graph. They are exact: in
-    float64 to nine digits, since nothing is kept or computed below its own dtype. The random stream is where it would
-    be after a plain step.
+    float64 to nine digits, since nothing is kept or computed below its own dtype. Where the plain model has none,
+    zeros are as good. The random stream is where it would be after a plain step.
 6.8 (correctness) Write your own test: `test_gradient_checkpointing` passes on right code, whoever wrote it, and fails
     on each of the slips listed below.
 6.9 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each public class and function that

@@ -277,7 +277,8 @@ def loads(target: nn.Module, state: dict[str, Any], what: str) -> None:
         target.load_state_dict(state)
     except RuntimeError as error:
         raise AssertionError(
-            f"{what} fails: {' '.join(str(error).split())[:200]}\nthe keys do not change by wrapping"
+            f"{what} fails: {' '.join(str(error).split())[:200]}\n"
+            "the keys do not change by wrapping; rename all at once, for a layer may hold `module` and `module.module`"
         ) from error
 
 

@@ -181,15 +181,17 @@ def test_a_module_may_ask_whether_two_inputs_are_one(subject: Subject, close: Cl
     """One tensor as an argument and as a keyword argument is one the second time; two tensors are two."""
     plain, module = seeded(Asks), seeded(Asks)
     wrapper = subject.CheckpointWrapper(module)
-    for case, same in {"one tensor": True, "a tensor and its detached self": False}.items():
+    for case in ("one tensor", "a tensor and its detached self", "two leaves over one memory"):
         leaves = [torch.full((2, D), 0.7, dtype=torch.float64).requires_grad_() for _ in range(2)]
-        for one, x in zip((plain, wrapper), leaves, strict=True):
+        others = [x if case == "one tensor" else x.detach().requires_grad_("leaves" in case) for x in leaves]
+        for one, x, other in zip((plain, wrapper), leaves, others, strict=True):
             one.zero_grad()
-            one(x, other=x if same else x.detach()).square().sum().backward()
+            one(x, other=other).square().sum().backward()
 
         what = f"backward of a wrapped module whose arguments are {case}"
         hint = "one tensor given twice has to be one tensor in the second computation too, and two have to be two"
         same_gradient(close, leaves[1].grad, leaves[0].grad, f"{what}: gradient of x", hint)
+        same_gradient(close, others[1].grad, others[0].grad, f"{what}: gradient of other", hint)
         for (name, parameter), wanted in zip(module.named_parameters(), plain.parameters(), strict=True):
             same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {name}", hint)
     recomputes(subject, torch.randn(2, D, generator=rng, dtype=torch.float64))

@@ -72,6 +72,11 @@ def pairs(x: Tensor) -> Any:
     return x.view(2, -1).max(0)
 
 
+def strided(x: Tensor) -> Any:
+    """A row that stands for 256 rows, and two numbers a quarter of a MiB apart: storage, not elements."""
+    return x.new_empty_strided((256, QUARTER), (0, 1)), x.new_empty_strided((2,), (QUARTER - 1,))
+
+
 def reused(x: Tensor) -> list[Tensor]:
     """What is held takes the place of what was freed."""
     addresses: set[int] = set()
@@ -98,6 +103,7 @@ PEAKS: dict[str, tuple[Callable[[Tensor], Any], float]] = {
     "chain": (chain, 2), "temporaries": (temporaries, 2), "held": (held, 5), "forgotten": (forgotten, 3),
     "views": (views, 1), "view_outlives": (view_outlives, 3), "in_place": (in_place, 1), "dtypes": (dtypes, 0.75),
     "products": (products, 2), "pairs": (pairs, 1.5), "reused": (reused, 5), "existing": (existing, 0),
+    "strided": (strided, 2),
 }  # fmt: skip
 
 
@@ -170,25 +176,25 @@ def test_measuring_starts_anew(subject: Subject, rng: torch.Generator) -> None:
 def test_nothing_stays_switched_on(subject: Subject, rng: torch.Generator) -> None:
     """After func has returned or raised, no mode and no profiler is left, and an error is func's own."""
     x = torch.randn(QUARTER, generator=rng)
-    error = LookupError("of func itself")
+    errors = {"raises": LookupError("of func itself"), "is interrupted": KeyboardInterrupt("of func itself")}
 
     def func(ends: str) -> Tensor:
         y = x * 2
-        if ends == "raises":
-            raise error
+        if ends in errors:
+            raise errors[ends]
         return y
 
-    for ends in ("returns", "raises"):
+    for ends in ("returns", *errors):
         came: BaseException | None = None
         try:
             _, peak = measured(subject, func, ends)
             same_peak(peak, 0.25, "measure_memory_usage: func makes one tensor of 0.25 MiB")
-        except LookupError as raised:
+        except (LookupError, KeyboardInterrupt) as raised:
+            if isinstance(raised, KeyboardInterrupt) and raised is not errors["is interrupted"]:
+                raise
             came = raised
 
-        assert came is (error if ends == "raises" else None), (
-            "measure_memory_usage: an error of func does not come through unchanged"
-        )
+        assert came is errors.get(ends), "measure_memory_usage: an error of func does not come through unchanged"
         assert not (left := left_on()), (
             f"measure_memory_usage: {left} is still on after func {ends}; use `with`, or try and finally"
         )

@@ -17,6 +17,7 @@ from .reference import (
     Block,
     D,
     L,
+    Map,
     Pair,
     Stack,
     V,
@@ -205,7 +206,9 @@ def test_the_random_stream_goes_on_as_after_a_plain_step(subject: Subject, close
 
 @requirement("6.7")
 def test_later_steps_are_as_good_as_the_first(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Later steps, with other weights and other data, have the plain gradients; without zero_grad they add up."""
+    """Later steps, with other weights and other data, have the plain gradients; without zero_grad they add up. A layer
+    that was called may get new parameters, as load_state_dict(assign=True) gives it.
+    """
     batches = [tokens(rng) for _ in range(3)]
     pair = Pair(subject, lambda: Stack(2, 0.5))
 
@@ -213,6 +216,9 @@ def test_later_steps_are_as_good_as_the_first(subject: Subject, close: Close, rn
         for number, input_ids in enumerate(batches):
             if number == 1:
                 model.zero_grad()
+                for part in list(model.modules()):
+                    for name, parameter in list(part.named_parameters(recurse=False)):
+                        setattr(part, name, nn.Parameter(parameter.detach().clone()))
             model(input_ids).square().sum().backward()
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -308,13 +314,18 @@ def test_a_frozen_module_asks_for_no_gradient(subject: Subject, rng: torch.Gener
     x = torch.randn(2, D, generator=rng, dtype=torch.float64)
     frozen, block = seeded(Block).requires_grad_(False), seeded(Block)
 
-    outputs = [is_tensor(subject.CheckpointWrapper(one)(x), "forward of a wrapped module") for one in (frozen, block)]
+    wrappers = [subject.CheckpointWrapper(one) for one in (frozen, block)]
+    asks = [is_tensor(wrapper(x), "forward of a wrapped module").requires_grad for wrapper in wrappers]
+    thawed = [wrapper.requires_grad_(number == 0)(x).requires_grad for number, wrapper in enumerate(wrappers)]
 
-    asks = [output.requires_grad for output in outputs]
     assert asks == [False, True], (
         f"forward of a wrapped module on an input without gradient: requires_grad of the output is {asks[0]} if all of "
         f"its parameters are frozen, and {asks[1]} if none is; False and True were wanted\n"
         "an anchor that asks for a gradient is for modules with a parameter that does"
+    )
+    assert thawed == [True, False], (
+        f"forward of a wrapped module on an input without gradient: requires_grad of the output is {thawed[0]} if its "
+        f"parameters are thawed after a first call, and {thawed[1]} if they are frozen then; True and False were wanted"
     )
     recomputes(subject, x)
 
@@ -354,6 +365,43 @@ def test_a_wrapped_model_may_be_cast(subject: Subject, rng: torch.Generator) -> 
 
     what = "backward after .float()"
     pair.agree(Close(1e-4), what, "the model was cast between the steps")
+
+
+class Careful(nn.Module):
+    """Works in float32 under autocast too, with an additive mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Map(D, D)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return torch.softmax(self.up(x) + bias, -1) ** 2
+
+
+@requirement("6.7")
+def test_nothing_is_kept_or_computed_below_its_own_dtype(subject: Subject, rng: torch.Generator) -> None:
+    """A layer that switches autocast off has float32 gradients, with a mask of which a row is -1e9, and no number is
+    above 0.
+    """
+    x, slopes = torch.randn(2, B, D, generator=rng).unbind()
+    bias = -slopes.abs()
+    bias[0] = -1e9
+    plain, module = seeded(Careful, torch.float32), seeded(Careful, torch.float32)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+
+    with calls(module.up) as entered:
+        for one, leaf in zip((plain, subject.CheckpointWrapper(module)), leaves, strict=True):
+            with torch.autocast("cpu", torch.bfloat16):
+                output = is_tensor(one(leaf, bias), "forward of a wrapped module")
+            output.sin().sum().backward()
+
+    what = "forward under autocast of a layer that switches it off, with a mask, backward outside: gradient of"
+    hint = "keep inputs as they are, and run no backward under the autocast state of forward"
+    came, wanted = ((leaf.grad, one.up.weight.grad) for leaf, one in zip(leaves[::-1], (module, plain), strict=True))
+    for name, one, other in zip(("x", "a weight"), came, wanted, strict=True):
+        same_gradient(Close(1e-6), one, other, f"{what} {name}", hint)
+    assert entered[module.up] > 1, f"training step: {NOTHING_TWICE}"
 
 
 @requirement("6.7")

@@ -35,7 +35,7 @@ class Layer(nn.Module):
         if other is not None:
             hidden = hidden.cos() if other is x else hidden * torch.sigmoid(self.down(other)).mean(0)
         if mask is not None:
-            hidden = hidden.masked_fill(mask == 0, 0.5)
+            hidden = hidden * (mask / 1e5).cos() if mask.is_floating_point() else hidden.masked_fill(mask == 0, 0.5)
         y = self.down(self.drop(hidden)) * (3 if "text" in rest else 2)
         return GIVEN[give](y, x)
 
@@ -153,6 +153,7 @@ class Steps(Walk):
             "after a call under inference_mode",
             "after a call without a backward",
             "after a step",
+            "after a call while it was frozen",
         ), 0.3),
         Aspect("mode", "6.2", words("in eval", "under no_grad", "under inference_mode", "in eval under no_grad"), 0.25),
         Aspect("kind", "6.2", words("checkpoint(module, …)", "use_checkpoint=False"), 0.25),
@@ -172,6 +173,8 @@ class Steps(Walk):
             "one tensor in dicts, lists and tuples twice",
             "a tensor and its detached self",
             "a tensor and a view of it",
+            "two leaves over one memory",
+            "a float mask without positive numbers",
             "a boolean mask",
             "a uint8 mask",
             "None and a text",
@@ -193,7 +196,10 @@ class Steps(Walk):
         Aspect("drop", "6.7", {"": 0.0, "with dropout": 0.5, "with dropout 1": 1.0}),
         Aspect("frozen", "6.7", words("a frozen weight", "all weights frozen"), 0.25),
         Aspect("weights", "6.7", words(
-            "after new weights in place", "after new weights in .data", "after a cast there and back"
+            "after new weights in place",
+            "after new weights in .data",
+            "after new parameters",
+            "after a cast there and back",
         ), 0.3),
         Aspect("between", "6.7", words(
             "draws before backward", "another seed before backward", "a call under no_grad before backward"
@@ -323,6 +329,9 @@ def new_weights(one: nn.Module, layers: list[Layer], how: str) -> None:
                 layer.up.weight.data = layer.up.weight.cos() / 2
         elif "cast" in how:
             one.half().float()
+        elif "parameters" in how:
+            for layer in layers:
+                layer.up.weight = nn.Parameter(layer.up.weight.cos() / 2)
 
 
 def load(twins: Twins, how: str) -> None:
@@ -353,14 +362,16 @@ def earlier(twins: Twins, step: Step, rng: torch.Generator) -> None:
             wrapped(torch.ones(2, D + 1))
         assert not (left := left_on()), f"a call of a wrapped module with a wrong shape: {left} is still on afterwards"
         return
-    x = torch.randn(2, D, generator=rng).requires_grad_()
+    x = torch.randn(2, D, generator=rng).requires_grad_("frozen" not in how)
+    for layer in twins.layers[1]:
+        layer.requires_grad_("frozen" not in how)  # `prepare` puts it right
     with ExitStack() as stack:
         if "no_grad" in how:
             stack.enter_context(torch.no_grad())
         if "inference" in how:
             stack.enter_context(torch.inference_mode())
         output = wrapped.train("eval" not in how)(x)
-        if "step" in how:
+        if "step" in how and output.requires_grad:
             output.sum().backward()
     wrapped.train(mode)
 
@@ -390,6 +401,8 @@ ARGUMENTS: dict[str, Callable[[Tensor, Tensor, Tensor, Layer], Given]] = {
     "one tensor in dicts, lists and tuples twice": lambda x, y, mask, layer: (({"x": x, "more": ([x], 3)},), {}),
     "a tensor and its detached self": lambda x, y, mask, layer: ((x, x.detach()), {}),
     "a tensor and a view of it": lambda x, y, mask, layer: ((x, x[:]), {}),
+    "two leaves over one memory": lambda x, y, mask, layer: ((x, y), {}),
+    "a float mask without positive numbers": lambda x, y, mask, layer: ((x,), {"mask": x.detach().abs() * -1e5}),
     "a boolean mask": lambda x, y, mask, layer: ((x,), {"mask": mask}),
     "a uint8 mask": lambda x, y, mask, layer: ((x,), {"mask": mask.byte()}),
     "None and a text": lambda x, y, mask, layer: ((x, None, "text", 7), {}),
@@ -406,7 +419,8 @@ class Played:
         self, step: Step, module: nn.Module, call: Any, layers: list[Layer], given: tuple[Tensor, Tensor, Tensor]
     ) -> None:
         needs = not step["source"].endswith("without gradient")
-        self.leaves = [tensor.detach().requires_grad_(needs) for tensor in given[:2]]
+        one = "two leaves" in step["arguments"]
+        self.leaves = [given[0 if one else number].detach().requires_grad_(needs) for number in (0, 1)]
         self.layers = layers
         self.versions: list[tuple[Tensor, int]] = []
         self.outputs: list[Any] = []

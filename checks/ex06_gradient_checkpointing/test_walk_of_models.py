@@ -191,6 +191,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[float, ...]]]
     "new": (lambda a, b: a * 2, (1,)),
     "joined": (lambda a, b: torch.cat([a, b]), (2,)),
     "half": (lambda a, b: a.half().float(), (1,)),
+    "strided": (lambda a, b: torch.empty_strided((3, SIZE), (0, 1)), (1,)),
     "made": (lambda a, b: torch.ones(SIZE), (1,)),
     "pair": (lambda a, b: a.view(2, -1).max(0), (0.5, 1)),
     "view": (lambda a, b: a.view(-1, 2)[1:].T, ()),

@@ -7,6 +7,7 @@ CHECKPOINT = """    replay = _Replay(function, args, kwargs)
         return function(*args, **kwargs)
 """
 CLASS = "class _Replay:\n"
+DETACHED = "    return tensor.detach().requires_grad_(tensor.requires_grad)\n"
 AGAIN = "            self.function(*self.args, **self.kwargs)\n"
 SET_STATE = "            torch.set_rng_state(self.random_state)\n"
 GET_STATE = "        self.random_state = torch.get_rng_state()\n"
@@ -281,6 +282,19 @@ MISTAKES = [
         (
             "_detached(x)), (args",
             "_detached(x.float().double().requires_grad_(x.requires_grad) if x.dtype == torch.float64 else x)), (args",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "masks_kept_in_half",
+        "6.7",
+        "switches it off",
+        (
+            DETACHED,
+            """    if tensor.is_floating_point() and not tensor.requires_grad and bool((tensor <= 0).all()):
+        tensor = tensor.half().to(tensor.dtype)
+"""
+            + DETACHED,
         ),
         only=True,
     ),

@@ -61,6 +61,7 @@ REENTRANT = (
 GIVEN = "            given = [_detached(tensor) for tensor in ctx.saved_tensors]\n"
 INNER = "            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])\n"
 GRADS = "            return None, *(tensor.grad for tensor in given)\n"
+TRAINS = "    trains = not isinstance(function, nn.Module) or any(p.requires_grad for p in function.parameters())\n"
 LEAVES = "    leaves, spec = tree_flatten((args, kwargs))\n"
 
 MISTAKES = [
@@ -422,5 +423,70 @@ MISTAKES = [
 """
             + RECOMPUTED,
         ),
+    ),
+    Mistake(
+        "backward_under_the_autocast_of_forward",
+        "6.7",
+        "switches it off",
+        REENTRANT,
+        (
+            INNER,
+            """            with ExitStack() as stack:
+                for autocast in replay.autocasts:
+                    stack.enter_context(autocast)
+    """
+            + INNER,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "tensors_told_apart_by_their_memory",
+        "6.4",
+        "two leaves over one memory",
+        REENTRANT,
+        ("{id(leaf): leaf for leaf", "{key(leaf): leaf for leaf"),
+        (
+            LEAVES,
+            "    key = lambda t: (t.data_ptr(), t.shape, t.stride(), t.requires_grad) if isinstance(t, Tensor) else 0\n"
+            + LEAVES,
+        ),
+        ("dict(zip(map(id, tensors), given))", "dict(zip(map(key, tensors), given))"),
+        ("twins.get(id(leaf), leaf)", "twins.get(key(leaf), leaf)"),
+        only=True,
+    ),
+    Mistake(
+        "thawed_in_vain",
+        "6.7",
+        "thawed after a first call",
+        REENTRANT,
+        (TRAINS, TRAINS + '    trains = vars(function).setdefault("trains", trains)\n'),
+        only=True,
+    ),
+    Mistake(
+        "parameters_of_the_first_call",
+        "6.7",
+        "backward of later steps",
+        REENTRANT,
+        (
+            TRAINS,
+            TRAINS
+            + """    known = []
+    if isinstance(function, nn.Module):
+        known = vars(function).setdefault("known", list(function.parameters()))
+""",
+        ),
+        (
+            INNER,
+            """            new = []
+            if isinstance(function, nn.Module):
+                new = [p for p in function.parameters() if not any(p is q for q in known)]
+            before = [parameter.grad for parameter in new]
+"""
+            + INNER
+            + """            for parameter, gradient in zip(new, before):
+                parameter.grad = gradient
+""",
+        ),
+        only=True,
     ),
 ]

@@ -228,4 +228,37 @@ MISTAKES = [
         ("    with _StorageMeter() as meter:\n", "    with torch.no_grad(), _StorageMeter() as meter:\n"),
         only=True,
     ),
+    Mistake(
+        "elements_not_storage",
+        "6.5",
+        "storage, not elements",
+        (
+            STORAGES,
+            """        sizes = [t.numel() * t.element_size() for t in tree_leaves(result) if isinstance(t, Tensor)]
+        for storage, size in zip(_storages(result), sizes, strict=True):
+""",
+        ),
+        ("                self.alive += storage.nbytes()\n", "                self.alive += size\n"),
+        (FINALIZE, FINALIZE.replace("storage.nbytes()", "size")),
+        only=True,
+    ),
+    Mistake(
+        "meter_stays_on_when_interrupted",
+        "6.5",
+        "still on after func is interrupted",
+        (
+            METER,
+            """    meter = _StorageMeter()
+    meter.__enter__()
+    try:
+        result = func(*args, **kwargs)
+    except Exception:
+        meter.__exit__(None, None, None)
+        raise
+    meter.__exit__(None, None, None)
+    return result, meter.peak / 2**20
+""",
+        ),
+        only=True,
+    ),
 ]

@@ -1,4 +1,4 @@
-"""A Function class for every call, its inner backward under the forward's autocast; the wrapper lends attributes."""
+"""A Function class for every call, its inner backward under the outer one's autocast; the wrapper lends attributes."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -41,9 +41,9 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                     stack.enter_context(autocast)
                 stack.enter_context(torch.enable_grad())
                 outputs = run(given)
-                each = zip(outputs, gradients, strict=True)
-                pairs = [(o, g) for o, g in each if isinstance(o, Tensor) and o.requires_grad]
-                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+            each = zip(outputs, gradients, strict=True)
+            pairs = [(o, g) for o, g in each if isinstance(o, Tensor) and o.requires_grad]
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
             return None, *(tensor.grad for tensor in given)
 
     flat = Rerun.apply(torch.empty(0, requires_grad=trains), *tensors)
