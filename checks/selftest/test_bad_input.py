@@ -122,7 +122,7 @@ def test_slowness_ends_too(judged: Callable[..., dict[str, Any]]) -> None:
     verdict = judged("ex01", {"slow": in_forward("import time; time.sleep(0.3)")}, "code", seconds=3.0)["slow"]
 
     messages = [result["message"] for result in verdict["results"] if result["outcome"] != "passed"]
-    assert messages[0] == "did not end: the checks of this exercise have taken 3 s together", messages[0]
+    assert messages[0].startswith("did not end: the checks of this exercise have taken 3 s together"), messages[0]
     assert set(messages[1:]) == {"not run after the hang"}
 
 

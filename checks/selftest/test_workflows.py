@@ -176,7 +176,7 @@ def tampered(top: Path) -> None:
     (top / "exercises" / SECOND).write_text(
         f"""import os
 print({SPOOF!r}, flush=True)
-os.system("echo '{SPOOF}'")
+os.write(1, {SPOOF!r}.encode())
 for descriptor in (1, 2):
     try:
         open(f"/proc/{{os.getppid()}}/fd/{{descriptor}}", "w").write("{SPOOF}\\n")

@@ -140,7 +140,7 @@ def save(request: Request, judge: Judge) -> int:
     names = ", ".join(exercise.id for exercise in stale) or "nothing new"
     took = f"{time.strftime('%H:%M:%S')} judged {names} in {time.perf_counter() - started:.2f} s"
     then = "make watch judges every save" if request.once else "waiting for the next save, Ctrl-C ends"
-    terminal.line(out, f"{took}; {then}")
+    out.print(f"{took}; {then}", soft_wrap=True)  # Editors wait for it: it is one line everywhere.
     return 0
 
 

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from harness.model.limits import FILE_BYTES, LINE_CHARACTERS, MESSAGE_LINES
 
+# What stands beside a text that was cut: that it was, and where it comes from.
+_BESIDE = 4
+
 
 class LoadError(Exception):
     """A submission's file cannot be used. `line` is where, 0 if nowhere in particular; `missing` says that there is
@@ -58,9 +61,11 @@ def isolated(path: Path, folder: Path) -> Path:
 
 def bounded(text: str) -> str:
     """A text of the learner's making, cut to what people read."""
-    lines = text[: MESSAGE_LINES * LINE_CHARACTERS].splitlines()
+    lines = text[: 2 * MESSAGE_LINES * LINE_CHARACTERS].splitlines()
+    if len(lines) <= MESSAGE_LINES + _BESIDE and all(len(line) <= LINE_CHARACTERS for line in lines):
+        return text
     kept = "\n".join(line[:LINE_CHARACTERS] for line in lines[:MESSAGE_LINES])
-    return kept if len(kept) >= len(text.rstrip("\n")) else f"{kept}\n… cut: {len(text):,} characters in all"
+    return f"{kept}\n… cut: {len(text):,} characters in all"
 
 
 def describe(error: BaseException) -> str:
