@@ -7,33 +7,36 @@ sinusoidal embedding, which is added.
 
 Requirements
 2.1 (correctness) Apply rotation matrices to query and key vectors: `forward` equals an explicit 2×2 rotation of every
-    pair, for inputs with any strides. Scores of turned queries and keys depend on the distance between their
-    positions alone, and do change with it. Inputs are never written to, not even to be restored.
+    pair, to 2e-5 at positions below 64, for inputs with any strides. Scores of turned queries and keys depend on the
+    distance between their positions alone, and do change with it. Inputs are never written to, not even to be
+    restored.
 2.2 (correctness) Turn different dimensions at different frequencies: pair i turns by `base**(-2i/dim)` per position,
     for every base and every even dim.
 2.3 (efficiency) Handle variable lengths efficiently: lengths and dtypes come in any order and give what a fresh
     module gives, also after a move to another device. Positions below the largest seq_len so far cost no cosine,
     sine, `polar` or complex exponential again while the device stays the same, whatever lengths and dtypes came
-    between; a call that needs more may make the table anew and compute ahead. Nothing that depends on positions is in
-    the state_dict: it loads into a module with another max_position_embeddings, or one that has seen other lengths.
-    Between calls a module keeps its tables alone: no input, no mask, no result.
-2.4 (correctness) Be compatible with multi-head attention: queries and keys are turned, values are not. Output and
-    gradients equal the formula's with the same weights, with causal, padding and per-head masks of every 0/1 dtype,
-    and with scores around -1000 or 1000. A fully masked row (of one head, too) has zero weights; if it is masked in
-    all heads, its output is o_proj's bias, never NaN. Padding of 1e6 changes nothing, and a masked key has no weight
-    however low the other scores are (-1e6). Weights and mask may change between calls, in place too; x and mask are
-    never written to.
+    between; a call that needs more may make the table anew and compute ahead, and so may the first call after a cast
+    of the module. Nothing that depends on positions is in the state_dict: it loads into a module with another
+    max_position_embeddings, or one that has seen other lengths. Between calls a module keeps its tables alone: no
+    input, no mask, no result.
+2.4 (correctness) Be compatible with multi-head attention: queries and keys are turned, values are not. Output (to 2e-5)
+    and gradients (to 1e-4) equal the formula's with the same weights, with causal, padding and per-head masks of every
+    0/1 dtype, and with scores around -1000 or 1000. A fully masked row (of one head, too) has zero weights; if it is
+    masked in all heads, its output is o_proj's bias, never NaN. Padding of 1e6 changes nothing, and a masked key has
+    no weight however low the other scores are (-1e6 in float32 and float64). Weights and mask may change between
+    calls, in place too; x and mask are never written to.
 2.5 (correctness) Compare RoPE with sinusoidal embeddings: `sinusoidal_position_embedding` equals the paper's formula.
-    `compare_position_embeddings` measures "sinusoidal" to 1e-3, and "rope" below 1e-3, the same in every call.
+    `compare_position_embeddings` measures "sinusoidal" to 1e-3, and "rope" below 1e-3, the same in every call. What a
+    caller does to the results of either changes no later call.
 2.6 (correctness) Decode step by step with `RotaryPositionEmbedding` and seq_len (the attention layer has no cache): a
     prefill, then one token or several at a time, gives what the full pass gives, also beyond max_position_embeddings.
 2.7 (robustness) Keep precision: per unit length of the pair, the result is within 2e-5 of float64 at positions below
-    64 and within 5e-4 up to 4000, also in a float32 call after `.to(bfloat16)` and back, and in half precision but
-    for the rounding of the result (2**-11 of it in float16, 2**-8 in bfloat16). The result has x's dtype, the
-    attention layer's too, with a mask of any dtype; its output is within 2e-5 in float32 and float64: nothing is
-    computed below x's dtype. Precision counts here alone: elsewhere 1e-2 is near enough. A first call in
-    inference_mode does no harm to training later. Gradients flow through the rotation, step after step, also in eval
-    and in half precision.
+    64 and within 5e-4 up to 4000, also in a float32 call after `.to(bfloat16)` and back or after a first call under
+    autocast, and in half precision but for the rounding of the result (2**-11 of it in float16, 2**-8 in bfloat16).
+    The result has x's dtype, the attention layer's too, with a mask of any dtype; its output is within 2e-5 in float32
+    and float64: nothing is computed below x's dtype. Where no number is given, 1e-2 is near enough; 2.4 takes the
+    turns as your rotary_emb gives them. A first call in inference_mode does no harm to training later. Gradients flow
+    through the rotation, step after step, also in eval and in half precision.
 2.8 (robustness) Refuse bad input: an odd dim (of a head, too: name its dim or d_model), a seq_len below the number of
     rows, a d_model that num_heads does not divide, and a mask of a bad shape, each by a ValueError that names the
     numbers.

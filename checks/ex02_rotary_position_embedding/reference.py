@@ -39,10 +39,10 @@ def turned_pairs(x: Tensor, angles: Tensor) -> Tensor:
     return torch.complex(*x.double().chunk(2, dim=-1)).mul_(turn)
 
 
-def turned(x: Tensor, positions: Tensor) -> Tensor:
+def turned(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     """Every pair of x, turned by an explicit 2×2 matrix, in float64."""
     dim = x.size(-1)
-    angles = angles_of(positions, dim)
+    angles = angles_of(positions, dim, base)
     matrices = torch.stack((angles.cos(), -angles.sin(), angles.sin(), angles.cos()), dim=-1).unflatten(-1, (2, 2))
     pairs = torch.stack((x[..., : dim // 2], x[..., dim // 2 :]), dim=-1).double()
     out = (matrices @ pairs.unsqueeze(-1)).squeeze(-1)
@@ -67,17 +67,23 @@ def agree(
     *,
     hint: str = "",
     tolerance: float = ROUGH,
+    base: float = 10000.0,
     inside: "Turns | None" = None,
 ) -> None:
     """forward, called `inside` a probe, turns every pair of x by its angle, in whatever dtype the result comes."""
     last = x.size(-2) if seq_len is None else seq_len
-    expected = turned(x.detach(), torch.arange(last - x.size(-2), last))
+    expected = turned(x.detach(), torch.arange(last - x.size(-2), last), base)
 
     with inside or nullcontext():
         actual = rope(x) if seq_len is None else rope(x, seq_len)
 
     what = f"forward({x.size(-2)} rows of {named(x.dtype)}{'' if seq_len is None else f', seq_len={seq_len}'})"
     close(is_tensor(actual, what, hint).detach().double(), expected, what, tolerance=tolerance, hint=hint)
+
+
+def shapes(module: Any) -> dict[str, Any]:
+    """What a state_dict holds, by name, and how large it is."""
+    return {name: getattr(value, "shape", None) for name, value in module.state_dict().items()}
 
 
 class Turns(DispatchMode):
@@ -187,15 +193,20 @@ def formula(
     mask: Tensor | None = None,
     weights: dict[str, Tensor] | None = None,
     heads: int = H,
+    own_turns: bool = False,
 ) -> Tensor:
-    """The formula in float64, with the layer's weights or those given."""
+    """The formula in float64, with the layer's weights or those given; it may turn as the layer's rotary_emb does."""
     weights = weights or weights_of(attention)
     positions = torch.arange(x.size(1))
     q, k, v = (
         (x.double() @ weights[f"{name}.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    scores = turned(q, positions) @ turned(k, positions).mT / q.size(-1) ** 0.5
+    if own_turns:
+        q, k = (is_tensor(attention.rotary_emb(rows.to(x.dtype)), "rotary_emb(q)").double() for rows in (q, k))
+    else:
+        q, k = turned(q, positions), turned(k, positions)
+    scores = q @ k.mT / q.size(-1) ** 0.5
     if mask is not None:
         scores = scores.masked_fill(mask == 0, float("-inf"))
     context = scores.softmax(-1).nan_to_num(0.0) @ v

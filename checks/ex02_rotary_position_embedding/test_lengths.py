@@ -200,11 +200,12 @@ def test_state_dict_holds_no_positions(subject: Subject, close: Close, rng: torc
         subject.RotaryPositionEmbedding(DH, size) if layer == "rotation" else build(subject, size) for size in (4, 16)
     )
     before = deepcopy(few.state_dict())
-    few(rows(rng, 40) if layer == "rotation" else some_x(rng, 40))
+    for length in (3, 40, 90):
+        few(rows(rng, length) if layer == "rotation" else some_x(rng, length))
 
     hint = "tables of positions are plain attributes or buffers with persistent=False"
     for state, what in (
-        (few.state_dict(), "after a call with 40 rows"),
+        (few.state_dict(), "after calls with 3, 40 and 90 rows"),
         (many.state_dict(), "with another max_position_embeddings"),
     ):
         assert state.keys() == before.keys(), (

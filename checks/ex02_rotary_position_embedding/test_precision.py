@@ -19,6 +19,7 @@ from .reference import (
     ROUNDING,
     B,
     L,
+    agree,
     build,
     formula,
     named,
@@ -102,6 +103,17 @@ def test_a_float32_call_is_precise(
         rope = rope.to(dtype)
 
     precise(rope, x, f"forward in float32{''.join(f' after .to({named(dtype)})' for dtype in casts)}")
+
+
+@requirement("2.7")
+def test_a_first_call_under_autocast_keeps_precision(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """What the first call keeps, made under autocast, serves float32 calls later."""
+    rope, x = subject.RotaryPositionEmbedding(DH, 4), rows(rng, 64, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rope(x)
+
+    hint = "the first call was under autocast to bfloat16, where products of float32 matrices are bfloat16"
+    agree(close, rope, x, hint=hint, tolerance=5 * NEAR)
 
 
 @requirement("2.7")

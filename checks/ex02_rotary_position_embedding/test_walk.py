@@ -21,6 +21,7 @@ from .reference import (
     let_go,
     named,
     none_seen,
+    shapes,
     tensors,
     turned_pairs,
     untouched,
@@ -66,6 +67,7 @@ class Rotation:
 
     subject: Subject
     rope: Any
+    shapes: dict[str, Any]
     seen: int = 0
 
 
@@ -75,7 +77,7 @@ class Turning(Walk):
     aspects = (
         # What is looked at comes first: a failure that nothing else shows is blamed on it.
         Aspect("watched", "2.1", {"": False, "inputs watched for writes": True}),
-        Aspect("counted", "2.3", {"": False, "cosines and sines counted": True}, rate=0.3),
+        Aspect("counted", "2.3", {"": False, "cosines and sines counted, state_dict looked at": True}, rate=0.3),
         Aspect("let go", "2.3", {"": False, "x and result let go afterwards": True}, rate=0.2),
         Aspect("gradient", "2.7", {"": False, "x asks for a gradient": True}),
         Aspect("beside", "2.3", {"": 0, "beside a module of base 50": 50, "beside one of base 3e6": 3e6}, rate=0.15),
@@ -86,7 +88,7 @@ class Turning(Walk):
                 "": (10, 1e4),
                 "dim 2": (2, 1e4),
                 "dim 34, base 500000.0": (34, 500000.0),
-                "dim 14, base 100": (14, 100),
+                "dim 14, base 0.9": (14, 0.9),
                 "dim 6, base 2": (6, 2),
                 "dim 256, base 1e6": (256, 1e6),
             },
@@ -147,7 +149,8 @@ class Turning(Walk):
     otherwise = "2.1"
 
     def begin(self, subject: Subject) -> Rotation:
-        return Rotation(subject, subject.RotaryPositionEmbedding(10, 6))
+        rope = subject.RotaryPositionEmbedding(10, 6)
+        return Rotation(subject, rope, shapes(rope))
 
     def step(self, state: Rotation, step: Step) -> None:
         rng, dtype, (dim, base) = step.rng(), step["dtype"], step["module"]
@@ -188,6 +191,8 @@ class Turning(Walk):
         same(result, x, angles, what, exactness(step, 1.01 * ROUNDING.get(dtype, 0.0)))
         if counted:
             none_seen(counted, f"{what} after a call up to position {seen - 1}")
+        if step["counted"] and rope is state.rope:
+            assert shapes(rope) == state.shapes, f"{what}: the state_dict is another after it; it holds no positions"
         if step["watched"]:
             for name, tensor, (version, copy) in zip(("x", "cos", "sin"), tensors(given), before, strict=False):
                 untouched(tensor, version, copy, f"{name} of {what}")

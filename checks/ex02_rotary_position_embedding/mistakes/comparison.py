@@ -127,4 +127,29 @@ MISTAKES = [
         only=True,
     ),
     Mistake("rope_rounded", "2.5", "round", (CHANGE, f"round({CHANGE}, 7)"), only=True),
+    Mistake(
+        "comparison_remembered",
+        "2.5",
+        "the same arguments",
+        (RESULT, MEASURED + "    return REMEMBERED.setdefault((seq_len, dim, shift), measured)\n"),
+        (
+            "def compare_position_embeddings(",
+            "REMEMBERED: dict[tuple[int, int, int], dict[str, float]] = {}\n\n\ndef compare_position_embeddings(",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "sinusoidal_table_handed_out_again",
+        "2.5",
+        "even features",
+        (
+            SINUS,
+            SINUS.replace("return ", "table = ") + "    return EMBEDDINGS.setdefault((seq_len, dim), table)\n",
+        ),
+        (
+            "def sinusoidal_position_embedding(",
+            "EMBEDDINGS: dict[tuple[int, int], Tensor] = {}\n\n\ndef sinusoidal_position_embedding(",
+        ),
+        only=True,
+    ),
 ]

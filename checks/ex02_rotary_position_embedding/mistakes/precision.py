@@ -181,4 +181,14 @@ MISTAKES = [
         "off by",
         (TABLE, "        return angles.cos().half().float(), angles.sin().half().float()\n"),
     ),
+    Mistake(
+        "angles_by_a_product_under_autocast",
+        "2.7",
+        "autocast",
+        (
+            ANGLES,
+            "        angles = (positions.float()[:, None] @ (self.base**-exponents).float()[None]).repeat(1, 2)\n",
+        ),
+        only=True,
+    ),
 ]

@@ -202,4 +202,13 @@ MISTAKES = [
         (ANGLES, ANGLES.replace("self.base**-exponents", "self.base ** -exponents.clamp(max=0.88)")),
         only=True,
     ),
+    Mistake(
+        "frequencies_clamped_to_1",
+        "2.2",
+        "base 0.9",
+        (
+            "torch.outer(positions, self.base**-exponents)",
+            "torch.outer(positions, (self.base**-exponents).clamp(max=1))",
+        ),
+    ),
 ]

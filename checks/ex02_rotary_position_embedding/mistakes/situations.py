@@ -257,4 +257,18 @@ MISTAKES = [
         (CHANGE, CHANGE.replace("[:seq_len, :seq_len]", "[:max(seq_len, 2), :max(seq_len, 2)]")),
         only=True,
     ),
+    Mistake(
+        "causal_by_its_first_row",
+        "2.4",
+        "row 2 may attend",
+        (
+            TO_BOOL,
+            TO_BOOL
+            + """\
+            if mask.size(2) > 8 and not mask.is_meta and not mask[:, :, 0, 1:].any():
+                mask = mask.tril()
+""",
+        ),
+        only=True,
+    ),
 ]

@@ -225,4 +225,52 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "tables_shared_by_the_whole_part_of_the_base",
+        "2.2",
+        "what do they share",
+        (INIT, "        self._cos = self._sin = torch.empty(0, dim)\n"),
+        (
+            TURN,
+            """\
+        key = (self.dim, int(self.base), x.device)
+        if key not in self.shared or len(self.shared[key][0]) < seq_len:
+            self.shared[key] = (self._cos, self._sin)
+        self._cos, self._sin = self.shared[key]
+"""
+            + TURN,
+        ),
+        (NO_INFERENCE, "    shared: dict = {}\n\n" + NO_INFERENCE),
+    ),
+    Mistake(
+        "a_refused_mask_is_accepted_the_second_time",
+        "2.8",
+        "was wanted",
+        (HEADS, HEADS + "        self._known: set = set()\n"),
+        (
+            CHECK,
+            """\
+            known = (mask.shape, scores_shape) in self._known
+            self._known.add((mask.shape, scores_shape))
+            if not known:
+                self._check_mask(mask, scores_shape)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "tables_persist_once_they_grow_between_calls",
+        "2.3",
+        "state_dict",
+        (INIT, INIT + "        self._known_rows = 0\n"),
+        (
+            TURN,
+            """\
+        if len(self._cos) != self._known_rows and self._known_rows and not x.is_meta:
+            self.register_buffer("table", self._cos.clone())
+        self._known_rows = len(self._cos)
+"""
+            + TURN,
+        ),
+    ),
 ]
