@@ -27,7 +27,7 @@ LIBRARY = os.path.realpath(Path(torch.__file__).parent)
 # What reads source text to make scripts of it.
 _SCRIPTS = (f"{LIBRARY}/jit/", f"{LIBRARY}/_jit_internal.py", f"{LIBRARY}/_sources.py")
 # What runs a text for whoever asks.
-_RUNNERS = ("/runpy.py", "/code.py", "/timeit.py")
+_RUNNERS = ("/runpy.py", "/code.py")
 _PACKAGES = frozenset({"torch", "numpy", *sys.stdlib_module_names})
 # What was noted in this process, in words.
 notes: list[str] = []
