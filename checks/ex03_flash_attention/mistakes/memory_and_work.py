@@ -186,6 +186,43 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "blocks_of_4_at_least",
+        "3.1",
+        "one_by_one",
+        (APPLY, APPLY.replace("self.block_size", "max(self.block_size, 4)")),
+        only=True,
+    ),
+    Mistake(
+        "positions_kept_beside_the_module",
+        "3.1",
+        "stay behind",
+        (
+            DIAGONAL,
+            DIAGONAL
+            + """\
+        if causal and self.m != self.n:
+            kept = _Blocks.__dict__.get("kept")
+            if kept is None or kept.numel() < self.m:
+                _Blocks.kept = torch.arange(self.m, device=Q.device)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "left_over_rows_one_by_one",
+        "3.5",
+        "left over",
+        (
+            ROWS,
+            """\
+        whole = self.n // self.size * self.size if self.n > self.size else self.n
+        tail = (slice(start, start + 1) for start in range(whole, self.n))
+        return iter([*self._slices(whole), *tail])
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "heads_kept_for_a_later_look",
         "3.1",
         "leaves",
