@@ -80,7 +80,7 @@ MISTAKES = [
         (ROWS, "        return iter([slice(0, self.n)])\n"),
         (BUFFER, BUFFER.replace("n * m", "self.n * m")),
     ),
-    Mistake("block_size_ignored", "3.1", "block_size = 2", (DIAGONAL, "        self.size = 128\n" + DIAGONAL)),
+    Mistake("block_size_ignored", "3.1", "block_size = 1", (DIAGONAL, "        self.size = 128\n" + DIAGONAL)),
     Mistake(
         "weights_kept_at_inference",
         "3.1",
