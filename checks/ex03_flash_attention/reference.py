@@ -122,11 +122,13 @@ EXACT = 2e-5  # float32 against float64
 ABOUT = 1e-2  # where costs are counted
 
 
-def wide(subject: Subject, rng: torch.Generator, n: int, m: int, block: int = WIDE) -> tuple[Any, list[Tensor]]:
+def wide(
+    subject: Subject, rng: torch.Generator, n: int, m: int, block: int = WIDE, width: int = SLIM
+) -> tuple[Any, list[Tensor]]:
     """A float32 module of one head, and Q, K, V of batch 1."""
     seed(1)
-    given = [torch.randn(1, 1, length, SLIM, generator=rng) for length in (n, m, m)]
-    return subject.FlashAttention(SLIM, 1, block), given
+    given = [torch.randn(1, 1, length, width, generator=rng) for length in (n, m, m)]
+    return subject.FlashAttention(width, 1, block), given
 
 
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_", "mv", "addmv", "dot")

@@ -142,19 +142,21 @@ def test_nothing_may_be_attended_to(subject: Subject, close: Close, rng: torch.G
 @requirement("3.2")
 def test_causal_queries_before_the_first_key(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """With more queries than keys, the first causal ones may attend to nothing."""
-    n = 3 * BLOCK
-    given = inputs(rng, n, BLOCK)
-    expected, _ = reference(given, causal=True)
+    attention = build(subject)
 
-    output, logsumexp = attend(build(subject), given, causal=True)
+    for n, m in ((3 * BLOCK, BLOCK), (3, 1), (2 * BLOCK + 1, 1)):
+        given = inputs(rng, n, m)
+        expected, _ = reference(given, causal=True)
 
-    assert output.shape == expected.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
-    if not torch.allclose(output[:, :, -BLOCK:].double(), expected[:, :, -BLOCK:]):
-        return  # The queries and keys are not aligned; 3.3 says so.
-    hint = f"query i sees the keys j <= i + M - N: with N = {n} and M = {BLOCK} the first {n - BLOCK} see none"
-    close(output, expected, f"{CALL}, causal: output", hint=hint, tolerance=NEAR)
-    close(logsumexp[:, :, :-BLOCK].double(), torch.full((B, H, n - BLOCK), -INF, dtype=torch.float64),
-          f"{CALL}, causal: logsumexp of the first {n - BLOCK} queries", hint=hint)  # fmt: skip
+        output, logsumexp = attend(attention, given, causal=True)
+
+        assert output.shape == expected.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
+        if not torch.allclose(output[:, :, -m:].double(), expected[:, :, -m:]):
+            return  # The queries and keys are not aligned; 3.3 says so.
+        hint = f"query i sees the keys j <= i + M - N: with N = {n} and M = {m} the first {n - m} see none"
+        close(output, expected, f"{CALL}, causal: output", hint=hint, tolerance=NEAR)
+        close(logsumexp[:, :, :-m].double(), torch.full((B, H, n - m), -INF, dtype=torch.float64),
+              f"{CALL}, causal: logsumexp of the first {n - m} queries", hint=hint)  # fmt: skip
 
 
 @requirement("3.2")
@@ -203,19 +205,39 @@ def test_gradients_of_large_scores_are_finite(subject: Subject, rng: torch.Gener
 
 
 @requirement("3.2")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_padded_keys_change_nothing(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
-    """Masked keys give what their absence gives, even with values of 1e6."""
-    q, k, v = inputs(rng, m=3 * BLOCK, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "kinds"),
+    [
+        (torch.float32, (torch.bool, torch.float32, torch.int32)),
+        (torch.float64, (torch.float64, torch.int64)),
+    ],
+    ids=["float32", "float64"],
+)
+def test_padded_keys_change_nothing(
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, kinds: tuple[torch.dtype, ...]
+) -> None:
+    """Masked keys give what their absence gives, even with values of 1e6, and no NaN in backward."""
+    q, k, v = inputs(rng, BLOCK, 3 * BLOCK, dtype=dtype)
     kept = BLOCK + 1
     mask = (torch.arange(3 * BLOCK) < kept).view(1, 1, 1, -1)
     expected = reference([q, k[:, :, :kept], v[:, :, :kept]])[0].to(dtype)
     k[:, :, kept:] = v[:, :, kept:] = 1e6
 
-    output, _ = attend(build(subject, dtype=dtype), [q, k, v], mask)
+    given, attention = [x.requires_grad_() for x in (q, k, v)], build(subject, dtype=dtype)
+    for kind in kinds:
+        output, _ = attend(attention, given, mask.to(kind))
 
-    close(output, expected, f"{CALL}: output", tolerance=EXACT,
-          hint="masked keys hold 1e6 and reach the output: make their scores -inf before the maximum")  # fmt: skip
+        what = f"{CALL}, a mask of {kind}: output"
+        close(output, expected, what, tolerance=EXACT,
+              hint="masked keys hold 1e6 and reach the output: make their scores -inf before the maximum")  # fmt: skip
+        if not output.requires_grad:
+            continue  # 3.6 says so.
+        grads = torch.autograd.grad(output, given, torch.ones_like(output), allow_unused=True)
+        for name, grad in zip("QKV", grads, strict=True):
+            assert grad is None or grad.isfinite().all(), (
+                f"backward, masked keys hold 1e6, a mask of {kind}: the gradient of {name} is not finite\n"
+                "hide the scores before the exponential in backward too"
+            )
 
 
 # 3.3 lengths

@@ -460,7 +460,8 @@ class Drawn:
     def _gradients(self, output: Tensor, expected: Tensor, leaves: dict[str, Tensor]) -> None:
         times, layout = self.step["backward"]
         probe = self.randn(*output.shape).to(self.dtype)
-        if layout == "call":
+        if layout == "call":  # with other options
+            self.causal, self.mask = not self.causal, None
             self.call(self.given())
         elif layout == "NHD":
             probe = probe.transpose(-2, 1).contiguous().transpose(-2, 1)

@@ -80,7 +80,7 @@ MISTAKES = [
         (ROWS, "        return iter([slice(0, self.n)])\n"),
         (BUFFER, BUFFER.replace("n * m", "self.n * m")),
     ),
-    Mistake("block_size_ignored", "3.1", "block_size = 2", (DIAGONAL, "        self.size = 128\n" + DIAGONAL)),
+    Mistake("block_size_ignored", "3.1", "block_size = 1", (DIAGONAL, "        self.size = 128\n" + DIAGONAL)),
     Mistake(
         "weights_kept_at_inference",
         "3.1",
@@ -181,6 +181,43 @@ MISTAKES = [
                 for start in range(0, columns.start, blocks.size) if columns.start > blocks.size else ():
                     for _ in range(4):
                         q_rows @ k[:, start : start + blocks.size].to(work).mT
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "blocks_of_4_at_least",
+        "3.1",
+        "one_by_one",
+        (APPLY, APPLY.replace("self.block_size", "max(self.block_size, 4)")),
+        only=True,
+    ),
+    Mistake(
+        "positions_kept_beside_the_module",
+        "3.1",
+        "stay behind",
+        (
+            DIAGONAL,
+            DIAGONAL
+            + """\
+        if causal and self.m != self.n:
+            kept = _Blocks.__dict__.get("kept")
+            if kept is None or kept.numel() < self.m:
+                _Blocks.kept = torch.arange(self.m, device=Q.device)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "left_over_rows_one_by_one",
+        "3.5",
+        "left over",
+        (
+            ROWS,
+            """\
+        whole = self.n // self.size * self.size if self.n > self.size else self.n
+        tail = (slice(start, start + 1) for start in range(whole, self.n))
+        return iter([*self._slices(whole), *tail])
 """,
         ),
         only=True,

@@ -267,6 +267,27 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "positions_in_half_precision",
+        "3.7",
+        "positions",
+        (
+            "        self.diagonal = self.m - self.n if causal else None\n",
+            "        self.diagonal = self.m - self.n if causal else None\n        self.kind = Q.dtype\n",
+        ),
+        (
+            """\
+            above = rows.start + self.diagonal + 1 - columns.start
+            scores.add_(scores.new_full(scores.shape[1:], -math.inf).triu_(above))
+""",
+            """\
+            i = torch.arange(rows.start, rows.stop, device=scores.device).to(self.kind) + self.diagonal
+            j = torch.arange(columns.start, columns.stop, device=scores.device).to(self.kind)
+            scores.masked_fill_(j > i[:, None], -math.inf)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "output_in_float32",
         "3.7",
         "torch.float32",

@@ -127,6 +127,17 @@ MISTAKES = [
             + APPLY,
         ),
     ),
+    Mistake(
+        "causal_of_the_last_call",
+        "3.6",
+        "another call before backward",
+        (SAVE, "        _Blocks.causal = causal\n" + SAVE),
+        (
+            "        causal, scale, block_size = ctx.options\n",
+            "        _, scale, block_size = ctx.options\n        causal = _Blocks.causal\n",
+        ),
+        only=True,
+    ),
     # Far from zero, together with masks
     Mistake(
         "maximum_zero_in_hidden_blocks",
@@ -182,6 +193,26 @@ MISTAKES = [
                     weights.mul_(torch.ones_like(weights[0]).tril_(rows.start + blocks.diagonal - columns.start))
 """,
         ),
+    ),
+    Mistake(
+        "weights_zeroed_after_the_exponential_where_the_mask_is_float",
+        "3.2",
+        "hide the scores before the exponential",
+        (
+            AGAIN,
+            """\
+                if mask is not None and mask.is_floating_point():
+                    torch.baddbmm(shift, q_rows, k_columns.mT, beta=-1, out=scores)
+                    blocks.mask = None
+                    blocks.hide_(scores, rows, columns)
+                    blocks.mask = mask.expand(*blocks.leading, blocks.n, blocks.m)
+                    scores.exp2_().unflatten(0, blocks.leading).mul_(blocks.mask[:, :, rows, columns] != 0)
+                    weights = scores
+                else:
+                    weights = scores.exp2_()
+""",
+        ),
+        only=True,
     ),
     # Special sizes
     Mistake(
@@ -257,6 +288,13 @@ MISTAKES = [
 """
             + SAVE,
         ),
+        only=True,
+    ),
+    Mistake(
+        "one_key_is_never_in_the_future",
+        "3.2",
+        "M = 1",
+        (APPLY, "        causal = causal and K.size(2) > 1\n" + APPLY),
         only=True,
     ),
     Mistake(
