@@ -189,7 +189,8 @@ def test_the_time_counts_while_the_device_is_busy(stage: Stage) -> None:
 
         in_time = stage.calls([requests[3]])[0].came < asked + seconds
         came = [stage.calls([rest])[0].came - opened for rest in (requests[2], requests[5])]
-        if in_time and max(came) < 0.9 * seconds:
+        # Full batches that never go in time are judged elsewhere.
+        if max(came) < 0.9 * seconds and (in_time or seconds >= GROWING[2]):
             return
     raise AssertionError(
         f"max_wait_time {seconds}, max_batch_size 2: the last of three requests, which had waited longer than "
