@@ -30,8 +30,8 @@ Requirements
 4.8 (robustness) Push back: a request that would make more than max_queue_size wait gets QueueFullError at once.
     Requests that run do not count; one that was waiting frees its place as soon as its cancelled caller has ended.
 4.9 (robustness) Shut down cleanly: shutdown serves what is queued, at once, without waiting for max_wait_time, and
-    returns when it is served; nobody hangs. It may be called twice and from any thread but the batcher's, an event
-    loop's own included (which it blocks). add_request raises RuntimeError afterwards. The batcher's threads end.
+    returns when it is served, as later calls do; nobody hangs. It may be called from any thread but the batcher's, an
+    event loop's own included (which it blocks). add_request raises RuntimeError afterwards. The batcher's threads end.
 4.10 (correctness) Write your own test: `test_dynamic_batcher` passes on right code, whoever wrote it, and fails on
     each of the slips listed below.
 4.11 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY, FIRST_NAME = 499, 500
+# A call chooses no more tokens than these; zeros follow.
+MOST_CHOSEN = 64
 # Tokens from here on name no request. Squares are of what is left of a token here, lest int64 overflow.
 LARGE, MODULUS = 1 << 22, 9973
 
@@ -135,11 +137,12 @@ class Model(nn.Module):
         total = (((ids % MODULUS) ** 2 + 3) * position).sum(1)
         last = torch.where(visible[:, -1] == 1, ids[:, -1], ids[:, -1] + 5)
         place, columns = visible.sum(1), [ids]
-        for _ in range(new):
+        for _ in range(min(new, MOST_CHOSEN)):
             last = (total + 31 * last + self.state + 7 * sampled) % VOCABULARY
             place = place + 1
             total = total + (last * last + 3) * place
             columns.append(last[:, None])
+        columns.append(ids.new_zeros(len(ids), max(new - MOST_CHOSEN, 0)))
         return torch.cat(columns, dim=1)
 
 

@@ -46,8 +46,9 @@ def test_one_bucket_shares_a_call(stage: Stage) -> None:
 @requirement("4.1")
 def test_two_buckets_never_share_a_call(stage: Stage) -> None:
     """Prompts of 16 and 17 tokens never share a call where buckets are 8 wide."""
-    requests = stage.requests(16, 17, 25, 9, 24, 32)
-    stage.start()
+    # The long ones are 1280 and 1000 buckets above those of 16 and of 17 tokens.
+    requests = stage.requests(8 * 1280 + 9, 8 * 1000 + 17, 16, 17, 25, 9, 24, 32)
+    stage.start(max_wait_time=0)
 
     callers = stage.ask_at_once(*requests)
 
@@ -192,11 +193,12 @@ def test_request_ids_may_repeat(stage: Stage) -> None:
 @requirement("4.2")
 def test_strided_prompts_are_left_alone(stage: Stage) -> None:
     """Prompts may be views with any strides, and are not written to."""
-    requests = stage.requests(9, 12)
-    for request in requests:
-        base = torch.stack([request.tokens, request.tokens + 1], dim=-1)
-        request.tokens = base[..., 0]
-    stage.start()
+    requests = stage.requests(12, 10, 10)
+    requests[0].tokens = torch.stack([requests[0].tokens, requests[0].tokens + 1], dim=-1)[..., 0]
+    base = torch.randint(99, (19,), generator=stage.rng)
+    base[9], base[18] = requests[1].mark, requests[2].mark
+    requests[1].tokens, requests[2].tokens = base[None, :10], base[None, ::2]  # They begin at the same place.
+    stage.start(max_batch_size=3)
 
     callers = stage.ask_at_once(*requests)
 

@@ -12,8 +12,8 @@ from .stage import NEVER, Stage
 
 @requirement("4.3")
 def test_the_event_loop_is_not_blocked(stage: Stage) -> None:
-    """While generate runs, the event loop of its caller turns and takes new requests."""
-    first, second = stage.requests(9, 10)
+    """While generate runs, the event loop of its caller turns and takes new requests, also while shutdown waits."""
+    first, second, third, late = stage.requests(9, 10, 11, 12)
     stage.start(max_batch_size=1)
     gate = stage.hold(first)
 
@@ -32,6 +32,20 @@ def test_the_event_loop_is_not_blocked(stage: Stage) -> None:
         "add_request awaits its result; it neither waits in the loop's thread nor needs a lock that generate holds up"
     )
     stage.served(*callers)
+
+    gate = stage.hold(third)
+    stage.ask(third)
+    stage.reached(gate)
+    stage.do(stage.batcher.shutdown)
+    stage.settle()
+    stage.ask(late)
+    turns = stage.turns(stage.home)
+    gate.open()
+
+    assert turns, (
+        "shutdown() waits in another thread, and add_request blocks the event loop of its caller\n"
+        "what waits for a batch holds no lock that add_request needs"
+    )
 
 
 @requirement("4.3")
@@ -161,8 +175,8 @@ def test_a_full_batch_goes_once_the_device_is_free(stage: Stage) -> None:
 
 @requirement("4.4")
 def test_one_call_per_batch(stage: Stage) -> None:
-    """A batch is one call of generate, for no more tokens than its longest request asks for."""
-    requests = stage.requests(9, 11, 10, new=(2, 5, 1))
+    """A batch is one call of generate, for as many tokens as its longest request asks for."""
+    requests = stage.requests(9, 11, 10, new=(2, 5000, 1))
     stage.start(max_batch_size=3)
 
     callers = stage.ask_at_once(*requests)
@@ -172,7 +186,7 @@ def test_one_call_per_batch(stage: Stage) -> None:
     assert len(calls) == 1, (
         f"3 requests of one bucket, max_batch_size 3: {len(calls)} calls of generate, one was wanted"
     )
-    assert calls[0].new <= 5, f"requests for 2, 5 and 1 tokens: generate was asked for {calls[0].new}"
+    assert calls[0].new == 5000, f"requests for 2, 5000 and 1 tokens: generate was asked for {calls[0].new}"
     assert len(calls[0].ids) == 3, f"3 requests: generate got {len(calls[0].ids)} rows"
 
 
@@ -211,8 +225,8 @@ def test_never_two_calls_at_a_time(stage: Stage) -> None:
 
 @requirement("4.4")
 def test_cancelled_requests_are_not_run(stage: Stage) -> None:
-    """What was cancelled while it waited is in no call, and makes no call of its own."""
-    requests = stage.requests(17, 18, 9, 10, 11)
+    """What was cancelled while it waited is in no call, makes no call of its own, and makes no call longer."""
+    requests = stage.requests(17, 18, 9, 10, 11, new=(2, 3, 7, 4, 2))
     stage.start()
     gate = stage.occupy()
 
@@ -227,6 +241,10 @@ def test_cancelled_requests_are_not_run(stage: Stage) -> None:
             f"request {request.name} was cancelled while it waited, and generate was called for it all the same"
         )
     assert all(len(call.ids) for call in stage.model.calls), "generate was called for a batch without rows"
+    most = max(call.new for call in stage.calls(requests))
+    assert most <= 4, (
+        f"requests for 4 and 2 tokens, and one for 7 that was cancelled while it waited: generate was asked for {most}"
+    )
 
 
 @requirement("4.4")

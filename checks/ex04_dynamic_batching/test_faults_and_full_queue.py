@@ -86,17 +86,22 @@ def test_the_next_batch_works_after_an_error(stage: Stage) -> None:
 @pytest.mark.parametrize("cancelled", [1, 2], ids=["one", "all"])
 def test_a_caller_may_be_cancelled_while_its_batch_runs(stage: Stage, cancelled: int) -> None:
     """The others of the batch get their results, and the next batch works."""
-    requests = stage.requests(9, 10)
+    requests, waiting = stage.requests(9, 10), stage.requests(11, 12, 13)
     stage.start()
     gate = stage.hold(*requests)
+    for request in waiting:
+        request.id = "same"
 
     callers = stage.ask_at_once(*requests)
     stage.reached(gate)
-    stage.cancel(*callers[:cancelled])
+    others = stage.ask(*waiting)
+    stage.settle()
+    stage.cancel(*callers[:cancelled], others[1])
     gate.open()
 
     hint = f"{names(requests[:cancelled])} was cancelled while its batch ran: a cancelled future takes no result"
     stage.served(*callers[cancelled:], hint=hint)
+    stage.served(others[0], others[2], hint=f"{waiting[1].name}, of the same request_id, was cancelled; {hint}")
     stage.served(*stage.ask(*stage.requests(9, 10)), hint=hint)
 
 

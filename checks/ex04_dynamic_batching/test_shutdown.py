@@ -5,7 +5,7 @@ import pytest
 from harness.testing import requirement
 
 from .reference import names
-from .stage import NEVER, Stage
+from .stage import NEVER, Job, Stage
 
 
 @requirement("4.9")
@@ -62,7 +62,7 @@ def test_shutdown_returns_when_all_is_served(stage: Stage) -> None:
 
 @requirement("4.9")
 def test_shutdown_may_be_called_again(stage: Stage) -> None:
-    """Two threads may shut down at a time, and a third call changes nothing."""
+    """Two threads may shut down at a time, both wait until all is served, and a third call changes nothing."""
     requests = stage.requests(9, 10)
     stage.start()
     gate = stage.hold(*requests)
@@ -71,8 +71,10 @@ def test_shutdown_may_be_called_again(stage: Stage) -> None:
     stage.reached(gate)
     jobs = [stage.do(stage.batcher.shutdown) for _ in range(2)]
     stage.settle()
+    early = [job.error is None for job in jobs if job.finished.is_set()]
     gate.open()
 
+    assert not any(early), "shutdown() was called by two threads, and returned to one while a batch still ran"
     for job in jobs:
         stage.returned(job, "shutdown(), called by two threads at a time,")
     stage.served(*callers)
@@ -110,6 +112,25 @@ def test_nobody_hangs_who_comes_during_shutdown(stage: Stage) -> None:
     error = stage.outcome(late, "it came while shutdown() waited for a batch: refuse it with RuntimeError")
     assert error is None or isinstance(error, RuntimeError), (
         f"{late.request} during shutdown(): {error!r} came, RuntimeError was wanted"
+    )
+
+
+@requirement("4.9")
+def test_nobody_hangs_who_came_just_before_shutdown(stage: Stage) -> None:
+    """Shutdown on an event loop right after add_request has begun there: it is served or refused, not forgotten."""
+    stage.start(max_wait_time=NEVER)
+    callers, job, loop = [], Job(), stage.home.loop
+
+    def begin() -> None:
+        callers.extend(stage.ask(*stage.requests(9)))
+        loop.call_soon(loop.call_soon, job.call, stage.batcher.shutdown)  # Right after the first step of add_request.
+
+    stage.returned(stage.do(begin, stage.home), "the event loop")
+    stage.returned(job, "shutdown()")
+
+    error = stage.outcome(callers[0], "shutdown() was called on its event loop right after add_request had begun")
+    assert error is None or isinstance(error, RuntimeError), (
+        f"{callers[0].request} just before shutdown(): {error!r} came, a result or RuntimeError was wanted"
     )
 
 

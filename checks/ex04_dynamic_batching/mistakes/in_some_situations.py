@@ -23,9 +23,25 @@ CAT_IDS = "input_ids=torch.cat(ids),  # [B, L]"
 CAT_MASK = "attention_mask=torch.cat(mask),  # [B, L]"
 CUT = "output[row : row + 1, pads[row] : width + request.max_length]"
 RESULTS = "results = self._generate(batch)"
+MOST = "max(request.max_length for request in batch)"
+GENERATE = """self.model.generate(
+            input_ids=torch.cat(ids),  # [B, L]
+            attention_mask=torch.cat(mask),  # [B, L]
+            max_new_tokens=max(request.max_length for request in batch),
+            do_sample=False,
+            pad_token_id=0,
+        )"""
+ADMIT = """request = BatchRequest(request_id, input_tokens, max_length)
+        with self._changed:"""
+SHUT = """with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._worker.join()"""
 
 
 MISTAKES = [
+    # 4.1
+    Mistake("buckets_on_a_wheel", "4.1", "in one batch", (KEY, KEY + " // self.length_tolerance % 128"), only=True),
     # 4.2
     Mistake(
         "mask_kept_for_a_shape",
@@ -82,7 +98,29 @@ MISTAKES = [
         (CAT_MASK, "attention_mask=torch.cat(mask)[:, -256:],"),
         only=True,
     ),
+    Mistake(
+        "prompts_by_their_place",
+        "4.2",
+        "strided views",
+        (
+            PROMPTS,
+            PROMPTS
+            + """
+        first = {(prompt.data_ptr(), prompt.size(1)): prompt for prompt in reversed(prompts)}
+        prompts = [first[prompt.data_ptr(), prompt.size(1)] for prompt in prompts]""",
+        ),
+        only=True,
+    ),
     # 4.3
+    Mistake(
+        "shutdown_holds_the_door",
+        "4.3",
+        "blocks the event loop",
+        (OPEN, OPEN + "\n        self._door = threading.Lock()"),
+        (ADMIT, ADMIT.replace("with self._changed:", "with self._door, self._changed:")),
+        (SHUT, "with self._door:\n            " + SHUT.replace("\n", "\n    ")),
+        only=True,
+    ),
     Mistake(
         "last_of_a_full_batch_blocks",
         "4.3",
@@ -117,6 +155,34 @@ MISTAKES = [
         (RESULTS, "results = [row for i in range(0, len(batch), 8) for row in self._generate(batch[i : i + 8])]"),
         only=True,
     ),
+    Mistake(
+        "a_cancelled_one_makes_it_longer",
+        "4.4",
+        "generate",
+        (OPEN, OPEN + "\n        self._most = 0"),
+        (
+            FORGET,
+            "self._most = max([self._most, *(r.max_length for r in self._waiting if r.future.cancelled())])"
+            "\n        " + FORGET,
+        ),
+        (MOST, "max([self._most, *(request.max_length for request in batch)])"),
+        only=True,
+    ),
+    Mistake(
+        "long_answers_in_blocks",
+        "4.4",
+        "one was wanted",
+        (
+            GENERATE,
+            """torch.cat(ids)
+        visible, most = torch.cat(mask), max(request.max_length for request in batch)
+        for start in range(0, most, 1024):
+            new = min(1024, most - start)
+            output = self.model.generate(output, visible, new, do_sample=False, pad_token_id=0)
+            visible = functional.pad(visible, (0, new), value=1)""",
+        ),
+        only=True,
+    ),
     # 4.5
     Mistake(
         "time_of_a_request_that_has_gone",
@@ -146,7 +212,50 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "time_of_a_cancelled_mate",
+        "4.5",
+        "had gone before",
+        (
+            FORGET,
+            """for gone in [request for request in self._waiting if request.future.cancelled()]:
+            for heir in self._waiting:
+                if heir.input_tokens.size(1) // 8 == gone.input_tokens.size(1) // 8:
+                    heir.timestamp = min(heir.timestamp, gone.timestamp)
+        """
+            + FORGET,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "rest_starts_to_wait_again",
+        "4.5",
+        "after the device was free",
+        (
+            TAKEN,
+            TAKEN
+            + """
+                        for request in self._waiting:
+                            if now < request.timestamp + self.max_wait_time:
+                                request.timestamp = now""",
+        ),
+        only=True,
+    ),
     # 4.6
+    Mistake(
+        "old_agenda_first",
+        "4.6",
+        "waited longest",
+        (OPEN, OPEN + "\n        self._agenda: list[int] = []"),
+        (
+            BY_AGE,
+            """limit = time.monotonic() - self.max_wait_time
+        may_go = [e for e, b in buckets.items() if len(b) >= self.max_batch_size or b[0].timestamp <= limit]
+        self._agenda = [edge for edge in self._agenda[1:] if edge in may_go] or may_go
+        return [buckets[edge] for edge in [*self._agenda, *buckets]]""",
+        ),
+        only=True,
+    ),
     Mistake(
         "stays_with_a_bucket",
         "4.6",
@@ -200,6 +309,22 @@ MISTAKES = [
                 raise
 """,
         ),
+    ),
+    Mistake(
+        "cancelled_by_its_id",
+        "4.7",
+        "of the same request_id",
+        (
+            AWAIT,
+            """try:
+            return await asyncio.wrap_future(request.future)
+        except asyncio.CancelledError:
+            with self._changed:
+                gone = next((r for r in self._waiting if r.request_id == request_id), request)
+                self._waiting = [other for other in self._waiting if other is not gone]
+            raise""",
+        ),
+        only=True,
     ),
     # 4.8
     Mistake(

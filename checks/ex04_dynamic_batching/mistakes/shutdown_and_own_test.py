@@ -6,6 +6,7 @@ KEY = "self.get_length_bucket(request.input_tokens.size(1))"
 REFUSE = """            if self._closed:
                 raise RuntimeError("the batcher is shut down")
 """
+REQUEST = "        request = BatchRequest(request_id, input_tokens, max_length)\n"
 CLOSE = """self._closed = True
             self._changed.notify_all()"""
 SHUT = """with self._changed:
@@ -71,6 +72,21 @@ MISTAKES = [
         only=True,
     ),
     Mistake("returns_early", "4.9", "shutdown() returned", (f"        {JOIN}\n", ""), only=True),
+    Mistake(
+        "second_shutdown_returns_early",
+        "4.9",
+        "returned to one",
+        (SHUT, "if self._closed:\n            return\n        " + SHUT),
+        only=True,
+    ),
+    Mistake(
+        "forgets_who_has_just_begun",
+        "4.9",
+        "right after add_request had begun",
+        (REFUSE, ""),
+        (REQUEST, REFUSE.replace("            ", "        ", 1) + "        await asyncio.sleep(0)\n" + REQUEST),
+        only=True,
+    ),
     Mistake("waits_a_moment_only", "4.9", "shutdown() returned", (JOIN, "self._worker.join(0.001)"), only=True),
     Mistake("late_request_hangs", "4.9", "the batcher is shut down", (REFUSE, ""), only=True),
     Mistake(
