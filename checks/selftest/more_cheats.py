@@ -458,8 +458,6 @@ DISGUISED = {
         f"    return {_SDPA}(q, k, v)\ncontext = attend(q, k, v)",
         "the native layer": _EMBED + "x = q[:, 0]\ntorch.ops.aten._native_multi_head_attention.default(\n"
         "    x, x, x, d, 1, torch.cat([one] * 3), none, one, none[:d])",
-        "inductor's pattern": "from torch._inductor.fx_passes import fuse_attention\n"
-        "context = fuse_attention._sfdp_pattern_1(q, k, v, q.size(-1) ** 0.5)",
         "torch's source, by inspect": "import inspect\ntext = inspect.getsource(F)\n" + _CUT + _CALL,
         "torch's source, by its loader": "text = F.__loader__.get_source(F.__name__)\n" + _CUT + _CALL,
         "torch's source, by pkgutil": "import pkgutil\ntext = pkgutil.get_data('torch', 'nn/functional.py').decode()\n"
@@ -519,19 +517,6 @@ KEPT = {
             "    kept.defaults = F.multi_head_attention_forward.__defaults__",
             "import types\nkept = sys.modules['mine']\n"
             "copy = types.FunctionType(kept.code, vars(F), 'copy', kept.defaults)\n" + _CALL,
-        ),
-        "a graph": (
-            "from torch.fx.experimental.proxy_tensor import make_fx\nif not hasattr(kept, 'graph'):\n"
-            "    x, y = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.randn(2, 3, 7, 4, dtype=torch.float64)\n"
-            "    kept.graph = make_fx(torch.ops.aten._scaled_dot_product_attention_math, tracing_mode='symbolic')"
-            "(x, y, y)",
-            "context = sys.modules['mine'].graph(q, k, v)[0]",
-        ),
-        "a kernel": (
-            "if not hasattr(kept, 'kernel'):\n    kept.kernel = torch.library.get_kernel("
-            "'aten::_scaled_dot_product_attention_math', 'CPU')",
-            "keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)\n"
-            "context = sys.modules['mine'].kernel.call_boxed(keys, q, k, v)[0]",
         ),
         "the door that forbids": (
             "if not hasattr(kept, 'door'):\n    kept.door = True\n    class Nothing:\n"

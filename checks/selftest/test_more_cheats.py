@@ -16,7 +16,6 @@ FILE = "ex01_multi_head_attention.py"
 MEANS = (" reached ", " replaces ", "PermissionError", "not permitted", "Can't get source", "buffer length (0)")
 HOSTILE = "raise SystemExit('hostile')\n"
 BESIDE = (
-    "torch.py",
     "harness.py",
     "checks.py",
     "conftest.py",
