@@ -235,15 +235,17 @@ def test_of_full_ones_the_oldest_goes_first(stage: Stage) -> None:
 @requirement("4.6")
 def test_what_may_go_is_looked_at_before_each_batch(stage: Stage) -> None:
     """An old batch that fills while another runs goes before those that could go earlier but are younger."""
-    requests = stage.requests(42, 9, 10, 26, 27, 43)
+    requests, plugs = stage.requests(42, 9, 10, 26, 27, 43), stage.requests(1, 1)
     stage.start(max_wait_time=NEVER)
-    gates = stage.occupy(), stage.hold(requests[1])
+    gates = stage.hold(*plugs), stage.hold(requests[1])
 
+    stage.ask(*plugs)
+    if not stage.waits(gates[0].news):
+        return  # Full batches that never go are judged elsewhere.
     callers = stage.ask(*requests[:5])
     stage.settle()
     gates[0].open()
-    if not stage.waits(gates[1].news):
-        return  # Full batches that never go are judged elsewhere.
+    stage.reached(gates[1])
     callers += stage.ask(requests[5])
     stage.settle()
     gates[1].open()
