@@ -43,7 +43,6 @@ MISTAKES = [
         "1.1",
         "shape",
         (RETURN, "        return self.output_linear(joined).squeeze(1), weights\n"),
-        only=True,
     ),
     # 1.4 self- and cross-attention
     Mistake("values_from_key", "1.4", "each has its own projection", ("self.v_linear(value)", "self.v_linear(key)")),

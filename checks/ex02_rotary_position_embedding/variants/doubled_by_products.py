@@ -11,8 +11,8 @@ class RotaryPositionEmbedding(nn.Module):
         super().__init__()
         if dim % 2:
             raise ValueError(f"dim {dim}: a pair needs two features")
-        self.half = dim // 2
-        self.frequencies = [float(base) ** (-pair / self.half) for pair in range(self.half)]
+        self.pairs = dim // 2
+        self.frequencies = [float(base) ** (-pair / self.pairs) for pair in range(self.pairs)]
         self.turns: list[Tensor] = []  # One table, [positions, pairs], complex128; in a list no cast finds it.
 
     def _turns(self, end: int, device: torch.device) -> Tensor:
@@ -35,7 +35,7 @@ class RotaryPositionEmbedding(nn.Module):
         return self.apply_rotary_pos_emb(x, turns.real.repeat(1, 2), turns.imag.repeat(1, 2))
 
     def rotate_half(self, x: Tensor) -> Tensor:
-        return torch.cat((x[..., self.half :].neg(), x[..., : self.half]), dim=-1)
+        return torch.cat((x[..., self.pairs :].neg(), x[..., : self.pairs]), dim=-1)
 
     def apply_rotary_pos_emb(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         wide = x.double()
