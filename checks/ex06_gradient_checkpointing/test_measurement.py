@@ -98,12 +98,20 @@ def existing(x: Tensor) -> Tensor:
     return x.view(256, 256).t()[1:]
 
 
+BEFORE = torch.zeros(QUARTER)
+
+
+def written(x: Tensor) -> Tensor:
+    """The result goes where a tensor was before."""
+    return torch.add(x, 1, out=BEFORE)
+
+
 # In quarters of a MiB, as a dispatch mode and torch.profiler both see it.
 PEAKS: dict[str, tuple[Callable[[Tensor], Any], float]] = {
     "chain": (chain, 2), "temporaries": (temporaries, 2), "held": (held, 5), "forgotten": (forgotten, 3),
     "views": (views, 1), "view_outlives": (view_outlives, 3), "in_place": (in_place, 1), "dtypes": (dtypes, 0.75),
     "products": (products, 2), "pairs": (pairs, 1.5), "reused": (reused, 5), "existing": (existing, 0),
-    "strided": (strided, 2),
+    "strided": (strided, 2), "written": (written, 0),
 }  # fmt: skip
 
 
