@@ -93,4 +93,4 @@ def test_files_beside_the_exercise_change_no_verdict(workspace: Workspace) -> No
         assert json.loads((workspace.top / "gradesheet.json").read_text())["score"] == points, done.stdout
         assert "hostile" not in done.stdout
     checked = workspace.make("check", "EX=1")
-    assert checked.returncode == 1 and "hostile" not in checked.stdout, checked.stdout
+    assert checked.returncode == 2 and "hostile" not in checked.stdout, checked.stdout

@@ -81,7 +81,6 @@ MISTAKES = [
             "        weights = scores.softmax(dim=-1)\n",
             "        weights = torch.cat([part.softmax(dim=-1) for part in scores.split(64, dim=-1)], dim=-1)\n",
         ),
-        only=True,
     ),
     Mistake(
         "cut_at_64",
