@@ -92,7 +92,6 @@ MISTAKES = [
         query, key, value = query[:, :64], key[:, :64], value[:, :64]
         scores_shape = (query""",
         ),
-        only=True,
     ),
     Mistake(
         "values_of_two_rows_for_all",
@@ -151,7 +150,6 @@ MISTAKES = [
         "1.1",
         "257",
         (QUERIES, "        query = query[:, :256]\n" + QUERIES),
-        only=True,
     ),
     Mistake(
         "mask_flipped_and_flipped_back",

@@ -189,7 +189,6 @@ MISTAKES = [
         "1.6",
         "values differ",
         (SOFTMAX, "        weights = scores.float().softmax(dim=-1).to(scores.dtype)\n"),
-        only=True,
     ),
     Mistake(
         "stacked_weights_of_the_first_inference",
@@ -253,7 +252,6 @@ MISTAKES = [
             context = nn.functional.scaled_dot_product_attention(q, k, v)
 """,
         ),
-        only=True,
     ),
     Mistake(
         "prebuilt_for_one_query",
@@ -287,6 +285,5 @@ MISTAKES = [
             values = nn.functional.linear(value, self._packed[1], self.v_linear.bias)
         v = self._split_heads(values)""",
         ),
-        only=True,
     ),
 ]
