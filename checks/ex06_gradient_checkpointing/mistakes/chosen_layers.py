@@ -297,9 +297,9 @@ MISTAKES = [
         ),
         only=True,
     ),
-    Mistake("keys_changed", "6.1", "module", (SAVE_HOOK, ""), (LOAD_HOOK, ""), only=True),
+    Mistake("keys_changed", "6.1", "module", (SAVE_HOOK, ""), (LOAD_HOOK, "")),
     Mistake("keys_changed_in_loading", "6.1", "load_state_dict", (LOAD_HOOK, ""), only=True),
-    Mistake("keys_changed_in_saving", "6.1", "state_dict of a wrapped model", (SAVE_HOOK, ""), only=True),
+    Mistake("keys_changed_in_saving", "6.1", "state_dict of a wrapped model", (SAVE_HOOK, "")),
     Mistake(
         "keys_replaced_everywhere",
         "6.1",

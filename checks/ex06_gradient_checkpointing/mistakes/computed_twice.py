@@ -77,7 +77,6 @@ MISTAKES = [
         "6.2",
         "are entered",
         (UNPACK, "        return self.saved_tensors()[number]\n"),
-        only=True,
     ),
     Mistake(
         "recomputed_twice",
@@ -92,7 +91,6 @@ MISTAKES = [
 """
             + AGAIN,
         ),
-        only=True,
     ),
     Mistake(
         "one_segment_over_all",

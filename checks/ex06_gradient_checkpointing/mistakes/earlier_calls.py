@@ -193,7 +193,6 @@ MISTAKES = [
 """
             + CONDITION,
         ),
-        only=True,
     ),
     Mistake(
         "frozen_module_asks_for_gradients",
@@ -210,7 +209,6 @@ MISTAKES = [
 """,
             ),
         ),
-        only=True,
     ),
     # Roles and structures.
     Mistake(

@@ -132,9 +132,7 @@ MISTAKES = [
         "raises",
         (DETACHED, "    return tensor.detach().requires_grad_(tensor.is_floating_point())\n"),
     ),
-    Mistake(
-        "inputs_without_gradient_train_nothing", "6.4", "grad", REENTRANT, (", requires_grad=trains", ""), only=True
-    ),
+    Mistake("inputs_without_gradient_train_nothing", "6.4", "grad", REENTRANT, (", requires_grad=trains", "")),
     Mistake(
         "inputs_get_no_gradient",
         ("6.4", "6.7"),
@@ -162,7 +160,6 @@ MISTAKES = [
 """
             + CHECKPOINT,
         ),
-        only=True,
     ),
     Mistake(
         "one_tensor_becomes_several",
@@ -460,7 +457,6 @@ MISTAKES = [
         "thawed after a first call",
         REENTRANT,
         (TRAINS, TRAINS + '    trains = vars(function).setdefault("trains", trains)\n'),
-        only=True,
     ),
     Mistake(
         "parameters_of_the_first_call",

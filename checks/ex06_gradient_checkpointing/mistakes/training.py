@@ -115,7 +115,6 @@ MISTAKES = [
         "pile up",
         ("saved.append(tensor.detach())", "(saved.append(tensor.detach()), _PILE.append(tensor.detach()))"),
         (DETACHED, "_PILE: list[Tensor] = []\n\n\n" + DETACHED),
-        only=True,
     ),
     Mistake(
         "inputs_pile_up_over_the_steps",
@@ -123,6 +122,5 @@ MISTAKES = [
         "pile up",
         ("        self.function = function\n", "        self.function = function\n        _PILE.append(self)\n"),
         (DETACHED, "_PILE: list[Any] = []\n\n\n" + DETACHED),
-        only=True,
     ),
 ]
