@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from devtools.workspace import Workspace
-from selftest import cheats, more_cheats
+from selftest import cheats, disguises, more_cheats
 
 FILE = "ex01_multi_head_attention.py"
 # Words that a message uses for what "from scratch" forbids, or for the means that are refused.
@@ -52,8 +52,8 @@ def graded(judged: Callable[..., dict[str, Any]], port: int) -> dict[str, Any]:
     """Verdicts on all of them, as `make grade` gives them."""
     texts = {**more_cheats.CHEATS, "the net": more_cheats.from_net(port)}
     verdicts = judged("ex01", texts, "code", graded=True, requirements=("1.1",))
-    disguised = judged("ex01", more_cheats.DISGUISED, "code", graded=True, requirements=("1.8",))
-    kept = judged("ex01", more_cheats.KEPT, "code", graded=True, requirements=("1.6", "1.8"))
+    disguised = judged("ex01", disguises.DISGUISED, "code", graded=True, requirements=("1.8",))
+    kept = judged("ex01", disguises.KEPT, "code", graded=True, requirements=("1.6", "1.8"))
     return verdicts | {f"disguised {name}": verdict for name, verdict in (disguised | kept).items()}
 
 
@@ -66,7 +66,7 @@ def test_it_earns_nothing(graded: dict[str, Any], name: str) -> None:
     assert not any("Traceback" in result["message"] for result in verdict["results"])
 
 
-@pytest.mark.parametrize("name", [*more_cheats.DISGUISED, *more_cheats.KEPT])
+@pytest.mark.parametrize("name", [*disguises.DISGUISED, *disguises.KEPT])
 def test_prebuilt_attention_is_reached_or_the_means_refused(graded: dict[str, Any], name: str) -> None:
     results = [result for result in graded[f"disguised {name}"]["results"] if result["requirement"] == "1.8"]
     messages = [result["message"] for result in results if result["outcome"] != "passed"]

@@ -25,8 +25,7 @@ def todo_lines(text: str) -> dict[str, int]:
 def place_of(requirement: str, message: str, text: str, starter: str) -> int:
     """The line of a learner's `text` to look at: the definition that the message begins with ("forward: …") if a TODO
     of the requirement stands in it in the starter; else such a TODO that is left; else the first definition in which
-    one
-    stood; else the one that the message begins with; else line 1.
+    one stood; else the one that the message begins with; else line 1.
     """
     try:
         definitions = {path: node.lineno for path, node in reversed(_definitions(ast.parse(text)))}
