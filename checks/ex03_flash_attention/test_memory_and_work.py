@@ -81,7 +81,7 @@ def test_the_peak_grows_linearly(subject: Subject, close: Close, rng: torch.Gene
         close(output, expected, "forward", tolerance=ABOUT)
         peaks.append(seen.peak_bytes)
         del output
-        left.append(seen.alive_bytes and seen.alive_after_collection())
+        left.append(seen.alive_after_collection())
 
     assert left[1] <= left[0], (
         f"forward leaves {left[0]} bytes behind for N = {n // 2} and {left[1]} for N = {n}, its output not counted\n"
@@ -111,7 +111,7 @@ def test_nothing_outlives_a_call(subject: Subject, rng: torch.Generator) -> None
             if output.requires_grad:
                 torch.autograd.grad(output, given, torch.ones_like(output), allow_unused=True)
         del output, logsumexp
-        left.append(seen.alive_bytes and seen.alive_after_collection())
+        left.append(seen.alive_after_collection())
 
     assert left[1] <= left[0], (
         f"{CALL}, N = 2, causal: {left[0]} bytes stay behind for M = 2200 and {left[1]} for M = 4400\n"
@@ -138,8 +138,8 @@ def exponentials(
 
 @requirement("3.5")
 def test_causal_computes_fewer_exponentials(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Over 16 by 16 blocks, causal attention computes at most 0.65 of the exponentials of full attention."""
-    n = 16
+    """Over 12 by 12 blocks, causal attention computes at most 0.65 of the exponentials of full attention."""
+    n = 12
     attention, (q, k, v) = wide(subject, rng, n, n, block=1)
     one_query = exponentials(close, attention, [q[:, :, :1], k, v], causal=False)
 

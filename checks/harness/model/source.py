@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import lru_cache
 
 _TODO = re.compile(r"#\s*TODO\(([\d., ]+)\)")
 
@@ -28,7 +29,7 @@ def place_of(requirement: str, message: str, text: str, starter: str) -> int:
     one stood; else the one that the message begins with; else line 1.
     """
     try:
-        definitions = {path: node.lineno for path, node in reversed(_definitions(ast.parse(text)))}
+        definitions = {path: first for path, first, _ in reversed(_definitions(text))}
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         definitions = {}
     named = re.match(r"\w*", message)
@@ -43,21 +44,24 @@ def place_of(requirement: str, message: str, text: str, starter: str) -> int:
 def _with_todo(text: str, requirement: str) -> list[str]:
     """The dotted names of the innermost definitions in which a TODO of the requirement stands."""
     found: list[str] = []
-    definitions = _definitions(ast.parse(text))
     for number, line in enumerate(text.splitlines(), start=1):
         todo = _TODO.search(line)
         if todo is not None and requirement in re.split(r"[,\s]+", todo[1].strip()):
-            around = [path for path, node in definitions if node.lineno <= number <= (node.end_lineno or 0)]
+            around = [path for path, first, last in _definitions(text) if first <= number <= last]
             found += around[-1:]
     return found
 
 
-def _definitions(
-    tree: ast.AST, prefix: str = ""
-) -> list[tuple[str, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]]:
-    found: list[tuple[str, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]] = []
+@lru_cache(maxsize=8)
+def _definitions(text: str) -> list[tuple[str, int, int]]:
+    """The dotted name of each class and function, its first line and its last; read once for all failures of a file."""
+    return _in(ast.parse(text), "")
+
+
+def _in(tree: ast.AST, prefix: str) -> list[tuple[str, int, int]]:
+    found: list[tuple[str, int, int]] = []
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            found.append((prefix + node.name, node))
-            found.extend(_definitions(node, f"{prefix}{node.name}."))
+            found.append((prefix + node.name, node.lineno, node.end_lineno or 0))
+            found.extend(_in(node, f"{prefix}{node.name}."))
     return found

@@ -80,6 +80,6 @@ def describe(error: BaseException) -> str:
 
 def line_in(error: BaseException | None, path: Path) -> int:
     """The deepest line of the file `path` that an exception passed through, or 0."""
-    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    steps = traceback.walk_tb(error.__traceback__) if error is not None else ()
+    lines = [line for frame, line in steps if frame.f_code.co_filename == str(path)]
     return lines[-1] or 0 if lines else 0

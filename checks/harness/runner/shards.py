@@ -20,6 +20,7 @@ class Shard:
     """One worker and the checks that it has to report, in their order.
 
     `stopped` is empty, or why what follows its last result is not run. `limit` is for all of its checks together.
+    `watch` measures the check that runs; `moved` says that it is another one since the watch was set.
     """
 
     kind: str
@@ -32,9 +33,19 @@ class Shard:
     watch: Stopwatch
     whole: Stopwatch
     results: dict[str, Result]
-    running: pytest.Item | None = None
+    begun: bool = False
+    moved: bool = False
     stopped: str = ""
     ended: bool = False
+
+    @property
+    def running(self) -> pytest.Item | None:
+        """The check that runs: the first without a result."""
+        return self.work.items[len(self.results)] if self.begun and not self.complete else None
+
+    @property
+    def complete(self) -> bool:
+        return len(self.results) == len(self.work.items)
 
     def waiting(self) -> list[pytest.Item]:
         return [item for item in self.work.items if item.name not in self.results]
@@ -54,16 +65,16 @@ def _missing(item: pytest.Item, why: str) -> Result:
 
 
 def note(shard: Shard, line: str) -> None:
-    """Takes one report: a check's name when it starts, its result when it ends. Lines without the run's token are not
+    """Takes one report: BEGUN, then the result of each check when it ends. Lines without the run's token are not
     reports.
     """
     token, _, body = line.partition(" ")
     if token != shard.token:
         return
     report = json.loads(body)
-    if isinstance(report, str):
-        shard.running = next((item for item in shard.work.items if item.name == report), None)
-        shard.watch.restart()
+    shard.moved = True
+    if report == worker.BEGUN:
+        shard.begun = True
     elif report["name"] not in shard.results:
         shard.results[report["name"]] = Result(**report)
         if report["outcome"] == "timeout":

@@ -9,6 +9,7 @@ import os
 import secrets
 import select
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ from harness.testing.own_test import OwnTest, digest
 # The kinds of checks, those that people wait for first.
 KINDS = ("code", "ruff", "mypy", "own test")
 FIRST = KINDS[:2]
+# How often it is seen how long checks have run.
+_TICK_SECONDS = 0.1
 
 
 class Abandoned(Exception):
@@ -178,24 +181,37 @@ def _started(work: worker.Work, seconds: float) -> Shard:
 def _supervise(
     wanted: list[Shard], running: list[Shard], hangup: int | None, slow: Callable[[str], None] | None = None
 ) -> None:
-    """Reads the reports of all shards until the wanted ones have reported or ended; what hangs is given up."""
+    """Reads the reports of all shards until the wanted ones have reported or ended; what hangs is given up.
+
+    Clocks are read ten times a second: doing so at each report would cost the workers a tenth of their processors.
+    """
+    due = time.monotonic() + _TICK_SECONDS
     while any(not shard.ended for shard in wanted):
         open_shards = [shard for shard in running if not shard.ended]
         waiting = [shard.lines.descriptor for shard in open_shards]
-        ready, _, _ = select.select([*waiting, *([hangup] if hangup is not None else [])], [], [], 0.1)
+        ready, _, _ = select.select([*waiting, *([hangup] if hangup is not None else [])], [], [], _TICK_SECONDS)
         if hangup in ready:
             raise Abandoned
         for shard in open_shards:
+            if shard.lines.descriptor in ready:
+                for line in shard.lines.take():
+                    shards.note(shard, line)
+            if shard.lines.ended or shard.complete:
+                shards.close(shard)
+                shard.ended = True
+        if time.monotonic() < due:
+            continue
+        due = time.monotonic() + _TICK_SECONDS
+        for shard in open_shards:
+            if shard.ended:
+                continue
+            if shard.moved:
+                shard.watch.restart()
+                shard.moved = False
             check = shard.running if shard.kind == "code" and shard.watch.seconds() > SLOW_SECONDS else None
             if slow is not None and check is not None:
                 slow(check.name)
                 slow = None
-            if shard.lines.descriptor in ready:
-                for line in shard.lines.take():
-                    shards.note(shard, line)
-            if shard.lines.ended or not shard.waiting():
-                shards.close(shard)
-                shard.ended = True
-            elif shard.watch.seconds() > shards.limit_of(shard) or shard.whole.seconds() > shard.limit:
+            if shard.watch.seconds() > shards.limit_of(shard) or shard.whole.seconds() > shard.limit:
                 shards.give_up(shard)
                 shard.ended = True

@@ -34,6 +34,8 @@ from harness.testing import compare
 _LIMITS = ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, OUTPUT_BYTES), (resource.RLIMIT_CORE, 0))
 # What a hosting service tells its jobs, files to write to among it, is not for submissions.
 _PRIVATE_VARIABLES = ("GITHUB_", "RUNNER_", "ACTIONS_", "CLASSROOM")
+# The first report of a worker.
+BEGUN = "begun"
 _own_modules: list[str] = []
 
 
@@ -124,7 +126,7 @@ def _spawn(work: Work, writing: int, token: str) -> int:
 
 
 def run(work: Work, writing: int, token: str) -> None:
-    """In the worker: runs the checks and reports the name of each that starts and the result of each that ends."""
+    """In the worker: runs the checks and reports that it begins, then the result of each that ends."""
     items, room, ended = work.items, work.room, False
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -160,12 +162,12 @@ def run(work: Work, writing: int, token: str) -> None:
     _hide()
     if plugin.kind_of(items[0]) == "own test":
         plugin.start_trials(config)
+    report(BEGUN)
     for item, following, void in zip(items, [*items[1:], None], voids, strict=True):
         if ended:
             break
         output.redirect()
         results.clear()
-        report(item.name)
         try:
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         except BaseException as error:

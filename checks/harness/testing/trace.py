@@ -71,23 +71,24 @@ class Trace(DispatchMode):
         self._sourced: WeakKeyDictionary[UntypedStorage, bool] = WeakKeyDictionary()
         for source in sources:
             self._sourced[source.untyped_storage()] = True
+        self._watches_sources = bool(self._sourced)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = _tensors((*args, *kwargs.values()))
+        inputs = _tensors((*args, *kwargs.values()) if kwargs else args)
         for tensor in inputs:
-            self._seen.add(tensor.untyped_storage())
+            if (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
         result = func(*args, **kwargs)
-        outputs = _tensors((result,))
+        outputs = [result] if type(result) is Tensor else _tensors((result,))
         name = func.overloadpacket.__name__
         self.operations[name] += 1
-        self.elements[name] += sum(tensor.numel() for tensor in outputs)
-        if self._sourced:
+        self.elements[name] += sum([tensor.numel() for tensor in outputs])
+        if self._watches_sources:
             self._derive(name, inputs, outputs)
         for tensor in outputs:
-            storage = tensor.untyped_storage()
-            if storage not in self._seen:
-                self._follow(storage, _elements(tensor))
+            if (storage := tensor.untyped_storage()) not in self._seen:
+                self._follow(storage, storage.nbytes() // tensor.element_size())
         return result
 
     def _derive(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -125,7 +126,8 @@ class Trace(DispatchMode):
 
     def alive_after_collection(self) -> int:
         """Bytes alive once Python's reference cycles are gone."""
-        gc.collect()
+        if self.alive_bytes:
+            gc.collect()
         return self.alive_bytes
 
 
@@ -140,7 +142,7 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
     """
     found: list[Tensor] = []
     for value in values:
-        if isinstance(value, Tensor):
+        if type(value) is Tensor or isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
             found += _tensors(value)
