@@ -4,6 +4,12 @@ Attention lets every position of a sequence read from every other one. Several h
 own slice of the features, so that one layer can follow several relations at once. You write it from matrix products
 and a softmax.
 
+Steps
+1. Attention by the formula (40 min): 1.1, 1.4, 1.5, 1.6, 1.8
+2. Masks (25 min): 1.2
+3. Memory and half precision (40 min): 1.3, 1.7
+4. Your own test, and style (30 min): 1.9, 1.10
+
 Requirements
 1.1 (correctness) Support variable sequence lengths: any number of queries and of keys, also 1. A batch row gives what
     it gives alone.

@@ -5,6 +5,14 @@ pair of features turns by an angle that grows with the position, so that the dot
 on how far apart they are. You write the rotation, an attention layer that uses it, and a comparison with the older
 sinusoidal embedding, which is added.
 
+Steps
+1. The rotation (30 min): 2.1, 2.2
+2. Decoding (15 min): 2.6
+3. Attention (30 min): 2.4
+4. Lengths and precision (40 min): 2.3, 2.7, 2.8
+5. The comparison (20 min): 2.5
+6. Your own test, and style (30 min): 2.9, 2.10
+
 Requirements
 2.1 (correctness) Apply rotation matrices to query and key vectors: `forward` equals an explicit 2×2 rotation of every
     pair, to 2e-5 at positions below 64, for inputs with any strides. Scores of turned queries and keys depend on the

@@ -14,6 +14,10 @@ from harness.model.source import todo_lines
 
 MARK = re.compile(r"\bFILL\b")
 LINES = 500
+# A text: the headings in their order, and how much of it people read.
+_HEADINGS = ("Steps", "Requirements", "In plain text", "Shapes", "By hand", "Conventions", "Not defined")
+_HEADINGS += ("Your own test", "Discuss", "Sources")
+_LINES_OF_A_TEXT, _LINES_TO_THE_REQUIREMENTS_END, _COLUMNS, _TITLE, _FIRST_STEP_MINUTES = 160, 60, 100, 40, 40
 # What gives the checks that are the same in every exercise, with the requirement that they decide.
 _STOCK = ("own_test_checks", "style_checks")
 
@@ -94,6 +98,29 @@ def asserts_carry_messages(exercise: Exercise) -> Iterator[str]:
             yield f"{shown(path)}: asserts without a message in lines {bare}"
 
 
+def the_text_can_be_worked_from(exercise: Exercise) -> Iterator[str]:
+    """The docstring has its parts in their order, is not longer than people read, and begins with the heart of it."""
+    lines = (ast.get_docstring(ast.parse(exercise.starter)) or "").splitlines()
+    places = [next((n for n, line in enumerate(lines) if line.startswith(head)), -1) for head in _HEADINGS]
+    if -1 in places or places != sorted(places):
+        yield f"{exercise.id}: the docstring's parts are not {', '.join(_HEADINGS)}, in this order"
+        return
+    for what, count, most in (
+        ("the docstring", len(lines), _LINES_OF_A_TEXT),
+        ("it to the end of Requirements", places[2] - 1, _LINES_TO_THE_REQUIREMENTS_END),
+    ):
+        if count > most:
+            yield f"{exercise.id}: {what} has {count} lines; at most {most} are wanted"
+    wide = [number for number, line in enumerate(lines, start=1) if len(line) > _COLUMNS]
+    if wide:
+        yield f"{exercise.id}: lines {wide} of the docstring are wider than {_COLUMNS} columns"
+    for one in exercise.requirements:
+        if len(one.title) > _TITLE:
+            yield f"{exercise.id}: the title {one.title!r} has more than {_TITLE} characters"
+    if exercise.steps[0].minutes > _FIRST_STEP_MINUTES:
+        yield f"{exercise.id}: the first step takes more than {_FIRST_STEP_MINUTES} minutes"
+
+
 def questions_are_replied_to(exercise: Exercise) -> Iterator[str]:
     """Four questions end the docstring, and each has a reply."""
     docstring = ast.get_docstring(ast.parse(exercise.starter)) or ""
@@ -165,6 +192,7 @@ FORM: tuple[Callable[[Exercise], Iterator[str]], ...] = (
     requirements_and_todos_agree,
     checks_decide_the_requirements,
     asserts_carry_messages,
+    the_text_can_be_worked_from,
     questions_are_replied_to,
     the_answer_keeps_the_contract,
     it_stands_on_torch,

@@ -5,6 +5,13 @@ memory, and more time for moving it, than all the rest. Flash attention visits t
 running maximum and a running sum for each query, and never holds more than one block of them. Its backward computes
 the blocks anew. You write both in plain PyTorch, and measure what they save.
 
+Steps
+1. Attention block by block (40 min): 3.2, 3.3, 3.9
+2. The module (20 min): 3.4
+3. Memory, work and precision (40 min): 3.1, 3.5, 3.7
+4. Training (60 min): 3.6
+5. The benchmark, and style (30 min): 3.8, 3.10
+
 Requirements
 3.1 (efficiency) Keep memory O(n), not O(n²): at inference no block of scores has more than 8·block_size² elements per
     batch row and head, no other tensor grows with N·M (not from a mask of any shape or dtype, and not for `causal`

@@ -4,6 +4,12 @@ A model that answers one prompt at a time leaves most of the device idle. A dyna
 one, holds each back for a moment, and runs prompts of similar length together: one `generate` call for many requests.
 You write the queue, the padding, and the worker between the callers' event loops and the model.
 
+Steps
+1. Batches (40 min): 4.1, 4.2
+2. Time and order (50 min): 4.3, 4.4, 4.5, 4.6
+3. Faults, limits, shutdown (50 min): 4.7, 4.8, 4.9
+4. Your own test, and style (40 min): 4.10, 4.11
+
 Requirements
 4.1 (efficiency) Batch similar lengths together: requests whose prompts fall into one length bucket share a `generate`
     call, two buckets never do. On the mix of 4.6, full batches get fewer than 1.3 prompt positions (pads included)

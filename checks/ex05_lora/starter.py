@@ -4,6 +4,13 @@ Fine-tuning by low-rank adaptation leaves a linear layer's weight W as it is, an
 the layer then works with W + alpha/rank · B A. What is trained, kept by the optimizer and saved shrinks from out·in
 numbers to rank·(in + out) for each layer, and B A can be added to W when training is over.
 
+Steps
+1. The layer (30 min): 5.1, 5.7
+2. Whole models (40 min): 5.2, 5.3, 5.4
+3. Merging (30 min): 5.5
+4. Saving and comparing (40 min): 5.6, 5.8
+5. Your own test, and style (30 min): 5.9, 5.10
+
 Requirements
 5.1 (correctness) Support different rank values: the output is the formula's for any rank and alpha, also after weights
     have changed. At the start it is the original's: B is zero, A is not. Gradients reach x, A and B: the first step of

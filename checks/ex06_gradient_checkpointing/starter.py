@@ -5,6 +5,12 @@ itself. Gradient checkpointing keeps only a layer's inputs, and computes the res
 it: about a third more computation for a fraction of the memory. You write it on top of autograd, wrap chosen layers
 with it, and measure what it saves.
 
+Steps
+1. One checkpoint (40 min): 6.4, 6.7, 6.10
+2. Layers and models (40 min): 6.1, 6.2, 6.3
+3. Measuring and training (40 min): 6.5, 6.6
+4. Your own test, and style (30 min): 6.8, 6.9
+
 Requirements
 6.1 (correctness) Selective checkpointing of layers: exactly the chosen layers are checkpointed, by number (n) and by
     name (`layer_pattern`), also in nested lists. Lists stay lists, parameters the same objects. The state_dict keeps

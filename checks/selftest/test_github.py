@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.model.exercise import Exercise, Requirement
+from harness.model.exercise import Exercise, Requirement, Step
 from harness.model.results import ExerciseVerdict, Result, verdict_of
 from harness.report import github, gradesheet
 
@@ -16,7 +16,8 @@ STARTER = "def one():\n    # TODO(7.1): …\n    ...\n\n\ndef two():\n    # TODO
 
 def exercise(number: int, requirements: int = 3) -> Exercise:
     asked = tuple(Requirement(f"{number}.{i}", "correctness", f"Title {i}: a, b") for i in range(1, requirements + 1))
-    return Exercise(f"ex{number:02d}", f"ex{number:02d}_a_title.py", "A title", asked, {}, STARTER)
+    steps = (Step(1, "All of it", 30, tuple(requirement.id for requirement in asked)),)
+    return Exercise(f"ex{number:02d}", f"ex{number:02d}_a_title.py", "A title", asked, steps, {}, STARTER)
 
 
 def verdict(of: Exercise, *results: Result) -> ExerciseVerdict:

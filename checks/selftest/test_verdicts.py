@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.model.exercise import Exercise, Requirement
+from harness.model.exercise import Exercise, Requirement, Step
 from harness.model.results import Result, verdict_of
 
 EXERCISE = Exercise(
@@ -15,6 +15,7 @@ EXERCISE = Exercise(
         Requirement("7.3", "correctness", "Own test"),
         Requirement("7.4", "readability", "Reads well"),
     ),
+    (Step(1, "All of it", 30, ("7.1", "7.2", "7.3", "7.4")),),
     {},
     "",
 )

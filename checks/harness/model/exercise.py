@@ -12,6 +12,7 @@ POINTS = 5
 CRITERIA = ("correctness", "efficiency", "robustness", "readability")
 
 _REQUIREMENT = re.compile(r"^(\d+\.\d+) \((\w+)\) ([^:]+):", re.MULTILINE)
+_STEP = re.compile(r"^(\d+)\. ([^(\n]+) \((\d+) min\): (.+)$", re.MULTILINE)
 _SLIP = re.compile(r"^- (\w+): (.+)$", re.MULTILINE)
 
 
@@ -29,15 +30,26 @@ class Requirement:
 
 
 @dataclass(frozen=True)
+class Step:
+    """What can be worked on at a stretch; later steps may be empty meanwhile. `requirements` are ids."""
+
+    number: int
+    name: str
+    minutes: int
+    requirements: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Exercise:
-    """One exercise of the workspace. `slips` maps the names of the slips that the learner's own test has to catch to
-    their descriptions.
+    """One exercise of the workspace. `steps` are in the order to work in; `slips` maps the names of the slips that the
+    learner's own test has to catch to their descriptions.
     """
 
     id: str
     file_name: str
     title: str
     requirements: tuple[Requirement, ...]
+    steps: tuple[Step, ...]
     slips: dict[str, str] = field(hash=False)
     starter: str = field(hash=False, repr=False)
 
@@ -81,6 +93,10 @@ class Exercise:
         """The replies to the Discuss questions."""
         return ANSWERS / f"{self.id}.md"
 
+    def step_of(self, requirement: str) -> Step:
+        """The step that a requirement belongs to."""
+        return next(step for step in self.steps if requirement in step.requirements)
+
     @property
     def number(self) -> int:
         """As people type it: EX=3."""
@@ -90,12 +106,13 @@ class Exercise:
 def parse(text: str, file_name: str) -> Exercise:
     """Reads an exercise from the starter's `text`.
 
-    The docstring's first line is `exNN: Title`; a requirement is a line `3.2 (robustness) Title: criterion in
-    words`; a slip is a
-    line `- name: what the wrong code does` below the line that ends with `slips:`.
+    The docstring's first line is `exNN: Title`; a step is a line `1. Name (25 min): 3.1, 3.4`; a requirement is a line
+    `3.2 (robustness) Title: criterion in words`; a slip is a line `- name: what the wrong code does` below the line
+    that ends with `slips:`.
 
     Raises:
-        SpecificationError: the docstring lacks its title or its requirements, or names an unknown criterion.
+        SpecificationError: the docstring lacks its title, its steps or its requirements, names an unknown criterion, or
+            has a requirement that is not in exactly one step.
     """
     docstring = ast.get_docstring(ast.parse(text)) or ""
     head = re.match(r"(ex\d\d): (.+)", docstring)
@@ -109,9 +126,27 @@ def parse(text: str, file_name: str) -> Exercise:
             raise SpecificationError(
                 f"{file_name}: {requirement.id} names the criterion {requirement.criterion!r}, not one of {CRITERIA}"
             )
-    _, _, after = docstring.partition("slips:\n")
-    slips = dict(_SLIP.findall(after.split("\n\n")[0]))
-    return Exercise(head[1], file_name, head[2].strip(), requirements, slips, text)
+    steps = _steps(docstring, file_name, [requirement.id for requirement in requirements])
+    slips = dict(_SLIP.findall(_paragraph(docstring, "slips:\n")))
+    return Exercise(head[1], file_name, head[2].strip(), requirements, steps, slips, text)
+
+
+def _steps(docstring: str, file_name: str, ids: list[str]) -> tuple[Step, ...]:
+    found = _STEP.findall(_paragraph(docstring, "\nSteps\n"))
+    steps = tuple(Step(int(n), name, int(minutes), tuple(re.split(r", *", of))) for n, name, minutes, of in found)
+    numbers = [number for step in steps for number in step.requirements]
+    if sorted(numbers) != sorted(ids) or [step.number for step in steps] != list(range(1, len(steps) + 1)):
+        wrong = sorted({*ids, *numbers} - {number for number in ids if numbers.count(number) == 1})
+        raise SpecificationError(
+            f"{file_name}: below `Steps`, lines `1. Name (25 min): N.M, N.M` name each requirement once, in the order to "
+            f"work in; not so: {', '.join(wrong) or 'their own numbers'}"
+        )
+    return steps
+
+
+def _paragraph(text: str, head: str) -> str:
+    """What follows a heading, up to the next empty line."""
+    return text.partition(head)[2].split("\n\n")[0]
 
 
 @cache

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.model.exercise import Exercise
+from harness.model.exercise import Exercise, Step
 from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict, RequirementVerdict, Result
 from harness.model.source import todo_lines
@@ -82,7 +82,9 @@ def detail(
     """
     exercise, path = verdict.exercise, folder / verdict.exercise.file_name
     gained = f"{verdict.score} of {verdict.max_score} points"
-    out.print(f"\n[bold]{exercise.id} {escape(exercise.title)}[/]: {gained}, {verdict.state}")
+    left = sum(step.minutes for step in exercise.steps if _opened(verdict, step))
+    ahead = f", about {left} minutes to go" if left and verdict.state != "done" else ""
+    out.print(f"\n[bold]{exercise.id} {escape(exercise.title)}[/]: {gained}, {verdict.state}{ahead}")
     if verdict.reason and verdict.state == "not started":
         back = f"make reset EX={exercise.number} brings the starter back"
         out.print(f"  {shown(path)}: {verdict.reason}; {back}", soft_wrap=True)
@@ -91,7 +93,7 @@ def detail(
         cause = next(one for one in verdict.results() if one.kind == "load")
         failure(out, path, cause)
         return
-    rows(out, verdict.requirements, late)
+    rows(out, _in_order(verdict), late, exercise.steps)
     if verdict.state == "not started":
         return
     found = (failed for failed in _failures(verdict, lost(verdict, before)) if failed[0].requirement not in late)
@@ -108,16 +110,24 @@ def detail(
             line(out, f"  the same: {' '.join(other.requirement for other in others)}")
 
 
-def rows(out: Console, verdicts: Sequence[RequirementVerdict], late: frozenset[str] = frozenset()) -> None:
+def rows(
+    out: Console,
+    verdicts: Sequence[RequirementVerdict],
+    late: frozenset[str] = frozenset(),
+    steps: Sequence[Step] = (),
+) -> None:
     """A line per requirement: mark, number, title, and how many of its checks pass. Where there is little room the
-    title is cut.
+    title is cut. `steps` have a line of their own before their first requirement.
     """
+    begins = {step.requirements[0]: f"{step.number}. {step.name} ({step.minutes} min)" for step in steps}
     then = {one.requirement.id: "as of the last save" if one.judged else "being judged" for one in verdicts}
     counts = [then[one.requirement.id] if one.requirement.id in late else _count(one) for one in verdicts]
     number = max(len(one.requirement.id) for one in verdicts)
     room = max(_TITLE, out.width - number - max(map(len, counts)) - len("  ✓   "))
     width = min(room, max(len(one.requirement.title) for one in verdicts))
     for one, count in zip(verdicts, counts, strict=True):
+        if (begun := begins.get(one.requirement.id)) is not None:
+            out.print(f" {begun}", markup=False, no_wrap=True, overflow="ellipsis")
         mark, style = _mark(one, _unicode(out))
         title = one.requirement.title
         title = title if len(title) <= width else f"{title[: width - 1]}{'…' if _unicode(out) else '~'}"
@@ -160,34 +170,52 @@ def closing(verdict: ExerciseVerdict, before: ExerciseVerdict | None) -> str:
     facts = [f"{verdict.exercise.id} {points(verdict)}" + (f" ({change:+d})" if change else "")]
     if gone := lost(verdict, before):
         facts.append(f"lost: {' '.join(gone)}")
-    if opened := [one.requirement.id for one in verdict.requirements if not one.score and one.judged]:
+    if opened := [one.requirement.id for one in _in_order(verdict) if not one.score and one.judged]:
         facts.append(f"open {' '.join(opened)}")
     return ", ".join(facts) if opened or gone else f"{facts[0]}, done"
 
 
 def following(verdict: ExerciseVerdict, folder: Path) -> str:
-    """What to do next: the first open TODO of the file, else its first failure."""
+    """What to do next: the first open step, and the first TODO of it that is left in the file."""
     path, exercise = folder / verdict.exercise.file_name, verdict.exercise
     if verdict.state == "done":
         return (
             f"next: make answer EX={exercise.number} compares with the answer; make bench EX={exercise.number} measures"
         )
+    step = next(step for step in exercise.steps if _opened(verdict, step) or step is exercise.steps[-1])
+    about = f"step {step.number} of {len(exercise.steps)}, {step.name} (about {step.minutes} minutes)"
     if verdict.state == "not started":
-        return f"next: open {shown(path)} and work on its TODOs; every save is judged"
+        return f"next: open {shown(path)}: {about}; every save is judged"
     try:
         places = todo_lines(read(path))
     except LoadError:
         places = {}
-    opened = [one.requirement.id for one in verdict.requirements if not one.score and one.requirement.id in places]
+    opened = [number for number in step.requirements if number in places and not _earned(verdict, number)]
+    over = f"make reset EX={exercise.number} starts it over"
     if opened:
         number = min(opened, key=places.__getitem__)
-        return f"next: {shown(path)}:{places[number]} TODO({number}); make reset EX={exercise.number} starts it over"
-    return f"next: edit {shown(path)} and save; make reset EX={exercise.number} starts it over"
+        return f"next: {about}: {shown(path)}:{places[number]} TODO({number}); {over}"
+    return f"next: {about}: edit {shown(path)} and save; {over}"
+
+
+def _earned(verdict: ExerciseVerdict, number: str) -> bool:
+    return any(one.score for one in verdict.requirements if one.requirement.id == number)
+
+
+def _opened(verdict: ExerciseVerdict, step: Step) -> bool:
+    """Whether something of a step is still to be earned."""
+    return any(not one.score and one.judged for one in verdict.requirements if one.requirement.id in step.requirements)
+
+
+def _in_order(verdict: ExerciseVerdict) -> list[RequirementVerdict]:
+    """The requirements in the order of the steps."""
+    of = {one.requirement.id: one for one in verdict.requirements}
+    return [of[number] for step in verdict.exercise.steps for number in step.requirements]
 
 
 def _failures(verdict: ExerciseVerdict, gone: Sequence[str]) -> Iterator[list[Result]]:
     """The failures of each requirement that has been begun: those that were lost first, unwritten ones last."""
-    found = {one.requirement.id: list(one.failures()) for one in verdict.requirements}
+    found = {one.requirement.id: list(one.failures()) for one in _in_order(verdict)}
 
     def rank(number: str) -> tuple[bool, bool]:
         return found[number][0].kind == "not implemented", number not in gone

@@ -2,12 +2,31 @@
 
 Doubles tensors.
 
+Steps
+1. Doubling (5 min): 42.1
+2. Your own test (5 min): 42.2, 42.3
+
 Requirements
 42.1 (correctness) Double: `double` returns twice its input, in the input's dtype.
 42.2 (correctness) Write your own test: `test_double` passes on right code and fails on each of the slips listed below.
 42.3 (readability) Reads well: ruff and mypy find nothing. Counts once half of the other requirements are earned.
 
-Your own test is judged on right code and on these slips:
+In plain text
+    double(x) = x + x
+
+Shapes
+    x of any shape
+
+By hand
+    double(3) = 6
+
+Conventions
+- a new tensor comes out
+
+Not defined
+- strings
+
+Your own test (42.2) is judged on right code and on these slips:
 - adds_two: two is added instead
 - squares: the square is returned
 
@@ -16,6 +35,9 @@ Discuss
 2. When does it overflow?
 3. What would you watch in production?
 4. What would you make faster?
+
+Sources
+- arithmetic
 """
 
 from torch import Tensor
