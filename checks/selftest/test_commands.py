@@ -21,7 +21,7 @@ def test_check_of_the_answers_is_done(workspace: Workspace) -> None:
 
     assert done.returncode == 0, done.stdout
     assert re.search(r"ex01\s+Multi-head attention\s+done\s+50/50", done.stdout), done.stdout
-    assert "✓ 1.10 Reads well" in done.stdout and "next: make answer EX=1 compares" in done.stdout
+    assert "✓ 1.10 Reads well" in done.stdout and "minutes to go" not in done.stdout and "next: make answer EX=1 compares" in done.stdout
 
 
 def test_check_names_file_line_and_slip_and_what_is_not_started(workspace: Workspace) -> None:
@@ -37,7 +37,10 @@ def test_check_names_file_line_and_slip_and_what_is_not_started(workspace: Works
     assert re.search(rf"^exercises/{FILE}:\d+:\d+: error: 1\.1 forward: weights: ", done.stdout, re.MULTILINE), (
         done.stdout
     )
-    assert f"next: edit exercises/{FILE} and save; make reset EX=1 starts it over" in done.stdout
+    step = EX01.step_of("1.1")
+    ahead = f"next: step {step.number} of {len(EX01.steps)}, {step.name} (about {step.minutes} minutes): "
+    assert f"{ahead}edit exercises/{FILE} and save; make reset EX=1 starts it over" in done.stdout
+    assert f"\n {step.number}. {step.name} ({step.minutes} min)\n" in done.stdout and " minutes to go\n" in done.stdout
     assert "Traceback" not in done.stdout
 
 

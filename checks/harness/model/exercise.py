@@ -138,8 +138,8 @@ def _steps(docstring: str, file_name: str, ids: list[str]) -> tuple[Step, ...]:
     if sorted(numbers) != sorted(ids) or [step.number for step in steps] != list(range(1, len(steps) + 1)):
         wrong = sorted({*ids, *numbers} - {number for number in ids if numbers.count(number) == 1})
         raise SpecificationError(
-            f"{file_name}: below `Steps`, lines `1. Name (25 min): N.M, N.M` name each requirement once, in the order to "
-            f"work in; not so: {', '.join(wrong) or 'their own numbers'}"
+            f"{file_name}: below `Steps`, lines `1. Name (25 min): N.M, N.M` name each requirement once, in the order "
+            f"to work in; not so: {', '.join(wrong) or 'their own numbers'}"
         )
     return steps
 

@@ -31,8 +31,8 @@ SETTINGS = TOP / "pyproject.toml"
 PLAIN_CACHE, DAEMON_CACHE, FINE = BUILD / "mypy", BUILD / "mypy-daemon", ("--cache-fine-grained",)
 FILLED_WITH = DAEMON_CACHE / "filled-with.txt"
 DAEMON_FILE = BUILD / "dmypy.json"
-_RULES = "E,W,B,D101,D103"
-_DOCSTRING_CODES = ("D101", "D103")
+_RULES = "E,W,B,D101,D103,D419"
+_DOCSTRING_CODES = ("D101", "D103", "D419")
 _BLANKET = re.compile(
     r"#\s*(?:(?:ruff|flake8)\s*:\s*(?:noqa|disable)|mypy\s*:\s*\S+|type\s*:\s*ignore(?!\[))|@(?:typing\.)?no_type_check\b"
 )
@@ -57,7 +57,7 @@ class LintError(AssertionError):
 
 
 def ruff(path: Path, exercise: Exercise) -> None:
-    """Fails with what ruff finds: E, F, W, B, and a missing docstring (D101, D103) of a name that the starter lacks."""
+    """Fails with what ruff finds: E, F, W, B, and a missing or empty docstring (D101, D103, D419) of a name that the starter lacks."""
     text = read(path)
     findings = [
         f"{number}: {blanket[0].strip()} silences more than it names; name the one rule on the one line"
