@@ -12,6 +12,7 @@ ALL ?=
 DEVICE ?=
 EX ?=
 FORCE ?=
+FULL ?=
 GITHUB ?=
 NAME ?=
 OUT ?= gradesheet.json
@@ -53,8 +54,8 @@ answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
 	@$(RUN) -m harness answer --ex '$(EX)' $(if $(FORCE),--force)
 
 .PHONY: bench
-bench: .venv/bench ## measure your code beside the answer and others: make bench EX=3
-	@$(RUN) -m harness bench --ex '$(EX)'
+bench: .venv/bench ## measure your code beside the answer and others: make bench EX=3 [FULL=1]
+	@$(RUN) -m harness bench --ex '$(EX)' $(if $(FULL),--full)
 
 ##@ Teach
 .PHONY: grade

@@ -27,7 +27,7 @@ def _run(request: Request) -> int:
     if request.command == "bench":
         from harness.commands import bench
 
-        return bench.run(request.ex)
+        return bench.run(request.ex, full=request.full)
     if request.command == "answer":
         return answer.run(request.ex, request.force)
     return watch.run(request.ex) if request.command == "watch" else reset.run(request.ex)

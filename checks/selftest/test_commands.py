@@ -21,7 +21,11 @@ def test_check_of_the_answers_is_done(workspace: Workspace) -> None:
 
     assert done.returncode == 0, done.stdout
     assert re.search(r"ex01\s+Multi-head attention\s+done\s+50/50", done.stdout), done.stdout
-    assert "✓ 1.10 Reads well" in done.stdout and "minutes to go" not in done.stdout and "next: make answer EX=1 compares" in done.stdout
+    assert (
+        "✓ 1.10 Reads well" in done.stdout
+        and "minutes to go" not in done.stdout
+        and "next: make answer EX=1 compares" in done.stdout
+    )
 
 
 def test_check_names_file_line_and_slip_and_what_is_not_started(workspace: Workspace) -> None:

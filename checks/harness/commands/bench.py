@@ -25,16 +25,25 @@ from harness.testing.subject import execute, load, neutral_state
 _THREADS = torch.get_num_threads()
 
 
-def run(ex: str) -> int:
-    """Prints the tables, draws the picture, and says where it is."""
+def run(ex: str, *, full: bool = False) -> int:
+    """Prints the tables, draws the picture, and says where it is.
+
+    Args:
+        full: also measure what takes long.
+    """
     out = terminal.console()
     exercise = one_exercise("bench", ex)
     bench = bench_of(exercise)
-    measured = measure(list(bench.cases(contestants(exercise, out))), out)
+    cases = list(bench.cases(contestants(exercise, out)))
+    chosen = [case for case in cases if full or not case.long]
+    measured = measure(chosen, out)
     for table in tables(measured, bench.X, bench.REFERENCE):
         out.print(table)
     for sentence in bench.conclude(measured):
         out.print(sentence, markup=False, soft_wrap=True)
+    if len(chosen) < len(cases):
+        left = f"{len(cases) - len(chosen)} of {len(cases)} cases, which take minutes, are left out"
+        out.print(f"{left}: make bench EX={exercise.number} FULL=1 measures them too", soft_wrap=True)
     path = BUILD / "bench" / f"{exercise.id}.png"
     draw(path, exercise.title, bench.X, [(f"{one.panel}: {one.metric}", one.values) for one in measured])
     out.print(f"picture: {shown(path)}", markup=False)

@@ -24,6 +24,7 @@ class Request:
     once: bool = False
     force: bool = False
     all: bool = False
+    full: bool = False
     owner: tuple[int, ...] = ()
 
 
@@ -56,7 +57,8 @@ def parse(arguments: list[str]) -> Request:
     command("watch", "judge each exercise when it is saved")
     command("reset", "bring the starter back")
     command("answer", "compare with the answer").add_argument("--force", action="store_true", help="before it is done")
-    command("bench", "measure beside the answer and others")
+    bench = command("bench", "measure beside the answer and others")
+    bench.add_argument("--full", action="store_true", help="the whole table, which takes many minutes")
     options: dict[str, Any] = vars(parser.parse_args(arguments))
     options.pop("watched", None)
     if "owner" in options:

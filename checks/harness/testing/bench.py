@@ -31,6 +31,7 @@ class Case:
         runs: by contestant, what is timed; it may return further numbers by name ("tokens per second").
         memory: also measure the most bytes of tensors that one run allocates at once.
         timed: False where only the numbers that runs return are of interest.
+        long: measured with FULL=1 alone.
     """
 
     panel: str
@@ -38,6 +39,7 @@ class Case:
     runs: Mapping[str, Run]
     memory: bool = False
     timed: bool = True
+    long: bool = False
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Series:
 
 
 class Bench(Protocol):
-    """What a file of checks/benches defines."""
+    """What an exercise's bench.py defines."""
 
     X: str
     REFERENCE: str

@@ -57,7 +57,9 @@ class LintError(AssertionError):
 
 
 def ruff(path: Path, exercise: Exercise) -> None:
-    """Fails with what ruff finds: E, F, W, B, and a missing or empty docstring (D101, D103, D419) of a name that the starter lacks."""
+    """Fails with what ruff finds: E, F, W, B, and a missing or empty docstring (D101, D103, D419) of a name that the
+    starter lacks.
+    """
     text = read(path)
     findings = [
         f"{number}: {blanket[0].strip()} silences more than it names; name the one rule on the one line"
