@@ -20,13 +20,13 @@ from .reference import (
     Precision,
     Row,
     Stack,
+    Unit,
     autocast,
     precision_step,
     recomputes,
     same_gradient,
     seeded,
     tokens,
-    units,
     ups,
     wrap_layers,
 )
@@ -55,29 +55,48 @@ def test_chosen_layers_are_entered_exactly_twice(subject: Subject, close: Close,
         )
 
 
-def alive_after_forward(model: nn.Module, x: Tensor) -> tuple[int, Tensor]:
+def alive_after_forward(model: nn.Module, x: Tensor, *shared: Tensor) -> tuple[int, Tensor]:
     """Bytes that only the output keeps alive after forward, without what is smaller than the input: random states."""
     with Trace(at_least=x.numel()) as seen:
-        output = model(x)
+        output = model(x, *shared)
     return seen.alive_bytes, output
+
+
+class Biased(Unit):
+    """A layer that is given two more inputs, and keeps neither for backward."""
+
+    def forward(self, x: Tensor, bias: Tensor, *, more: Tensor) -> Tensor:
+        return torch.sin(self.up(x) + bias + more)
+
+
+class Sharing(Row):
+    """Layers that are all given the same two tensors."""
+
+    def forward(self, x: Tensor, bias: Tensor, more: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, bias, more=more)
+        return x
 
 
 @requirement("6.2")
 def test_less_is_alive_the_more_layers_are_chosen(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """From none over every 4th and every 2nd to every layer, what is alive after forward falls."""
-    x = torch.randn(200, D, generator=rng, dtype=torch.float64).requires_grad_()
+    """From none over every 4th and every 2nd to every layer, what is alive after forward falls, also where all layers
+    are given the same tensors, with and without gradient.
+    """
+    x, bias, more = torch.randn(3, 200, D, generator=rng, dtype=torch.float64).unbind()
+    inputs = x.requires_grad_(), bias.requires_grad_(), more
     alive: dict[int, int] = {}
     expected: Tensor | None = None
     for n in (0, 4, 2, 1):
-        model = seeded(lambda: Row(*units(8)))
-        expected = model(x) if expected is None else expected
+        model = seeded(lambda: Sharing(*(Biased() for _ in range(8))))
+        expected = model(*inputs) if expected is None else expected
         wrap_layers(subject, model, n)
-        alive[n], output = alive_after_forward(model, x)
+        alive[n], output = alive_after_forward(model, *inputs)
         close(output, expected, f"forward of 8 layers, n = {n}", tolerance=1e-2)
 
     assert alive[0] > alive[4] > alive[2] > alive[1], (
         f"forward of 8 layers, bytes alive afterwards by n (0: none): {alive}\n"
-        "the more layers are chosen, the less is alive"
+        "the more layers are chosen, the less is alive; what all of them are given is kept once"
     )
 
 
@@ -136,15 +155,19 @@ def test_nothing_outlives_the_output(subject: Subject, close: Close, rng: torch.
     recomputes(subject, x)
 
 
+PARTLY = "module in eval but for a part"
+
+
 @requirement("6.2")
 def test_nothing_is_computed_twice_without_need(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Where nothing is to be recomputed, a wrapped block gives the plain output and is entered once."""
     x = torch.randn(2, D, generator=rng, dtype=torch.float64).requires_grad_()
     modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
-    for case in ("eval", "no_grad", "inference_mode", "use_checkpoint=False", "module in eval"):
+    for case in ("eval", "no_grad", "inference_mode", "use_checkpoint=False", PARTLY):
         plain, block = (seeded(lambda: Block(p=0.5)) for _ in range(2))
-        plain.train(case not in ("eval", "module in eval"))
-        block.train(case != "module in eval")
+        plain.train(case not in ("eval", PARTLY))
+        block.train(case != PARTLY)
+        block.up.train()
         wrapper = subject.CheckpointWrapper(block, use_checkpoint=case != "use_checkpoint=False")
         if case == "eval":
             wrapper.train().eval()
