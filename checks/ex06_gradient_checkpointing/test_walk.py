@@ -495,4 +495,4 @@ class Played:
         return ["the input", "the other input", *parameters]
 
 
-test_calls_in_any_order = walk_check(Steps(), 40)
+test_calls_in_any_order = walk_check(Steps(), 30)

@@ -271,5 +271,5 @@ class Measurements(Walk):
             same_peak(peak, program.most / 16, what)
 
 
-test_selections_on_models_of_any_shape = walk_check(Selections(), 12)
-test_measurements_of_any_program = walk_check(Measurements(), 12)
+test_selections_on_models_of_any_shape = walk_check(Selections(), 10)
+test_measurements_of_any_program = walk_check(Measurements(), 10)
