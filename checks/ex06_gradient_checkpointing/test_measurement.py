@@ -151,7 +151,6 @@ def test_result_and_arguments_go_through(subject: Subject, rng: torch.Generator)
     same_peak(peak, 1 / 16, "measure_memory_usage: func makes one tensor of a sixteenth of a MiB")
 
 
-@halfway
 @requirement("6.5")
 def test_the_peak_of_a_training_step(subject: Subject, rng: torch.Generator) -> None:
     """Forward and backward of a small network: what a dispatch mode sees, with gradients, without the parameters."""
@@ -172,6 +171,7 @@ def test_the_peak_of_a_training_step(subject: Subject, rng: torch.Generator) -> 
         assert model[0].weight.grad is not None, "measure_memory_usage: backward inside func leaves no gradient"
 
 
+@halfway
 @requirement("6.5")
 def test_measuring_starts_anew(subject: Subject, rng: torch.Generator) -> None:
     """Neither an earlier measurement nor what it left alive counts in the next one, without gradients either."""
