@@ -4,7 +4,6 @@ import gc
 from contextlib import nullcontext, suppress
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,7 +36,7 @@ def test_train_step_by_hand(subject: Subject, close: Close, rng: torch.Generator
     """One step of SGD with weight decay: the loss before it, old gradients ignored, w - lr·(g + d·w) afterwards."""
     for shape in ((B, L), (1, 2)):
         batch = {name: torch.randint(V, shape, generator=rng) for name in ("input_ids", "targets")}
-        model, plain = seeded(lambda: Stack(2)), seeded(lambda: Stack(2))
+        model, plain = seeded(lambda: Stack(1)), seeded(lambda: Stack(1))
         loss = functional.cross_entropy(plain(batch["input_ids"]).transpose(1, 2), batch["targets"])
         loss.backward()
         wanted = [(p - 0.5 * (p.grad + 0.25 * p)).detach() for p in plain.parameters()]
@@ -116,8 +115,8 @@ def test_train_step_on_strided_tensors(subject: Subject, rng: torch.Generator) -
 
 @requirement("6.6")
 def test_a_model_that_does_not_fit_trains(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Three steps under a budget of two thirds of what plain training needs, with the plain losses."""
-    batch = {name: torch.randint(V, (4, 100), generator=rng) for name in ("input_ids", "targets")}
+    """Two steps under a budget of two thirds of what plain training needs, with the plain losses."""
+    batch = {name: torch.randint(V, (2, 100), generator=rng) for name in ("input_ids", "targets")}
     plain, model = (seeded(lambda: Stack(5, hidden=80)) for _ in range(2))
     needed, wanted = plain_training(plain, batch)
     wrap_layers(subject, model)
@@ -134,11 +133,11 @@ def test_a_model_that_does_not_fit_trains(subject: Subject, close: Close, rng: t
     finally:
         gc.unfreeze()
 
-    what = "three calls of train_step on a checkpointed model"
+    what = "two calls of train_step on a checkpointed model"
     close(
         torch.tensor(came), torch.tensor(wanted), f"{what}: losses", tolerance=1e-4, hint="plain training gives others"
     )
-    assert left[2] < left[0] + 8 * 400 * D, (
+    assert left[1] < left[0] + 8 * 200 * D, (
         f"{what}: bytes alive after each step: {left}; what a step leaves must not pile up"
     )
     budget = needed * 2 // 3
@@ -149,11 +148,11 @@ def test_a_model_that_does_not_fit_trains(subject: Subject, close: Close, rng: t
 
 
 def plain_training(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, list[float]]:
-    """The most bytes alive at once in a step of plain training, and the losses of three steps."""
+    """The most bytes alive at once in a step of plain training, and the losses of two steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses: list[float] = []
     peak = 0
-    for step in range(3):
+    for step in range(2):
         with Trace() if step == 0 else nullcontext() as seen:
             loss = functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["targets"].flatten())
             loss.backward()
@@ -168,20 +167,15 @@ def plain_training(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, lis
 
 
 @requirement("6.7")
-@pytest.mark.parametrize(("p", "n"), [(0.0, 1), (0.5, 2)])
-def test_parameters_get_the_plain_gradients(
-    subject: Subject, close: Close, rng: torch.Generator, p: float, n: int
-) -> None:
+def test_parameters_get_the_plain_gradients(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """After backward every parameter has the plain model's gradient, with dropout under a seed too."""
     input_ids = tokens(rng)
-    pair = Pair(subject, lambda: Stack(3, p), n)
+    pair = Pair(subject, lambda: Stack(3, 0.5), 2)
 
     pair.step(lambda model: model(input_ids).square().sum().backward())
 
-    hint = (
-        "the second computation must drop what the first dropped: restore the random state of the forward" if p else ""
-    )
-    pair.agree(close, f"backward of a model with wrapped layers, dropout {p}", hint)
+    hint = "the second computation must drop what the first dropped: restore the random state of the forward"
+    pair.agree(close, "backward of a model with wrapped layers, dropout 0.5", hint)
 
 
 @requirement("6.7")
@@ -210,7 +204,7 @@ def test_later_steps_are_as_good_as_the_first(subject: Subject, close: Close, rn
     that was called may get new parameters, as load_state_dict(assign=True) gives it.
     """
     batches = [tokens(rng) for _ in range(3)]
-    pair = Pair(subject, lambda: Stack(2, 0.5))
+    pair = Pair(subject, lambda: Stack(1, 0.5))
 
     def steps(model: Any) -> None:
         for number, input_ids in enumerate(batches):
@@ -233,7 +227,7 @@ def test_later_steps_are_as_good_as_the_first(subject: Subject, close: Close, rn
 def test_a_second_backward_with_retain_graph(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """backward(retain_graph=True) and a second backward give twice the gradient, and leave the random stream alone."""
     input_ids = tokens(rng)
-    pair = Pair(subject, lambda: Stack(2, 0.5))
+    pair = Pair(subject, lambda: Stack(1, 0.5))
 
     def step(model: Any) -> None:
         loss = model(input_ids).square().sum()
@@ -250,7 +244,7 @@ def test_a_second_backward_with_retain_graph(subject: Subject, close: Close, rng
 def test_several_calls_before_backward(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Each backward belongs to its own call, with its own inputs and its own dropout."""
     both = tokens(rng), tokens(rng)
-    pair = Pair(subject, lambda: Stack(2, 0.5))
+    pair = Pair(subject, lambda: Stack(1, 0.5))
 
     def step(model: Any) -> None:
         losses = [model(input_ids).square().sum() * scale for input_ids, scale in zip(both, (1, 3), strict=True)]
@@ -336,7 +330,7 @@ def test_steps_after_other_calls(subject: Subject, close: Close, rng: torch.Gene
     input_ids = tokens(rng)
 
     for earlier in ("inference_mode", "a wrong shape"):
-        pair = Pair(subject, lambda: Stack(2, 0.5))
+        pair = Pair(subject, lambda: Stack(1, 0.5))
         if earlier == "inference_mode":
             with torch.inference_mode():
                 pair.wrapped(input_ids)
@@ -356,7 +350,7 @@ def test_steps_after_other_calls(subject: Subject, close: Close, rng: torch.Gene
 def test_a_wrapped_model_may_be_cast(subject: Subject, rng: torch.Generator) -> None:
     """After .float() a wrapped model trains in float32."""
     input_ids = tokens(rng)
-    pair = Pair(subject, lambda: Stack(2, 0.5))
+    pair = Pair(subject, lambda: Stack(1, 0.5))
 
     pair.step(lambda model: model(input_ids).square().sum().backward())
     for model in (pair.plain, pair.wrapped):

@@ -155,7 +155,9 @@ class Steps(Walk):
             "after a step",
             "after a call while it was frozen",
         ), 0.3),
-        Aspect("mode", "6.2", words("in eval", "under no_grad", "under inference_mode", "in eval under no_grad"), 0.25),
+        Aspect("mode", "6.2", words(
+            "in eval", "under no_grad", "under inference_mode", "in eval under no_grad", "in eval but for its dropout",
+        ), 0.25),
         Aspect("kind", "6.2", words("checkpoint(module, …)", "use_checkpoint=False"), 0.25),
         Aspect("evaluated", "6.2", words("after a call in eval"), 0.15),
         Aspect("parts", "6.2", words("its dropout in eval"), 0.2),
@@ -306,8 +308,8 @@ def prepare(layers: list[Layer], step: Step) -> None:
     """Sets what a step says of the modules themselves."""
     for layer in layers:
         layer.drop.p = step["drop"]
-        if step["parts"]:
-            layer.drop.eval()
+        if step["parts"] or "but" in step["mode"]:
+            layer.drop.train("but" in step["mode"])
         for parameter in layer.parameters():
             parameter.requires_grad_(step["frozen"] != "all weights frozen")
             parameter.grad = None
@@ -493,4 +495,4 @@ class Played:
         return ["the input", "the other input", *parameters]
 
 
-test_calls_in_any_order = walk_check(Steps(), 40)
+test_calls_in_any_order = walk_check(Steps(), 30)

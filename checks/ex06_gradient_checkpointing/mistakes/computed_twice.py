@@ -19,6 +19,7 @@ RECOMPUTED = "            return checkpoint(self.module, *args, **kwargs)\n"
 FLAG = "        self.training = module.training\n"
 WRAP = "            setattr(model.get_submodule(owner), attribute, CheckpointWrapper(model.get_submodule(name)))\n"
 RECORD = "            self.checkpointed_modules.append(name)\n"
+DETACHED = "    return tensor.detach().requires_grad_(tensor.requires_grad)\n"
 ENABLED = "torch.is_autocast_enabled(device)"
 
 MISTAKES = [
@@ -46,6 +47,13 @@ MISTAKES = [
     ),
     # 6.2
     Mistake("active_in_eval", "6.2", "entered 2 times, not once", (" and self.training", ""), only=True),
+    Mistake(
+        "active_in_eval_if_a_part_trains",
+        "6.2",
+        "eval but for a part",
+        ("self.training and", "any(part.training for part in self.module.modules()) and"),
+        only=True,
+    ),
     Mistake("use_checkpoint_ignored", "6.2", "use_checkpoint=False", ("self.use_checkpoint and ", ""), only=True),
     Mistake(
         "use_checkpoint_inverted",
@@ -71,6 +79,20 @@ MISTAKES = [
         self.kept.append(_.detach())
 """,
         ),
+    ),
+    Mistake(
+        "inputs_without_gradient_copied",
+        "6.2",
+        "kept once",
+        (DETACHED, "    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor.clone()\n"),
+        only=True,
+    ),
+    Mistake(
+        "inputs_with_gradient_copied",
+        "6.2",
+        "kept once",
+        (DETACHED, "    return tensor.detach().clone().requires_grad_() if tensor.requires_grad else tensor\n"),
+        only=True,
     ),
     Mistake(
         "recomputed_for_every_tensor",

@@ -45,6 +45,13 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "lists_of_results_not_counted",
+        "6.5",
+        "come as a list",
+        (STORAGES, "        for storage in _storages(() if isinstance(result, list) else result):\n"),
+        only=True,
+    ),
+    Mistake(
         "addresses_never_forgotten",
         "6.5",
         "takes the place",
@@ -194,6 +201,20 @@ MISTAKES = [
             result = func(*args, **kwargs)
         except Exception as error:
             raise RuntimeError(str(error)) from error
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "runtime_error_made_anew",
+        "6.5",
+        "error of func",
+        (
+            CALL,
+            """        try:
+            result = func(*args, **kwargs)
+        except RuntimeError as error:
+            raise RuntimeError(*error.args) from error
 """,
         ),
         only=True,
