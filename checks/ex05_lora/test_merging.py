@@ -68,7 +68,6 @@ def test_the_merged_weight_of_a_square_layer(subject: Subject, close: Close, rng
     close(adapter.now(), wanted, "original_layer.weight after merge_weights", hint=hint)
 
 
-@halfway
 @requirement("5.5")
 @pytest.mark.parametrize(("training", "scale"), [(True, 1.0), (False, 30.0)])
 def test_merging_changes_no_output(
@@ -176,6 +175,23 @@ def test_the_adapter_survives_a_merge(subject: Subject, close: Close, rng: torch
 
 
 @requirement("5.5")
+def test_a_copy_of_a_merged_layer_is_merged(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """copy.deepcopy makes a layer of its own in the same state: merging it does nothing, and it unmerges by itself."""
+    adapter = build(subject, rng)
+    x = torch.randn(5, IN, generator=rng, dtype=torch.float64)
+    adapter.layer.merge_weights()
+
+    twin = copy.deepcopy(adapter.layer)
+
+    for act in ("merge_weights", "unmerge_weights"):
+        getattr(twin, act)()
+        what = f"a deep copy of a merged layer, after {act}: "
+        close(twin(x), adapter.expected(x), f"{what}forward(x)", tolerance=LOOSE)
+    close(value(twin.original_layer.weight), adapter.weight, f"{what}original_layer.weight", tolerance=0)
+    close(adapter.now(), adapter.merged_weight(), f"{what}the merged layer's original_layer.weight")
+
+
+@requirement("5.5")
 def test_training_goes_on_after_unmerging(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """An optimizer that was built before a merge still moves A and B after it, by the formula's gradients."""
     adapter = build(subject, rng)
@@ -250,6 +266,7 @@ def test_a_shared_embedding_stays_unchanged(subject: Subject, close: Close, rng:
     close(value(model["embedding"](every)), kept, "embedding, after the head is unmerged", tolerance=0, hint=hint)
 
 
+@halfway
 @requirement("5.5")
 def test_unmerging_keeps_no_copy(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """While merged there are W and the sum; unmerged there is W alone, which a tied embedding shares as before."""

@@ -377,4 +377,22 @@ MISTAKES = [
         (WEIGHT, WEIGHT.replace("self._own_weight", "self._own_weight and not self.training")),
         only=True,
     ),
+    Mistake(
+        "merged_by_a_table",
+        "5.5",
+        "a deep copy of a merged layer",
+        ("import time\n", "import time\nfrom weakref import WeakKeyDictionary\n"),
+        ("        self._own_weight: list[Tensor] = []\n", ""),
+        (
+            "    def merge_weights",
+            """    _table: WeakKeyDictionary = WeakKeyDictionary()
+
+    @property
+    def _own_weight(self) -> list[Tensor]:
+        return self._table.setdefault(self, [])
+
+    def merge_weights""",
+        ),
+        only=True,
+    ),
 ]

@@ -431,4 +431,29 @@ def lora_state_dict""",
         (REFUSAL, REFUSAL + "    targets.clear()\n"),
         only=True,
     ),
+    Mistake(
+        "torchs_own_linear_layers_alone",
+        "5.2",
+        "is not adapted",
+        (
+            "isinstance(module, nn.Linear)",
+            'isinstance(module, nn.Linear) and type(module).__module__.startswith("torch")',
+        ),
+        only=True,
+    ),
+    Mistake(
+        "bare_weight_refused_once",
+        "5.2",
+        "in place of calling the layer",
+        ("self.weight.detach()", SUM),
+        (
+            WEIGHT,
+            """        if not self._own_weight and not self.__dict__.get("_refused"):
+            self.__dict__["_refused"] = True
+            raise TypeError("call this layer, do not read its weight")
+        return original
+""",
+        ),
+        only=True,
+    ),
 ]

@@ -223,4 +223,16 @@ MISTAKES = [
         (PARAMETERS, "    parameters = list({p.data_ptr(): p for p in model.parameters()}.values())\n"),
         only=True,
     ),
+    Mistake(
+        "frozen_by_name",
+        "5.3",
+        "lora_A",
+        (
+            "    model.requires_grad_(False)\n",
+            """    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(("lora_A", "lora_B")))
+""",
+        ),
+        only=True,
+    ),
 ]
