@@ -266,7 +266,6 @@ def test_a_shared_embedding_stays_unchanged(subject: Subject, close: Close, rng:
     close(value(model["embedding"](every)), kept, "embedding, after the head is unmerged", tolerance=0, hint=hint)
 
 
-@halfway
 @requirement("5.5")
 def test_unmerging_keeps_no_copy(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """While merged there are W and the sum; unmerged there is W alone, which a tied embedding shares as before."""
@@ -355,6 +354,7 @@ def test_merging_leaves_trainable_what_is_trainable(subject: Subject, rng: torch
     assert after == before, f"after merging and unmerging: {len(before - after)} matrices are no longer trainable"
 
 
+@halfway
 @requirement("5.5")
 def test_merging_after_a_cast(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A layer that was merged in float32 merges in float64 with float64's precision."""

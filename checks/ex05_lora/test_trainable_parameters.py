@@ -58,21 +58,21 @@ def test_training_leaves_every_other_byte(subject: Subject, rng: torch.Generator
     starts = [value(tensor) for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
 
-    for training in (False, True, True):
+    for training in (False, True):
         optimizer.zero_grad()
         model.train(training)(torch.tensor(TOKENS)).square().mean().backward()
         optimizer.step()
 
     for name, (parameter, kept) in before.items():
-        assert torch.equal(parameter, kept), f"after 3 steps of AdamW: {name} has changed"
+        assert torch.equal(parameter, kept), f"after 2 steps of AdamW: {name} has changed"
     for path, layer in zip(("q_proj", "block.v_proj"), layers, strict=True):
         kept = before[f"{path}.weight"][1]
         assert torch.equal(layer.original_layer.weight, kept), (
-            f"after 3 steps of AdamW: {path}.original_layer.weight has changed"
+            f"after 2 steps of AdamW: {path}.original_layer.weight has changed"
         )
     ends = [tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
     stuck = sum(torch.equal(start, end) for start, end in zip(starts, ends, strict=True))
-    assert not stuck, f"after 3 steps of AdamW: {stuck} of {len(ends)} matrices A and B have not moved"
+    assert not stuck, f"after 2 steps of AdamW: {stuck} of {len(ends)} matrices A and B have not moved"
 
 
 @requirement("5.3")
