@@ -143,7 +143,7 @@ def test_dropout_follows_torchs_seed(subject: Subject, close: Close, rng: torch.
 
 @requirement("5.7")
 def test_no_dropout_in_eval(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """In eval nothing is dropped, also after training; in training with dropout 0 neither."""
+    """In eval nothing is dropped, also after training; in training with dropout 0 neither, with dropout 1 all of x."""
     adapter = build(subject, rng, dropout=0.6)
     x = torch.randn(5, IN, generator=rng, dtype=torch.float64)
     adapter.layer.train()(x)
@@ -151,6 +151,9 @@ def test_no_dropout_in_eval(subject: Subject, close: Close, rng: torch.Generator
     close(adapter.layer.eval()(x), adapter.expected(x), "forward(x) in eval, dropout 0.6", hint="dropout acts in eval")
     adapter = build(subject, rng, dropout=0.0)
     close(adapter.layer.train()(x), adapter.expected(x), "forward(x) in training, dropout 0")
+    adapter = build(subject, rng, dropout=1.0)
+    original = F.linear(x, adapter.weight, adapter.bias)
+    close(adapter.layer.train()(x), original, "forward(x) in training, dropout 1", hint="all of A's input is dropped")
 
 
 @requirement("5.7")

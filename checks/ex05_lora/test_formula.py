@@ -123,6 +123,9 @@ def test_the_formula(subject: Subject, close: Close, rng: torch.Generator, rank:
         factor = float((extra * added).sum() / added.square().sum().clamp(min=1e-12)) * alpha / rank
         hint = f"the adapter adds about {factor:.4g} × x Aᵀ Bᵀ; alpha/rank = {alpha / rank:.4g}"
     close(output, adapter.expected(x), what, hint=hint)
+    with torch.no_grad():
+        adapter.layer.lora_B.mul_(1e-4)
+    close(adapter.layer(x), adapter.expected(x), f"{what}, with a tiny B")
 
 
 @requirement("5.1")

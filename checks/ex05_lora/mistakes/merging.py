@@ -242,7 +242,7 @@ MISTAKES = [
     ),
     Mistake(
         "w_is_kept_when_built",
-        "5.5",
+        ("5.5", "5.4"),
         "an old copy of it came back",
         (MODE, MODE + "        self._first = [original_layer.weight.detach().clone()]\n"),
         (
@@ -251,7 +251,6 @@ MISTAKES = [
             self.original_layer.weight = nn.Parameter(self._first[0].to(self.lora_A), requires_grad=False)
 """,
         ),
-        only=True,
     ),
     # What others share is written into; the first is what most people write first.
     Mistake(

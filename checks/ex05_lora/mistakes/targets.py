@@ -335,7 +335,7 @@ class LoRAConfig:
     Mistake(
         "prebuilt_attention_is_skipped",
         "5.2",
-        "out_proj",
+        "is not adapted",
         (
             MATCHED,
             MATCHED + "    matched = {path: layer for path, layer in matched.items() if type(layer) is nn.Linear}\n",

@@ -211,10 +211,9 @@ MISTAKES = [
     ),
     Mistake(
         "w_copied_into_a_buffer",
-        "5.4",
+        ("5.4", "5.5"),
         "is W copied?",
         (MODE, MODE + '        self.register_buffer("first", weight.detach().clone(), persistent=False)\n'),
-        only=True,
     ),
     Mistake(
         "counted_by_address",
