@@ -69,33 +69,44 @@ def test_each_adapter_follows_its_own_layer(subject: Subject) -> None:
 
 @requirement("5.7")
 @pytest.mark.parametrize("moved", [False, True], ids=["built_there", "moved_there"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_another_device(subject: Subject, rng: torch.Generator, training: bool, moved: bool) -> None:
+def test_another_device(subject: Subject, rng: torch.Generator, moved: bool) -> None:
     """An adapter that is built on another device, or moved there, works there: the meta device stands in for one."""
     original = linear(rng) if moved else linear(rng).to("meta")
-    layer = subject.LoRALinear(original, rank=RANK, dropout=0.5).train(training)
+    layer = subject.LoRALinear(original, rank=RANK, dropout=0.5)
     if moved:
-        layer(torch.randn(5, IN, generator=rng))
+        for training in (True, False):
+            layer.train(training)(torch.randn(5, IN, generator=rng))
         layer.to("meta")
+    for training in (True, False):
+        output = is_tensor(layer.train(training)(torch.empty(5, IN, device="meta")), "forward(x) on meta")
 
-    output = is_tensor(layer(torch.randn(5, IN, device="meta")), "forward(x) on meta")
-
-    assert layer.lora_A.device.type == layer.lora_B.device.type == "meta", "LoRALinear on meta: A or B is elsewhere"
-    assert output.device.type == "meta", f"forward(x) on meta: the output is on {output.device}"
-    assert tuple(output.shape) == (5, OUT), f"forward(x) on meta: shape {tuple(output.shape)} came"
+        assert layer.lora_A.device.type == layer.lora_B.device.type == "meta", "LoRALinear on meta: A or B is elsewhere"
+        assert output.device.type == "meta", f"forward(x) on meta: the output is on {output.device}"
+        assert tuple(output.shape) == (5, OUT), f"forward(x) on meta: shape {tuple(output.shape)} came"
 
 
 @requirement("5.7")
 def test_dropout_acts_on_the_adapters_input_alone(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """In training every element of x reaches A as 0 or as x / (1 - p); the original sees all of x."""
+    """In training every element of x reaches A as 0 or as x / (1 - p), by itself, also where x repeats one in memory;
+    the original sees all of x.
+    """
     adapter = see_through(fresh(subject, linear(rng, 12, 12), rank=12, dropout=0.4), rng)
-    x = torch.rand(5, 12, 12, generator=rng, dtype=torch.float64) + 1
+    whole = torch.rand(5, 12, 12, generator=rng, dtype=torch.float64) + 1
+    for name, part in (
+        ("", whole),
+        (", expanded", whole[:1]),
+        (", expanded", whole[:, :1]),
+        (", expanded", whole[..., :1]),
+    ):
+        x = part.expand(whole.shape)
 
-    reached = what_reached_a(adapter, x, adapter.layer.train()(x))
+        reached = what_reached_a(adapter, x, adapter.layer.train()(x))
 
-    for start in (0, 1):
-        flat, flat_reached = (tensor.flatten(start, start + 1) for tensor in (x, reached))
-        dropped_alone(close, flat, flat_reached, 0.4, "forward(x [5, 12, 12]) in training, dropout 0.4")
+        what = f"forward(x [5, 12, 12]{name}) in training, dropout 0.4"
+        dropped_alone(close, x.flatten(0, 1), reached.flatten(0, 1), 0.4, what)
+        for first in (0, 1):
+            flat, flat_reached = (tensor.transpose(0, first).flatten(1) for tensor in (x, reached))
+            dropped_alone(close, flat, flat_reached, 0.4, what)
 
 
 @requirement("5.7")
@@ -132,7 +143,7 @@ def test_dropout_follows_torchs_seed(subject: Subject, close: Close, rng: torch.
 
 @requirement("5.7")
 def test_no_dropout_in_eval(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """In eval nothing is dropped, also after training; in training with dropout 0 neither."""
+    """In eval nothing is dropped, also after training; in training with dropout 0 neither, with dropout 1 all of x."""
     adapter = build(subject, rng, dropout=0.6)
     x = torch.randn(5, IN, generator=rng, dtype=torch.float64)
     adapter.layer.train()(x)
@@ -140,6 +151,9 @@ def test_no_dropout_in_eval(subject: Subject, close: Close, rng: torch.Generator
     close(adapter.layer.eval()(x), adapter.expected(x), "forward(x) in eval, dropout 0.6", hint="dropout acts in eval")
     adapter = build(subject, rng, dropout=0.0)
     close(adapter.layer.train()(x), adapter.expected(x), "forward(x) in training, dropout 0")
+    adapter = build(subject, rng, dropout=1.0)
+    original = F.linear(x, adapter.weight, adapter.bias)
+    close(adapter.layer.train()(x), original, "forward(x) in training, dropout 1", hint="all of A's input is dropped")
 
 
 @requirement("5.7")

@@ -68,7 +68,6 @@ def test_the_merged_weight_of_a_square_layer(subject: Subject, close: Close, rng
     close(adapter.now(), wanted, "original_layer.weight after merge_weights", hint=hint)
 
 
-@halfway
 @requirement("5.5")
 @pytest.mark.parametrize(("training", "scale"), [(True, 1.0), (False, 30.0)])
 def test_merging_changes_no_output(
@@ -173,6 +172,23 @@ def test_the_adapter_survives_a_merge(subject: Subject, close: Close, rng: torch
         close(value(adapter.layer.lora_B), b, f"lora_B after {act}", tolerance=0, hint=hint)
         close(adapter.layer(x), expected, f"forward(x) after {act}", tolerance=LOOSE)
         assert adapter.layer.training, f"{act}: the layer was in training, and is in eval"
+
+
+@requirement("5.5")
+def test_a_copy_of_a_merged_layer_is_merged(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """copy.deepcopy makes a layer of its own in the same state: merging it does nothing, and it unmerges by itself."""
+    adapter = build(subject, rng)
+    x = torch.randn(5, IN, generator=rng, dtype=torch.float64)
+    adapter.layer.merge_weights()
+
+    twin = copy.deepcopy(adapter.layer)
+
+    for act in ("merge_weights", "unmerge_weights"):
+        getattr(twin, act)()
+        what = f"a deep copy of a merged layer, after {act}: "
+        close(twin(x), adapter.expected(x), f"{what}forward(x)", tolerance=LOOSE)
+    close(value(twin.original_layer.weight), adapter.weight, f"{what}original_layer.weight", tolerance=0)
+    close(adapter.now(), adapter.merged_weight(), f"{what}the merged layer's original_layer.weight")
 
 
 @requirement("5.5")
@@ -338,6 +354,7 @@ def test_merging_leaves_trainable_what_is_trainable(subject: Subject, rng: torch
     assert after == before, f"after merging and unmerging: {len(before - after)} matrices are no longer trainable"
 
 
+@halfway
 @requirement("5.5")
 def test_merging_after_a_cast(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A layer that was merged in float32 merges in float64 with float64's precision."""

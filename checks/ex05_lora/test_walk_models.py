@@ -193,17 +193,23 @@ def matches(model: Model, step: Step) -> None:
         assert adapter.lora_A.dtype == dtype, f"{what}: lora_A in {adapter.lora_A.dtype} came, {dtype} was wanted"
         CLOSE(adapter(x).detach().double(), wanted, what, tolerance=limit)
         if path.endswith("reads.q_proj"):
-            try:
-                came = model.root.get_submodule(path.removesuffix(".q_proj"))(x)
-            except TypeError:
-                continue
-            except AttributeError as error:
-                raise AssertionError(
-                    f"a module that reads {path}.weight and bias: AttributeError ({error}) came\n"
-                    "give what a parent reads, with gradients, or raise TypeError that says that it cannot be read"
-                ) from error
-            what = f"a module that reads the weight of its adapted layer at {path!r}"
-            CLOSE(came.detach().double(), wanted, what, tolerance=limit)
+            for _ in range(2):
+                reads(model, path, x, wanted, limit)
+
+
+def reads(model: Model, path: str, x: Tensor, wanted: Tensor, limit: float) -> None:
+    """A module that reads its layer's weight gives the formula's output, or a TypeError each time."""
+    try:
+        came = model.root.get_submodule(path.removesuffix(".q_proj"))(x)
+    except TypeError:
+        return
+    except AttributeError as error:
+        raise AssertionError(
+            f"a module that reads {path}.weight and bias: AttributeError ({error}) came\n"
+            "give what a parent reads, with gradients, or raise TypeError that says that it cannot be read"
+        ) from error
+    what = f"a module that reads the weight of its adapted layer at {path!r}"
+    CLOSE(came.detach().double(), wanted, what, tolerance=limit)
 
 
 def trains(model: Model) -> None:
@@ -244,4 +250,4 @@ def saves(subject: Subject, model: Model, step: Step) -> None:
         assert torch.equal(came, part), "lora_A or lora_B after loading: not what was saved"
 
 
-test_models_in_any_order = walk_check(Models(), 20)
+test_models_in_any_order = walk_check(Models(), 12)

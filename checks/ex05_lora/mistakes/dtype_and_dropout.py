@@ -189,4 +189,18 @@ MISTAKES = [
         ("* self.scaling", "* self.scaling * one"),
         only=True,
     ),
+    Mistake(
+        "one_mask_where_x_is_expanded",
+        "5.7",
+        "the same elements are dropped for all",
+        (
+            RETURN,
+            """        dropped = x
+        if self.training and self.dropout.p > 0:
+            dropped = self.dropout(x[tuple(slice(None if stride else 1) for stride in x.stride())]).expand(x.shape)
+        return output + dropped @ self.lora_A.mT @ self.lora_B.mT * self.scaling
+""",
+        ),
+        only=True,
+    ),
 ]

@@ -178,4 +178,15 @@ MISTAKES = [
         ("self.dropout(x)", "self.dropout(x.detach() if self.training and self.dropout.p > 0 else x)"),
         only=True,
     ),
+    Mistake(
+        "rows_repeat_beyond_in",
+        "5.1",
+        "of its 29 rows differ",
+        (
+            "        self.lora_A = nn.Parameter(start * ",
+            """        start = start[torch.arange(rank) % weight.size(1)]
+        self.lora_A = nn.Parameter(start * """,
+        ),
+        only=True,
+    ),
 ]

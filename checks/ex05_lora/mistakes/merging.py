@@ -242,7 +242,7 @@ MISTAKES = [
     ),
     Mistake(
         "w_is_kept_when_built",
-        "5.5",
+        ("5.5", "5.4"),
         "an old copy of it came back",
         (MODE, MODE + "        self._first = [original_layer.weight.detach().clone()]\n"),
         (
@@ -251,7 +251,6 @@ MISTAKES = [
             self.original_layer.weight = nn.Parameter(self._first[0].to(self.lora_A), requires_grad=False)
 """,
         ),
-        only=True,
     ),
     # What others share is written into; the first is what most people write first.
     Mistake(
@@ -375,6 +374,24 @@ MISTAKES = [
         "training True",
         ("self.weight.detach()", SUM),
         (WEIGHT, WEIGHT.replace("self._own_weight", "self._own_weight and not self.training")),
+        only=True,
+    ),
+    Mistake(
+        "merged_by_a_table",
+        "5.5",
+        "a deep copy of a merged layer",
+        ("import time\n", "import time\nfrom weakref import WeakKeyDictionary\n"),
+        ("        self._own_weight: list[Tensor] = []\n", ""),
+        (
+            "    def merge_weights",
+            """    _table: WeakKeyDictionary = WeakKeyDictionary()
+
+    @property
+    def _own_weight(self) -> list[Tensor]:
+        return self._table.setdefault(self, [])
+
+    def merge_weights""",
+        ),
         only=True,
     ),
 ]

@@ -335,7 +335,7 @@ class LoRAConfig:
     Mistake(
         "prebuilt_attention_is_skipped",
         "5.2",
-        "out_proj",
+        "is not adapted",
         (
             MATCHED,
             MATCHED + "    matched = {path: layer for path, layer in matched.items() if type(layer) is nn.Linear}\n",
@@ -429,6 +429,31 @@ def lora_state_dict""",
         "5.2",
         "changes config.target_modules",
         (REFUSAL, REFUSAL + "    targets.clear()\n"),
+        only=True,
+    ),
+    Mistake(
+        "torchs_own_linear_layers_alone",
+        "5.2",
+        "is not adapted",
+        (
+            "isinstance(module, nn.Linear)",
+            'isinstance(module, nn.Linear) and type(module).__module__.startswith("torch")',
+        ),
+        only=True,
+    ),
+    Mistake(
+        "bare_weight_refused_once",
+        "5.2",
+        "in place of calling the layer",
+        ("self.weight.detach()", SUM),
+        (
+            WEIGHT,
+            """        if not self._own_weight and not self.__dict__.get("_refused"):
+            self.__dict__["_refused"] = True
+            raise TypeError("call this layer, do not read its weight")
+        return original
+""",
+        ),
         only=True,
     ),
 ]

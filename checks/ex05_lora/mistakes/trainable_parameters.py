@@ -211,16 +211,27 @@ MISTAKES = [
     ),
     Mistake(
         "w_copied_into_a_buffer",
-        "5.4",
+        ("5.4", "5.5"),
         "is W copied?",
         (MODE, MODE + '        self.register_buffer("first", weight.detach().clone(), persistent=False)\n'),
-        only=True,
     ),
     Mistake(
         "counted_by_address",
         "5.4",
         "a layer on meta",
         (PARAMETERS, "    parameters = list({p.data_ptr(): p for p in model.parameters()}.values())\n"),
+        only=True,
+    ),
+    Mistake(
+        "frozen_by_name",
+        "5.3",
+        "lora_A",
+        (
+            "    model.requires_grad_(False)\n",
+            """    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(("lora_A", "lora_B")))
+""",
+        ),
         only=True,
     ),
 ]
