@@ -196,4 +196,31 @@ MISTAKES = [
 """,
         ),
     ),
+    Mistake(
+        "one_projection_for_inputs_at_one_address",
+        "1.4",
+        "under no_grad",
+        (
+            "        scores_shape = (query",
+            """\
+        starts = {x.data_ptr() for x in (query, key, value)} if query.device.type == 'cpu' else set()
+        if not torch.is_grad_enabled() and len(starts) == 1 and query.shape == key.shape:
+            key = value = query
+        scores_shape = (query""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "value_known_by_its_pointer",
+        "1.4",
+        "the value is an expanded view",
+        (
+            QUERIES,
+            """\
+        if value.shape == query.shape and query.device.type == 'cpu' and query.data_ptr() == value.data_ptr():
+            value = query
+"""
+            + QUERIES,
+        ),
+    ),
 ]

@@ -203,4 +203,33 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "randomness_in_the_weights_precision",
+        "1.5",
+        "in bfloat16",
+        (
+            DROPPED,
+            """\
+        if self.training and 0 < self.dropout.p < 1:
+            weights = weights * (torch.rand_like(weights) >= self.dropout.p) / (1 - self.dropout.p)
+        else:
+            weights = self.dropout(weights)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "rate_rounded_to_the_weights_precision",
+        "1.5",
+        "in bfloat16",
+        (
+            DROPPED,
+            """\
+        if self.training and self.dropout.p > 0:
+            rates = torch.full_like(weights, self.dropout.p)
+            weights = weights * (1 - torch.bernoulli(rates)) / max(1 - self.dropout.p, 1e-6)
+""",
+        ),
+        only=True,
+    ),
 ]
