@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.testing import Close, Subject, Where, forbid, prebuilt_attention, requirement
+from harness.testing import Close, Subject, Where, forbid, halfway, prebuilt_attention, requirement
 
 from .reference import LK, LQ, PRECISE, B, D, H, agree, agrees_with_pytorch, build, inputs, reference, some_mask, unpack
 
-# What is looked through for prebuilt attention: training and graph; the lengths and modes of a precision. Kernels choose
-# by precision at any size: what is short is crossed with modes in float64, what is long stands in float32.
+# What is looked through for prebuilt attention: training and graph; the lengths and modes of a precision.
+# Kernels choose by precision at any size: what is short is crossed with modes in float64, what is long in float32.
 MODES: list[tuple[bool, Callable[[], AbstractContextManager[Any]]]] = [
     (True, nullcontext),
     (False, torch.inference_mode),
@@ -29,6 +29,7 @@ LENGTHS = {
 # 1.6 agreement with PyTorch
 
 
+@halfway
 @requirement("1.6")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("lq", "lk"), [(LQ, LK), (LK, LK)], ids=["cross", "square"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.testing import Close, Subject, halfway, is_tensor, requirement, seed
+from harness.testing import Close, Subject, is_tensor, requirement, seed
 
 from .reference import LK, LQ, VALUES, B, D, H, agree, build, inputs, reference, unpack
 
@@ -78,7 +78,6 @@ def test_dropout_acts_on_the_weights_alone(subject: Subject, close: Close, rng: 
               tolerance=VALUES)  # fmt: skip
 
 
-@halfway
 @requirement("1.5")
 def test_a_large_dropout_keeps_the_mean_in_half_precision(subject: Subject, rng: torch.Generator) -> None:
     """In bfloat16 dropout 0.998 keeps 0.002 of the weights: random numbers of 8 bits would keep 1/256."""
