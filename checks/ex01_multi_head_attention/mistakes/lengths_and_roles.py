@@ -132,7 +132,6 @@ MISTAKES = [
 """
             + QUERIES,
         ),
-        only=True,
     ),
     # What one situation hides: special sizes, and what is put back.
     Mistake(

@@ -289,7 +289,7 @@ MISTAKES = [
     Mistake(
         "gradient_of_a_value_on_the_keys_memory",
         "1.6",
-        "value gets no gradient",
+        "same memory: gradient of key",
         (
             QUERIES,
             """\
@@ -302,7 +302,7 @@ MISTAKES = [
     Mistake(
         "gradient_of_a_key_on_the_querys_memory",
         "1.6",
-        "key gets no gradient",
+        "same memory: gradient of query",
         (
             QUERIES,
             """\
