@@ -53,28 +53,27 @@ def test_forbidden_weights_are_exactly_zero(subject: Subject, close: Close, rng:
 
 
 @requirement("1.2")
-@pytest.mark.parametrize("module", [torch.float64, torch.float32], ids=str)
-def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, module: torch.dtype) -> None:
+def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Boolean and 0/1 masks of every dtype mean the same."""
-    some, given, many = some_mask((B, 1, LQ, LK), rng), inputs(rng, module), inputs(rng, module, 2, 256)
-    attention = build(subject).to(module)
+    some, many = some_mask((B, 1, LQ, LK), rng), inputs(rng, torch.float32, 2, 256)
+    modules = [(build(subject).to(dtype), inputs(rng, dtype)) for dtype in (torch.float64, torch.float32)]
 
     for dtype in MASK_DTYPES:
-        hint = f"with a mask of {dtype} on {module}; 1 means: may attend"
-        agree(close, attention, given, some.to(dtype), hint=hint, tolerance=2e-5)
-        if module == torch.float32:
-            ones = torch.ones(1, 1, 1, 256, dtype=dtype)
-            agree(close, attention, many, ones, hint=f"256 keys, all allowed by {dtype}", tolerance=2e-5)
+        mask, ones = some.to(dtype), torch.ones(1, 1, 1, 256, dtype=dtype)
+        for attention, given in modules:
+            hint = f"with a mask of {dtype} on {given[0].dtype}; 1 means: may attend"
+            agree(close, attention, given, mask, hint=hint, tolerance=2e-5)
+        agree(close, attention, many, ones, hint=f"256 keys, all allowed by {dtype}", tolerance=2e-5)
 
 
 @requirement("1.2")
 def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Masks per batch row, per head, per query and per key all work."""
+    """Masks per batch row, per head, per query and per key all work, with one query too."""
     attention = build(subject)
 
-    for shape in MASK_SHAPES:
-        hint = f"with a mask of shape {shape}; true means: may attend"
-        agree(close, attention, inputs(rng), some_mask(shape, rng), hint=hint)
+    for lq, shape in [*((LQ, shape) for shape in MASK_SHAPES), (1, (B, 1, 1, LK))]:
+        hint = f"with a mask of shape {shape} for {lq} queries; true means: may attend"
+        agree(close, attention, inputs(rng, lq=lq), some_mask(shape, rng), hint=hint)
 
 
 @requirement("1.2")

@@ -79,22 +79,6 @@ def test_dropout_acts_on_the_weights_alone(subject: Subject, close: Close, rng: 
 
 
 @requirement("1.5")
-def test_a_large_dropout_keeps_the_mean_in_half_precision(subject: Subject, rng: torch.Generator) -> None:
-    """In bfloat16 dropout 0.998 keeps 0.002 of the weights: random numbers of 8 bits would keep 1/256."""
-    given = [x[:, :, :4] for x in inputs(rng, torch.bfloat16, 150, 200)]
-    attention = build(subject, dropout=0.998, d_model=4, heads=1).bfloat16().train()
-
-    with torch.no_grad():
-        weights = unpack(attention(*given))[1]
-
-    share = weights.count_nonzero().item() / weights.numel()
-    assert 0.0011 < share < 0.0029, (
-        f"forward in training in bfloat16: {share:.4f} of the weights are kept, 0.0020 was wanted\n"
-        "random numbers of 8 bits are too coarse to keep the mean"
-    )
-
-
-@requirement("1.5")
 def test_dropout_differs_per_head_query_and_key(subject: Subject, rng: torch.Generator) -> None:
     """Weights are dropped one by one, not whole heads, rows or columns."""
     given = inputs(rng, lq=40, lk=50)
@@ -144,6 +128,28 @@ def test_no_dropout_in_eval(subject: Subject, close: Close, rng: torch.Generator
 
 
 @requirement("1.5")
-def test_dropout_zero_in_training(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """With dropout 0 training gives what eval gives."""
-    agree(close, build(subject, dropout=0.0).train(), inputs(rng), hint="dropout is 0 here")
+def test_dropout_zero_and_one_in_training(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """With dropout 0 training gives what eval gives; with dropout 1, set afterwards, nothing is left."""
+    given, attention = inputs(rng), build(subject, dropout=0.0).train()
+    agree(close, attention, given, hint="dropout is 0 here")
+
+    attention.dropout.p = 1.0
+    _, weights = unpack(attention(*given))
+
+    close(weights, torch.zeros_like(weights), "forward in training with dropout 1: weights", tolerance=0)
+
+
+@requirement("1.5")
+def test_a_large_dropout_keeps_the_mean_in_half_precision(subject: Subject, rng: torch.Generator) -> None:
+    """In bfloat16 dropout 0.998 keeps 0.002 of the weights: random numbers of 8 bits would keep 1/256."""
+    given = [x[:, :, :4] for x in inputs(rng, torch.bfloat16, 150, 200)]
+    attention = build(subject, dropout=0.998, d_model=4, heads=1).bfloat16().train()
+
+    with torch.no_grad():
+        weights = unpack(attention(*given))[1]
+
+    share = weights.count_nonzero().item() / weights.numel()
+    assert 0.0011 < share < 0.0029, (
+        f"forward in training in bfloat16: {share:.4f} of the weights are kept, 0.0020 was wanted\n"
+        "random numbers of 8 bits are too coarse to keep the mean"
+    )

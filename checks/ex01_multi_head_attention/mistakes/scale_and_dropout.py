@@ -180,7 +180,7 @@ MISTAKES = [
             DROPPED,
             """\
         if self.training and self.dropout.p > 0:
-            kept = torch.rand_like(weights) >= self.dropout.p
+            kept = torch.rand(weights.shape, device=weights.device) >= self.dropout.p
             weights = weights * kept / torch.full_like(weights, 1 - self.dropout.p)
 """,
         ),
