@@ -1,14 +1,14 @@
 """Variable lengths (1.1), self- and cross-attention (1.4): any lengths and batches, one tensor in several roles."""
 
+from contextlib import nullcontext
+from itertools import product
+
 import pytest
 import torch
 
 from harness.testing import Close, Subject, requirement
 
 from .reference import LK, LQ, VALUES, B, D, H, agree, build, inputs, some_mask, unpack
-
-ROLES = ["all", "key-value", "query-key", "query-value"]
-
 
 # 1.1 variable lengths
 
@@ -36,12 +36,13 @@ def test_a_batch_row_gives_what_it_gives_alone(subject: Subject, close: Close, r
 
 
 @requirement("1.1")
-@pytest.mark.parametrize("batch", [1, 3, 5])
-def test_any_batch(subject: Subject, close: Close, rng: torch.Generator, batch: int) -> None:
+def test_any_batch(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Any number of batch rows gives the formula's output and weights."""
-    given = [torch.randn(batch, n, D, generator=rng, dtype=torch.float64) for n in (LQ, LK, LK)]
+    attention = build(subject)
 
-    agree(close, build(subject), given, hint=f"with {batch} batch rows")
+    for batch in (1, 3, 5):
+        given = [torch.randn(batch, n, D, generator=rng, dtype=torch.float64) for n in (LQ, LK, LK)]
+        agree(close, attention, given, hint=f"with {batch} batch rows")
 
 
 @requirement("1.1")
@@ -64,20 +65,14 @@ def test_cross_attention(subject: Subject, close: Close, rng: torch.Generator) -
 
 
 @requirement("1.4")
-@pytest.mark.parametrize("same", [(0, 0, 0), (0, 1, 1), (0, 0, 1), (0, 1, 0)], ids=ROLES)
-def test_one_tensor_in_several_roles(
-    subject: Subject, close: Close, rng: torch.Generator, same: tuple[int, ...]
-) -> None:
-    """One tensor may serve in two roles or in all three; the others are their own."""
-    x = [torch.randn(B, LQ, D, generator=rng, dtype=torch.float64) for _ in range(2)]
+def test_one_tensor_in_several_roles(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """One tensor may serve in two roles or in all three; the others are their own, where all lengths are equal too."""
+    x, attention = inputs(rng, lk=LQ), build(subject)
 
-    agree(close, build(subject), [x[index] for index in same], hint="one tensor serves in several roles here")
-
-
-@requirement("1.4")
-def test_equal_key_and_value_lengths_of_the_query(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Nothing is mixed up where all lengths are equal but the tensors are not."""
-    agree(close, build(subject), inputs(rng, lk=LQ), hint="all lengths are equal here, the tensors are not")
+    for first, second, third in ((0, 0, 0), (0, 1, 1), (0, 0, 1), (0, 1, 0)):
+        hint = "one tensor serves in several roles here"
+        agree(close, attention, [x[first], x[second], x[third]], hint=hint)
+    agree(close, attention, x, hint="all lengths are equal here, the tensors are not")
 
 
 @requirement("1.4")
@@ -85,17 +80,19 @@ def test_overlapping_and_strided_inputs(subject: Subject, close: Close, rng: tor
     """Views of one storage, transposed and expanded ones too, are as good as copies."""
     base = torch.randn(9, D, B, generator=rng, dtype=torch.float64).permute(2, 0, 1)
     row = torch.randn(1, LK, D, generator=rng, dtype=torch.float64).expand(B, LK, D)
+    square = torch.randn(B, D, D, generator=rng, dtype=torch.float64)
+    first = square[:, :1].expand(B, D, D)
     attention = build(subject)
 
-    agree(
-        close,
-        attention,
-        [base[:, :5], base[:, 2:9], base[:, 1:8]],
-        hint="the inputs are overlapping, transposed views here",
-    )
-    agree(close, attention, [base[:, ::2], row, base[:, 2:9]], hint="the key is an expanded view here")
-    square = torch.randn(B, D, D, generator=rng, dtype=torch.float64)
-    agree(close, attention, [square, square.mT, square], hint="the key is the query's transposed view here")
+    for graph in (nullcontext, torch.no_grad):
+        for what, given in (
+            ("the inputs are overlapping, transposed views", [base[:, :5], base[:, 2:9], base[:, 1:8]]),
+            ("the key is an expanded view", [base[:, ::2], row, base[:, 2:9]]),
+            ("the key is the query's transposed view", [square, square.mT, square]),
+            ("the value is an expanded view of the query", [square, square, first]),
+        ):
+            with graph():
+                agree(close, attention, given, hint=f"{what} here{' under no_grad' * (graph is torch.no_grad)}")
 
 
 @requirement("1.4")
@@ -111,13 +108,12 @@ def test_inputs_edited_in_place_count_at_once(subject: Subject, close: Close, rn
 
 
 @requirement("1.4")
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64], ids=str)
-def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """forward leaves query, key, value and mask as they were, and does not write to them and restore them either."""
-    attention = build(subject)
+    attention, shapes = build(subject), ((B, 1, 1, LK), (1, 1, LQ, LK), (B, H, LQ, LK), (B, 1, LQ, 1))
     agree(close, attention, inputs(rng))
 
-    for shape in ((B, 1, 1, LK), (1, 1, LQ, LK), (B, H, LQ, LK), (B, 1, LQ, 1)):
+    for shape, dtype in product(shapes, (torch.bool, torch.int64, torch.float64)):
         given = [*inputs(rng), some_mask(shape, rng).to(dtype)]
         before, versions = [x.clone() for x in given], [x._version for x in given]
         attention(*given)

@@ -12,19 +12,17 @@ from .reference import LK, LQ, B, H, agree, build, inputs, reference, some_mask,
 
 
 @requirement("1.7")
-@pytest.mark.parametrize("kind", ["plain", "masked"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)], ids=["float16", "bfloat16"]
 )
 def test_half_precision(
-    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, tolerance: float, kind: str
+    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, tolerance: float
 ) -> None:
     """At unit scale the error in half precision stays within the dtype's tolerance, and the dtype stays."""
-    given = inputs(rng, dtype)
-    mask = half_mask(rng) if kind == "masked" else None
-    attention = build(subject).to(dtype)
+    given, attention = inputs(rng, dtype), build(subject).to(dtype)
 
-    agree(close, attention, given, mask, hint=f"in {dtype}", tolerance=tolerance)
+    agree(close, attention, given, hint=f"in {dtype}", tolerance=tolerance)
+    agree(close, attention, given, half_mask(rng), hint=f"in {dtype}, with a mask", tolerance=tolerance)
 
 
 @requirement("1.7")
@@ -43,60 +41,52 @@ def test_many_keys_in_half_precision(
 
 
 @requirement("1.7")
-@pytest.mark.parametrize("kind", ["plain", "masked", "one sign"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_stays_finite(subject: Subject, rng: torch.Generator, dtype: torch.dtype, kind: str) -> None:
+def test_half_precision_stays_finite(subject: Subject, rng: torch.Generator, dtype: torch.dtype) -> None:
     """Inputs 6 times as large overflow nothing, forward and backward; scores of one sign neither."""
-    query, key, value = (6 * x for x in inputs(rng))
-    mask = None if kind == "plain" else half_mask(rng)
-    if kind == "one sign" and mask is not None:
-        query[:], key[:], mask[:, 0, 3] = 9, 9, False
-        key[1] = -9
-    given = [x.to(dtype).requires_grad_() for x in (query, key, value)]
-    attention = build(subject).to(dtype)
+    attention, hidden = build(subject).to(dtype), half_mask(rng)
 
-    output, weights = unpack(attention(*given) if mask is None else attention(*given, mask))
-    output.sum().backward()
+    for kind, mask in (("plain", None), ("masked", hidden), ("one sign", hidden.clone())):
+        query, key, value = (6 * x for x in inputs(rng))
+        if kind == "one sign" and mask is not None:
+            query[:], key[:], mask[:, 0, 3] = 9, 9, False
+            key[1] = -9
+        given = [x.to(dtype).requires_grad_() for x in (query, key, value)]
 
-    for name, x in {
-        "output": output,
-        "weights": weights,
-        "query.grad": given[0].grad,
-        "value.grad": given[2].grad,
-    }.items():
-        assert x is not None and x.isfinite().all(), f"forward in {dtype}, inputs of scale 6: {name} is not finite"
-        assert x.dtype == dtype, f"forward in {dtype}: {name} has {x.dtype}"
-    total = weights.detach().float().sum(-1)
-    live = total if mask is None else total[mask.expand(B, H, LQ, LK).any(-1)]
-    assert (live - 1).abs().max() < 2e-2, (
-        f"forward in {dtype}, inputs of scale 6: weights sum to {live.min():.3f}, not to 1"
-    )
+        output, weights = unpack(attention(*given) if mask is None else attention(*given, mask))
+        output.sum().backward()
+
+        what = f"forward in {dtype}, inputs of scale 6, {kind}"
+        grads = {"query.grad": given[0].grad, "value.grad": given[2].grad}
+        for name, x in {"output": output, "weights": weights, **grads}.items():
+            assert x is not None and x.isfinite().all(), f"{what}: {name} is not finite"
+            assert x.dtype == dtype, f"{what}: {name} has {x.dtype}"
+        total = weights.detach().float().sum(-1)
+        live = total if mask is None else total[mask.expand(B, H, LQ, LK).any(-1)]
+        assert (live - 1).abs().max() < 2e-2, f"{what}: weights sum to {live.min():.3f}, not to 1"
 
 
 @requirement("1.7")
-@pytest.mark.parametrize("kind", ["plain", "masked"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)], ids=["float16", "bfloat16"]
 )
-def test_autocast(
-    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, tolerance: float, kind: str
-) -> None:
+def test_autocast(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, tolerance: float) -> None:
     """Under autocast, at unit scale, output and weights are right within the dtype's tolerance."""
     given = inputs(rng, torch.float32)
-    mask = half_mask(rng) if kind == "masked" else None
     attention = build(subject).float()
-    expected = reference(attention, *given, mask=mask)
 
-    with torch.autocast("cpu", dtype=dtype):
-        actual = unpack(attention(*given) if mask is None else attention(*given, mask))
-        large_ones = unpack(attention(*(6 * x for x in given)))
+    for mask in (None, half_mask(rng)):
+        more, what = ([], "") if mask is None else ([mask], " with a mask")
+        expected = reference(attention, *given, mask=mask)
+        with torch.autocast("cpu", dtype=dtype):
+            actual = unpack(attention(*given, *more))
+            large_ones = unpack(attention(*(6 * x for x in given), *more))
 
-    for name, came, wanted in zip(("output", "weights"), actual, expected, strict=True):
-        assert came.dtype in (dtype, torch.float32), f"forward under autocast to {dtype}: {name} has {came.dtype}"
-        close(came.double(), wanted, f"forward under autocast to {dtype}: {name}", tolerance=tolerance)
-    assert all(x.isfinite().all() for x in large_ones), (
-        f"forward under autocast to {dtype}, inputs of scale 6: not finite"
-    )
+        what = f"forward{what} under autocast to {dtype}"
+        for name, came, wanted in zip(("output", "weights"), actual, expected, strict=True):
+            assert came.dtype in (dtype, torch.float32), f"{what}: {name} has {came.dtype}"
+            close(came.double(), wanted, f"{what}: {name}", tolerance=tolerance)
+        assert all(x.isfinite().all() for x in large_ones), f"{what}, inputs of scale 6: not finite"
 
 
 @requirement("1.7")

@@ -1,15 +1,17 @@
 """Masks (1.2): what is forbidden has weight 0, every 0/1 dtype and shape works, fully masked rows, what is refused."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from harness.testing import Close, Subject, Where, is_tensor, refuses, requirement
 
 from .reference import LK, LQ, VALUES, B, D, H, agree, agrees_with_pytorch, build, inputs, reference, some_mask, unpack
 
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
-ENLARGED = ["batch", "queries", "keys", "heads"]
-BAD_MASK_SHAPES = [(LQ, LK), (B, LK), (LK,), (B, 1, LK), (1, B, 1, 1, LK)]
+BAD_MASK_SHAPES: list[tuple[int, ...]] = [(LQ, LK), (B, LK), (LK,), (B, 1, LK), (1, B, 1, 1, LK)]
 BAD_MASK_SHAPES += [(B, 1, 1, LK + 1), (B + 1, 1, 1, LK), (B, H - 1, 1, LK), (B, 1, LQ + 1, LK)]
 MASK_SHAPES = [(B, 1, 1, LK), (1, 1, LQ, LK), (B, H, LQ, LK), (1, H, 1, LK), (B, 1, LQ, 1), (1, 1, 1, 1)]
 
@@ -30,47 +32,48 @@ def test_apply_mask_forbids_exactly_what_is_false(subject: Subject, close: Close
 
 
 @requirement("1.2")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_forbidden_weights_are_exactly_zero(
-    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype
-) -> None:
+def test_forbidden_weights_are_exactly_zero(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Forbidden scores lie so far below any others, large ones too, that their weight is 0 in the scores' own dtype."""
-    scale = 3e4 if dtype == torch.float16 else 1e6
-    scores = ((torch.rand(B, H, LQ, LK, generator=rng) * 2 - 1) * scale).to(dtype)
     mask = some_mask((B, 1, 1, LK), rng)
     forbidden = ~mask.expand(B, H, LQ, LK)
-    attention = build(subject).to(dtype)
 
-    masked = is_tensor(attention.apply_mask(scores.clone(), mask), "apply_mask(scores, mask)")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        scale = 3e4 if dtype == torch.float16 else 1e6
+        scores = ((torch.rand(B, H, LQ, LK, generator=rng) * 2 - 1) * scale).to(dtype)
+        attention = build(subject).to(dtype)
 
-    what = f"apply_mask in {dtype}, scores between {-scale:g} and {scale:g}"
-    assert masked.dtype == dtype, f"{what}: {masked.dtype} came, {dtype} was wanted"
-    close(masked[~forbidden], scores[~forbidden], f"{what}: allowed scores", tolerance=0)
-    weights = masked.softmax(-1)[forbidden]
-    close(weights, torch.zeros_like(weights), f"{what}: forbidden weights", tolerance=0,
-          hint="fill with -inf or with the dtype's lowest number, not with a fixed one")  # fmt: skip
+        masked = is_tensor(attention.apply_mask(scores.clone(), mask), "apply_mask(scores, mask)")
+
+        what = f"apply_mask in {dtype}, scores between {-scale:g} and {scale:g}"
+        assert masked.dtype == dtype, f"{what}: {masked.dtype} came, {dtype} was wanted"
+        close(masked[~forbidden], scores[~forbidden], f"{what}: allowed scores", tolerance=0)
+        weights = masked.softmax(-1)[forbidden]
+        close(weights, torch.zeros_like(weights), f"{what}: forbidden weights", tolerance=0,
+              hint="fill with -inf or with the dtype's lowest number, not with a fixed one")  # fmt: skip
 
 
 @requirement("1.2")
-@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
-def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Boolean and 0/1 masks of every dtype mean the same."""
-    many = torch.ones(1, 1, 1, 256, dtype=dtype)
-    mask = some_mask((B, 1, LQ, LK), rng).to(dtype)
+    some, many = some_mask((B, 1, LQ, LK), rng), inputs(rng, torch.float32, 2, 256)
+    modules = [(build(subject).to(dtype), inputs(rng, dtype)) for dtype in (torch.float64, torch.float32)]
 
-    for module in (torch.float64, torch.float32):
-        attention, hint = build(subject).to(module), f"with a mask of {dtype} on {module}; 1 means: may attend"
-        agree(close, attention, inputs(rng, module), mask, hint=hint, tolerance=2e-5)
-    agree(close, attention, inputs(rng, torch.float32, 2, 256), many, hint="256 keys, all allowed", tolerance=2e-5)
+    for dtype in MASK_DTYPES:
+        mask, ones = some.to(dtype), torch.ones(1, 1, 1, 256, dtype=dtype)
+        for attention, given in modules:
+            hint = f"with a mask of {dtype} on {given[0].dtype}; 1 means: may attend"
+            agree(close, attention, given, mask, hint=hint, tolerance=2e-5)
+        agree(close, attention, many, ones, hint=f"256 keys, all allowed by {dtype}", tolerance=2e-5)
 
 
 @requirement("1.2")
-@pytest.mark.parametrize("shape", MASK_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
-    """Masks per batch row, per head, per query and per key all work."""
-    mask = some_mask(shape, rng)
+def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Masks per batch row, per head, per query and per key all work, with one query too."""
+    attention = build(subject)
 
-    agree(close, build(subject), inputs(rng), mask, hint=f"with a mask of shape {shape}; true means: may attend")
+    for lq, shape in [*((LQ, shape) for shape in MASK_SHAPES), (1, (B, 1, 1, LK))]:
+        hint = f"with a mask of shape {shape} for {lq} queries; true means: may attend"
+        agree(close, attention, inputs(rng, lq=lq), some_mask(shape, rng), hint=hint)
 
 
 @requirement("1.2")
@@ -193,47 +196,26 @@ def test_masks_agree_with_pytorch(subject: Subject, close: Close, rng: torch.Gen
 
 
 @requirement("1.2")
-@pytest.mark.parametrize(
-    "shape",
-    BAD_MASK_SHAPES,
-    ids=lambda shape: "x".join(map(str, shape)),
-)
-def test_a_mask_of_a_bad_shape_is_refused(subject: Subject, rng: torch.Generator, shape: tuple[int, ...]) -> None:
-    """forward refuses a mask without 4 dimensions, or whose sizes do not fit, with both shapes."""
-    given = inputs(rng)
+def test_a_mask_of_a_bad_shape_is_refused(subject: Subject, rng: torch.Generator) -> None:
+    """forward refuses a mask without 4 dimensions, or whose sizes do not fit, with both shapes; a [B, Lk] mask also
+    where B = Lq, so that it would broadcast.
+    """
     attention = build(subject)
 
-    what = f"forward with a mask of shape {shape} for scores of shape {(B, H, LQ, LK)}"
-    refuses(ValueError, lambda: attention(*given, torch.ones(shape)), what, printed(shape), printed((B, H, LQ, LK)))
+    for lq, shapes in ((LQ, BAD_MASK_SHAPES), (B, [(B, LK)])):
+        given, scores = inputs(rng, lq=lq), (B, H, lq, LK)
+        for shape in shapes:
+            refuses_mask(attention, given, shape, scores)
 
 
 @requirement("1.2")
-@pytest.mark.parametrize("shape", [(B, 1, 1, 1), (1, 1, LQ, 1), (1, 1, 1, LK), (1, H, 1, 1)], ids=ENLARGED)
-def test_a_mask_that_would_enlarge_the_scores_is_refused(
-    subject: Subject, rng: torch.Generator, shape: tuple[int, ...]
-) -> None:
+def test_a_mask_that_would_enlarge_the_scores_is_refused(subject: Subject, rng: torch.Generator) -> None:
     """A size of 1 in the scores is not stretched by the mask."""
-    query, key, value = (x[:1, :1] for x in inputs(rng))
+    given = [x[:1, :1] for x in inputs(rng)]
     attention = build(subject, heads=1)
 
-    what = f"forward with a mask of shape {shape} for scores of shape (1, 1, 1, 1)"
-    refuses(ValueError, lambda: attention(query, key, value, torch.ones(shape)), what, printed(shape), "1, 1, 1, 1")
-
-
-@requirement("1.2")
-def test_a_bad_mask_is_refused_where_lengths_coincide(subject: Subject, rng: torch.Generator) -> None:
-    """A [B, Lk] mask is refused also where B = Lq, so that it would broadcast."""
-    query, key, value = inputs(rng, lq=B)
-    attention = build(subject)
-
-    what = f"forward with a mask of shape {(B, LK)} for scores of shape {(B, H, B, LK)}"
-    refuses(
-        ValueError,
-        lambda: attention(query, key, value, torch.ones(B, LK)),
-        what,
-        printed((B, LK)),
-        printed((B, H, B, LK)),
-    )
+    for shape in ((B, 1, 1, 1), (1, 1, LQ, 1), (1, 1, 1, LK), (1, H, 1, 1)):
+        refuses_mask(attention, given, shape, (1, 1, 1, 1))
 
 
 @requirement("1.2")
@@ -255,6 +237,8 @@ def test_a_bad_d_model_is_refused(subject: Subject, d_model: int, heads: int) ->
     refuses(ValueError, lambda: subject.MultiHeadAttention(d_model, heads), what, d_model, heads)
 
 
-def printed(shape: tuple[int, ...]) -> str:
-    """A shape's numbers as Python prints them, without brackets."""
-    return ", ".join(map(str, shape))
+def refuses_mask(attention: Any, given: list[Tensor], shape: tuple[int, ...], scores: tuple[int, ...]) -> None:
+    """forward refuses a mask of a shape for scores of another, and names both as Python prints them."""
+    what = f"forward with a mask of shape {shape} for scores of shape {scores}"
+    printed = [", ".join(map(str, sizes)) for sizes in (shape, scores)]
+    refuses(ValueError, lambda: attention(*given, torch.ones(shape)), what, *printed)

@@ -132,7 +132,6 @@ MISTAKES = [
 """
             + QUERIES,
         ),
-        only=True,
     ),
     # What one situation hides: special sizes, and what is put back.
     Mistake(
@@ -194,6 +193,33 @@ MISTAKES = [
             self._keys = self._split_heads(self.k_linear(key)).detach()
         k = self._split_heads(self.k_linear(key)) if torch.is_grad_enabled() else self._keys
 """,
+        ),
+    ),
+    Mistake(
+        "one_projection_for_inputs_at_one_address",
+        "1.4",
+        "under no_grad",
+        (
+            "        scores_shape = (query",
+            """\
+        starts = {x.data_ptr() for x in (query, key, value)} if query.device.type == 'cpu' else set()
+        if not torch.is_grad_enabled() and len(starts) == 1 and query.shape == key.shape:
+            key = value = query
+        scores_shape = (query""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "value_known_by_its_pointer",
+        "1.4",
+        "the value is an expanded view",
+        (
+            QUERIES,
+            """\
+        if value.shape == query.shape and query.device.type == 'cpu' and query.data_ptr() == value.data_ptr():
+            value = query
+"""
+            + QUERIES,
         ),
     ),
 ]

@@ -221,4 +221,34 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "refusal_kept_in_the_module",
+        "1.3",
+        "query stays alive",
+        (
+            "            self._check_mask(mask, scores_shape)\n",
+            """\
+            try:
+                self._check_mask(mask, scores_shape)
+            except ValueError as error:
+                self.last_error = error
+                raise
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "query_kept_until_the_mask_fits",
+        "1.3",
+        "query stays alive",
+        (
+            "            self._check_mask(mask, scores_shape)\n",
+            """\
+            self._pending = query
+            self._check_mask(mask, scores_shape)
+            del self._pending
+""",
+        ),
+        only=True,
+    ),
 ]

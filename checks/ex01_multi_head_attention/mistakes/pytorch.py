@@ -286,4 +286,72 @@ MISTAKES = [
         v = self._split_heads(values)""",
         ),
     ),
+    Mistake(
+        "gradient_of_a_value_on_the_keys_memory",
+        "1.6",
+        "same memory: gradient of key",
+        (
+            QUERIES,
+            """\
+        if key.device.type == 'cpu' and key.data_ptr() == value.data_ptr() and key.stride() == value.stride():
+            value = key
+"""
+            + QUERIES,
+        ),
+    ),
+    Mistake(
+        "gradient_of_a_key_on_the_querys_memory",
+        "1.6",
+        "same memory: gradient of query",
+        (
+            QUERIES,
+            """\
+        if query.device.type == 'cpu' and query.data_ptr() == key.data_ptr() and query.stride() == key.stride():
+            key = query if query.shape == key.shape else key
+"""
+            + QUERIES,
+        ),
+    ),
+    Mistake(
+        "prebuilt_for_many_keys",
+        "1.8",
+        "scaled_dot_product_attention",
+        (
+            CONTEXT,
+            """\
+        context = weights @ v
+        if mask is None and k.size(2) > 256 and not torch.is_grad_enabled() and not self.training:
+            context, weights = torch.ops.aten._scaled_dot_product_attention_math(q, k, v)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "prebuilt_for_many_queries",
+        "1.8",
+        "scaled_dot_product_attention",
+        (
+            CONTEXT,
+            CONTEXT
+            + """\
+        if mask is None and not self.training and q.size(2) > 256:
+            context = nn.functional.scaled_dot_product_attention(q, k, v)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "prebuilt_for_long_sequences",
+        "1.8",
+        "scaled_dot_product_attention",
+        (
+            CONTEXT,
+            CONTEXT
+            + """\
+        if mask is None and self.dropout.p == 0 and min(q.size(2), k.size(2)) > 256:
+            context = nn.functional.scaled_dot_product_attention(q, k, v)
+""",
+        ),
+        only=True,
+    ),
 ]

@@ -180,7 +180,7 @@ MISTAKES = [
             DROPPED,
             """\
         if self.training and self.dropout.p > 0:
-            kept = torch.rand_like(weights) >= self.dropout.p
+            kept = torch.rand(weights.shape, device=weights.device) >= self.dropout.p
             weights = weights * kept / torch.full_like(weights, 1 - self.dropout.p)
 """,
         ),
@@ -199,6 +199,35 @@ MISTAKES = [
             weights = weights * kept / (1 - self.dropout.p)
         else:
             weights = self.dropout(weights)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "randomness_in_the_weights_precision",
+        "1.5",
+        "in bfloat16",
+        (
+            DROPPED,
+            """\
+        if self.training and 0 < self.dropout.p < 1:
+            weights = weights * (torch.rand_like(weights) >= self.dropout.p) / (1 - self.dropout.p)
+        else:
+            weights = self.dropout(weights)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "rate_rounded_to_the_weights_precision",
+        "1.5",
+        "in bfloat16",
+        (
+            DROPPED,
+            """\
+        if self.training and self.dropout.p > 0:
+            rates = torch.full_like(weights, self.dropout.p)
+            weights = weights * (1 - torch.bernoulli(rates)) / max(1 - self.dropout.p, 1e-6)
 """,
         ),
         only=True,
