@@ -143,7 +143,7 @@ def test_result_and_arguments_go_through(subject: Subject, rng: torch.Generator)
         "measure_memory_usage: func does not get its arguments"
     )
     assert result is got[1], "measure_memory_usage: not what func returned comes back"
-    assert len(got) == 2, "measure_memory_usage: func is called more than once"
+    assert len(got) == 2, f"measure_memory_usage: func is called {len(got) // 2} times, not once"
     same_peak(peak, 0.25, "measure_memory_usage: func makes one tensor of 0.25 MiB")
 
 
@@ -202,7 +202,9 @@ def test_nothing_stays_switched_on(subject: Subject, rng: torch.Generator) -> No
                 raise
             came = raised
 
-        assert came is errors.get(ends), "measure_memory_usage: an error of func does not come through unchanged"
+        assert came is errors.get(ends), (
+            f"measure_memory_usage: as error of func {came!r} came, {errors.get(ends)!r} itself was wanted"
+        )
         assert not (left := left_on()), (
             f"measure_memory_usage: {left} is still on after func {ends}; use `with`, or try and finally"
         )
