@@ -19,7 +19,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls `function`, keeps only its inputs, and computes it a second time when backward needs what was forgotten.
 
     Args:
-        function: what to call; a module, as far as it is judged.
+        function: the module to call.
         args: its arguments: anything, also nested structures with tensors.
         kwargs: its keyword arguments, likewise.
 
@@ -215,7 +215,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     criterion: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
-    """Makes one step of training: old gradients off, forward, backward, the optimizer's step.
+    """Makes one step of training: forward, backward, the optimizer's step; old gradients go before backward.
 
     Args:
         model: gives logits [B, L, V] for input ids [B, L]; it is in training mode.

@@ -164,7 +164,7 @@ def same_gradient(
         assert came is None or not came.any(), f"{what}: one came, none was wanted\n{hint}"
         return
     assert came is not None, (
-        f"{what}: none came\n{hint or 'autograd.grad on the inputs alone leaves the parameters without'}"
+        f"{what}: none came, one was wanted\n{hint or 'backward gives inputs and parameters alike theirs'}"
     )
     close(came, wanted, what, tolerance=tolerance, hint=hint)
 

@@ -1,86 +1,141 @@
 """ex06: Gradient checkpointing
 
-Training keeps every layer's activations until backward has used them, and they often need more memory than the model
-itself. Gradient checkpointing keeps only a layer's inputs, and computes the rest a second time when backward asks for
-it: about a third more computation for a fraction of the memory. You write it on top of autograd, wrap chosen layers
-with it, and measure what it saves.
+Training keeps every layer's activations until backward has used them; they often need more memory
+than the model itself. Gradient checkpointing keeps only a layer's inputs and computes the layer a
+second time in backward: about a third more computation for a fraction of the memory.
+You write it on top of autograd, wrap chosen layers with it, and measure what it saves.
 
 Steps
-1. One checkpoint (40 min): 6.4, 6.7, 6.10
-2. Layers and models (40 min): 6.1, 6.2, 6.3
-3. Measuring and training (40 min): 6.5, 6.6
-4. Your own test, and style (30 min): 6.8, 6.9
+1. One layer, computed twice (40 min): 6.2, 6.10
+2. The layers of any model (30 min): 6.1
+3. Any call, exact gradients (45 min): 6.3, 6.4, 6.7
+4. Memory and training (30 min): 6.5, 6.6
+5. Your own test, and style (30 min): 6.8, 6.9
 
 Requirements
-6.1 (correctness) Selective checkpointing of layers: exactly the chosen layers are checkpointed, by number (n) and by
-    name (`layer_pattern`), also in nested lists. Lists stay lists, parameters the same objects. The state_dict keeps
-    its keys, whatever the parts of a layer are called: a plain checkpoint loads strictly into a wrapped model, and
-    back; a missing or unexpected key is refused as ever.
-6.2 (efficiency) Memory against computation: what is alive after forward, with only the output held, falls as more
-    layers are chosen; with every one of 8 encoder layers it is less than 0.25 of what it is with none (random states do
-    not count). In a training step each chosen layer, with what is in it, is entered exactly twice, every other module
-    once. In eval, without gradients and with use_checkpoint=False the output is the plain one, and nothing is computed
-    twice. Once its output is let go, nothing of a call is alive any more (in cycles: once they are collected).
-6.3 (robustness) Mixed precision: the second computation runs under the autocast state of the first (float16, bfloat16
-    or off), also when backward is called under another one. It is each call's own. (Judged on the CPU.)
-6.4 (correctness) Nested modules: wrapped modules inside wrapped ones; keyword arguments, tuples, lists and dicts, masks
-    and other arguments that are no tensors; several outputs, and outputs that are no tensors. Inputs without gradient
-    still train the parameters, and every tensor input that needs a gradient gets it.
-6.5 (correctness) Clear memory measurement: `measure_memory_usage` is within 10 % of what a dispatch mode that follows
-    storages (`torch.utils._python_dispatch.TorchDispatchMode`) sees, and of what torch.profiler's memory events tell;
-    only cases in which these two agree are judged. An error of `func` goes through unchanged, and nothing stays
-    switched on.
-6.6 (efficiency) A model that does not fit: the checkpointed model trains for several steps through `train_step`, with
-    the same losses, and never has more than two thirds of plain training's peak alive (the check counts the bytes).
-6.7 (correctness) Gradients: after `.backward()` every parameter of the wrapped model has the plain model's gradient,
-    with dropout under a seed too, in the second step, and in a second backward with retain_graph. They are exact: in
-    float64 to nine digits, since nothing is kept or computed below its own dtype. Where the plain model has none,
-    zeros are as good. The random stream is where it would be after a plain step.
-6.8 (correctness) Write your own test: `test_gradient_checkpointing` passes on right code, whoever wrote it, and fails
-    on each of the slips listed below.
-6.9 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each public class and function that
-    you add) and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
-6.10 (correctness) Write it from scratch: `torch.utils.checkpoint`, the standard tool, is reached neither in forward nor
-    in backward.
+6.1 (correctness) Selective checkpointing of layers: `apply_checkpointing` wraps the layers number
+    0, n, 2n … of a model and names them in order; "In plain text" says what a layer is.
+    - Every parameter and every other module, lists too, stays the same object.
+    - The state_dict of a wrapped model, or of a wrapper alone, has the plain keys in their order
+      and the plain values, with prefix and keep_vars too, whatever a layer's parts are called.
+    - It loads strictly into a plain model, and back; the dict that is loaded does not change.
+    - A missing or unexpected key raises load_state_dict's own RuntimeError, which names it.
+6.2 (efficiency) Memory against computation: a wrapped layer keeps its inputs alone for backward.
+    - A training step (forward, then backward) enters each chosen layer, and each module in it,
+      exactly twice, and every other module once.
+    - After forward, with only the output held, less is alive the more layers are chosen. With each
+      of 8 encoder layers it is less than 0.25 of what it is with none; random states do not count.
+    - In eval, without gradients, or with use_checkpoint=False a layer gives its plain output and
+      is entered once.
+    - When its output is let go, nothing of a call is alive (in cycles: once they are collected).
+    - A wrapper has its module's training flag. No flag changes; train() and eval() still work.
+6.3 (robustness) Mixed precision: each call's second forward runs under the autocast state of its
+    first (float16, bfloat16 or off). Backward may run under another one, and leaves that as it is.
+6.4 (correctness) Nested modules, any arguments: a wrapped module trains as the plain one does.
+    - It may stand inside another wrapper, and hold wrapped modules.
+    - Arguments and keyword arguments are tensors, masks, numbers, text and None, in nested tuples,
+      lists and dicts; a call may have no tensor at all.
+    - Outputs are of the same kinds, with the plain values; backward may use some of them.
+    - A tensor input gets the plain gradient if it needs one. If none does, parameters still train.
+    - Inputs are never written to, not even to be restored.
+6.5 (correctness) Clear memory measurement: `measure_memory_usage` calls `func` once and returns its
+    result and the peak in MiB, to 10 % or 0.01 MiB, as a dispatch mode that follows storages
+    (`torch.utils._python_dispatch.TorchDispatchMode`) sees. An error of `func`, KeyboardInterrupt
+    too, comes out as the same object, and nothing stays switched on.
+6.6 (efficiency) A model that does not fit: `train_step` trains a wrapped model for several steps,
+    with plain training's losses and at most two thirds of its peak bytes alive.
+    It clears old gradients before backward, and calls model, criterion and optimizer.step once.
+6.7 (correctness) Gradients: after `.backward()` each parameter has the plain model's gradient, in
+    float64 to nine digits. Where the plain model has none, zeros are as good.
+    - That holds with dropout under a seed, in later steps, in a second backward (retain_graph).
+    - The random stream is where a plain step leaves it, whatever is drawn or seeded in between.
+    - Nothing is computed below the input's dtype. What you keep stays in its own dtype, and
+      autocast lowers only what it lowers in the plain model.
+6.8 (correctness) Write your own test: `test_gradient_checkpointing` passes on right code, whoever
+    wrote it, and fails on each of the slips listed below.
+6.9 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring for each public class
+    and function, empty ones do not count) and mypy (typed definitions, not --strict) find nothing.
+    It earns once half of the other requirements do.
+6.10 (correctness) Write it from scratch: nothing of `torch.utils.checkpoint`, the standard tool,
+    is reached, neither in forward nor in backward.
 
 In plain text
-    forward     y = f(x)                          keep x, the random state and the autocast state; forget the rest
-    backward    y = f(x) once more, as it was     then the gradients of x and of f's parameters from dL/dy
+    forward   y = f(x)              keep x and the states (random, autocast)
+    backward  y = f(x) once more    under these states; then dL/dx, dL/dw
+    memory    of N layers: N·a plain, N·i + a with every layer wrapped
+
+    An attribute name matches if it contains layer_pattern and not "norm"; upper and lower case
+    differ. Go through the model depth first, in the order of named_children():
+      no match                            no layer; look inside
+      match, nn.ModuleList or Sequential  its elements are layers
+      match, any other module             a layer
+      element that is an nn.ModuleList    its elements are layers
+      any other element                   a layer, an nn.Sequential too
+    Elements may have any name, "norm" too. Subclasses count as their base. A layer holds no layers.
 
 Shapes
-    B batch, L positions, V size of the vocabulary
+    B batch, L positions, V vocabulary; w f's parameters; bytes of a layer: i input, a all inside
+
+By hand
+    f(x) = (w·x)² with w = 2, x = 3, dL/dy = 1
+      forward    y = 36; plain autograd keeps w·x = 6 too, you keep x = 3
+      backward   w·x = 6 again; dL/dw = 2·6·x = 36, dL/dx = 2·6·w = 24
+
+    n = 2, counted over the whole model      entered in a training step
+      embedding                              1
+      encoder.layers   nn.ModuleList
+        0              layer 0, wrapped      2
+        1              layer 1               1
+        2              layer 2, wrapped      2
+      layer_norm       "norm": no layer      1
+      decoder.layers   nn.Sequential
+        0              layer 3               1
+        1              layer 4, wrapped      2
+
+    x + 1 - 2 + 3 for an x of 1 MiB: alive are 1 MiB after + 1 (x was there before),
+    2 after - 2 (then x + 1 goes), 2 after + 3; the peak is 2, their sum 3
 
 Conventions
-- A layer is an element of an nn.ModuleList or nn.Sequential whose attribute name contains `layer_pattern`, or any other
-  module whose own attribute name does; upper and lower case differ. Attribute names that contain "norm" never match;
-  what is inside such a module may. An element is a layer whatever its own name is. Nothing inside a layer is a layer.
-- The elements of a matching list are wrapped, never the list, so that code that indexes it goes on working. An element
-  that is an nn.ModuleList itself is looked through, since it cannot be called; one that is an nn.Sequential is a layer.
-- Layers are counted over the whole model, in its own order, from 0: with n = 2 and the lists encoder.layers (3) and
-  decoder.layers (2), encoder.layers.0, encoder.layers.2 and decoder.layers.1 are wrapped.
-- What is said of tensors holds for tensors in nested tuples, lists and dicts too, of arguments and of outputs.
-- `checkpoint` is judged with modules in training as its function, on its own and through `CheckpointWrapper`; whether
-  to recompute at all is the wrapper's question.
-- A wrapper takes over its module's training flag: an evaluated layer stays evaluated when it is wrapped, and so does an
-  evaluated part of a layer that trains. It need not pass on other attributes of its module, and the names in
-  `named_parameters` may change. So may a state_dict's `_metadata`, by which BatchNorm knows old checkpoints.
-- A wrapped module may be called several times before backward, its parameters may be frozen or shared with others, and
-  it may be cast between steps. Steps are as good after calls without gradients and after one that failed. A module that
-  is frozen as a whole gives an output without gradient if its inputs need none.
-- One tensor may come as several arguments, and is one tensor the second time too: self-attention asks whether its key
-  is its query. Two that share memory are two: x and x.detach(). Inputs, a batch and logits may be strided; neither
-  modules nor your code write to them.
-- A module inside two wrappers may be entered more often than twice; one from which backward needs nothing, and any
-  module in a second backward, as often as you like. What forward writes to buffers (BatchNorm) may be written twice.
-- Not defined: no match; a second `apply_checkpointing`; n < 0; a layer that the model holds twice; a matching
-  ModuleDict or ParameterList; another mode in backward than in forward; torch.autograd.grad, backward(inputs=…) and
-  double backward.
-- Memory is the bytes of tensor storage: a view costs nothing, and neither does a tensor that existed before `func` was
-  called. 1 MiB = 2^20 bytes. The peak is the most that was alive at once: x + 1 - 2 + 3 for an x of 1 MiB
-  has a peak of 2 (their sum is 3).
+- A submission is one file on torch and the standard library.
+- Inputs, a batch and logits may be strided: transposed, expanded, overlapping.
+- Weights may change between calls, in place, by loading or by a cast; the next call uses the new
+  ones. They may also be new objects (assign=True), shared between layers, frozen, or thawed later.
+- Between calls a module keeps nothing but its parameters and what this text names; no input, no
+  mask, no result. What a call keeps for its backward hangs on its output.
+- `checkpoint` recomputes whenever it is called, which is with a module, in training, with gradients
+  enabled; whether to call it is the wrapper's question.
+- A step is as good after calls in eval or without gradients, and after one that failed, which
+  leaves nothing switched on.
+- An output carries a gradient where the plain module's does. Where none of the plain module's
+  outputs does (all weights frozen, no input needs one), none does.
+- One tensor given as several arguments is one tensor the second time too: attention asks whether
+  its key is its query. Two that share memory are two: x and x.detach().
+- A layer may be called several times before backward, and is entered twice for each call. Other
+  counts are right too: any in a second backward, twice or more inside two wrappers, once or twice
+  where backward needs nothing (all weights frozen). Buffers (BatchNorm) may be written twice.
+- Memory is the bytes of storages made in `func`, 1 MiB = 2^20 bytes: a view costs nothing, nor
+  does a tensor from before, nor what is written into it (out=).
 
-Your own test (6.8) uses contract names, MemoryEfficientTransformer, torch and helpers of its own in this file only,
-sets its own seed, takes at most 1 s once torch is loaded, and has to fail on each of these slips:
+Not defined
+- no match; a second apply_checkpointing; n < 0; a layer that the model holds twice; a matching
+  nn.ModuleDict or nn.ParameterList; matching attribute names with "Norm"
+- weights or modes that change between forward and backward; torch.autograd.grad,
+  backward(inputs=…), double backward; code that writes in place to a layer's input or output
+- whether an output without gradient (y.detach(), a buffer) carries one beside others that do
+- names in named_parameters; further attributes of a wrapper; a state_dict's _metadata; the
+  wrapper's own part in the key that load_state_dict's error names (layers.0.module.weight)
+- tensors in other containers (namedtuple); CUDA; a peak that torch.profiler contradicts
+
+Your own test (6.8) runs on other code, right and wrong, in place of your `checkpoint`,
+CheckpointWrapper, SelectiveCheckpointing, `measure_memory_usage` and `train_step`.
+It may use these, MemoryEfficientTransformer, torch and helpers in this file; not names of
+parameters, what a wrapper registers, or counts that the text leaves open. It sets its own seed and
+takes at most 1 s; first imports do not count (a dispatch mode imports torch._dynamo). How to see
+- entries: put a forward pre-hook on a module inside each layer (linear1) before you wrap
+- gradients by key: state_dict(keep_vars=True)
+- keyword arguments: let the gradient depend on one (src_mask of an encoder layer)
+- the autocast state: call forward inside torch.autocast, backward outside
+It has to fail on each of these slips:
 - no_checkpointing: the wrapper just calls its module
 - parameters_without_gradient: backward computes the gradients of the inputs only
 - random_state_not_restored: the second computation draws another dropout
@@ -93,15 +148,15 @@ sets its own seed, takes at most 1 s once torch is loaded, and has to fail on ea
 - peak_is_a_sum: measure_memory_usage adds up everything that was ever allocated
 
 Discuss
-1. Scale to production: for a model of 70 billion parameters on many GPUs, which activations do you recompute, which do
-   you keep, and which do you move to the CPU?
-2. Limits: what does checkpointing every layer not reduce, and from which sequence length on does it no longer help?
-3. Monitoring: which numbers tell you during a run that recomputation is worth its time, and that it is still exact?
-4. Next: which operations would you keep instead of computing them twice, and how would you prove that it helped?
+1. Scale to production: for 70 billion parameters on many GPUs, which activations do you recompute,
+   which do you keep, and which do you move to the CPU?
+2. Limits: what does checkpointing every layer not reduce; from which length on does it not help?
+3. Monitoring: which numbers tell you that recomputation is worth its time, and is still exact?
+4. Next: which operations would you keep instead, and how would you prove that it helped?
 
 Sources
-- Chen et al. 2016, "Training deep nets with sublinear memory cost": https://arxiv.org/abs/1604.06174
-- Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models":
+- Chen et al. 2016, Training deep nets with sublinear memory cost: https://arxiv.org/abs/1604.06174
+- Korthikanti et al. 2022, Reducing activation recomputation in large transformer models:
   https://arxiv.org/abs/2205.05198
 """
 
@@ -116,7 +171,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls `function`, keeps only its inputs, and computes it a second time when backward needs what was forgotten.
 
     Args:
-        function: what to call; a module, as far as it is judged.
+        function: the module to call.
         args: its arguments: anything, also nested structures with tensors.
         kwargs: its keyword arguments, likewise.
 
@@ -125,7 +180,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     # TODO(6.2, 6.10): run forward so that nothing inside is kept for backward: an autograd.Function, or hooks.
     # TODO(6.3): remember the autocast state, and compute the second time under it.
-    # TODO(6.4): pass on everything; the second computation starts from detached inputs, one for each different tensor.
+    # TODO(6.4): pass on everything; start the second computation from detached inputs, one for each different tensor.
     # TODO(6.7): give inputs and parameters their gradients; draw the same dropout, and leave the random stream alone.
     raise NotImplementedError("TODO 6.2: checkpoint")
 
@@ -140,8 +195,8 @@ class CheckpointWrapper(nn.Module):
 
     def __init__(self, module: nn.Module, use_checkpoint: bool = True) -> None:
         super().__init__()
-        # TODO(6.1): keep the module's names in the state_dict (state_dict hooks do this).
         # TODO(6.2): keep what forward needs, and take over the training flag.
+        # TODO(6.1): keep the module's names in the state_dict (state_dict hooks do this).
         raise NotImplementedError("TODO 6.2: CheckpointWrapper")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,8 +209,8 @@ class CheckpointWrapper(nn.Module):
         Returns:
             What the module returns.
         """
-        # TODO(6.2): checkpoint only in training, with gradients enabled, and if use_checkpoint says so.
-        # TODO(6.4): pass on all arguments and outputs as they are.
+        # TODO(6.2): checkpoint only in training, with gradients enabled, and if use_checkpoint says so; else call the
+        # module. Pass on all arguments and outputs as they are.
         raise NotImplementedError("TODO 6.2: CheckpointWrapper.forward")
 
 
@@ -170,9 +225,9 @@ class SelectiveCheckpointing:
     """
 
     def __init__(self, checkpoint_every_n_layers: int = 2) -> None:
-        # TODO(6.1): keep n; no layer is wrapped yet.
+        # TODO(6.2): keep n; no layer is wrapped yet.
         self.checkpointed_modules: list[str] = []
-        raise NotImplementedError("TODO 6.1: SelectiveCheckpointing")
+        raise NotImplementedError("TODO 6.2: SelectiveCheckpointing")
 
     def apply_checkpointing(self, model: nn.Module, layer_pattern: str = "layer") -> None:
         """Wraps the layers number 0, n, 2n … of `model`, in place.
@@ -181,8 +236,9 @@ class SelectiveCheckpointing:
             model: any model; it is changed.
             layer_pattern: what the attribute name of a layer, or of a list of layers, contains.
         """
-        # TODO(6.1): find the layers of the whole model in order, and replace every n-th by its wrapper.
-        raise NotImplementedError("TODO 6.1: apply_checkpointing")
+        # TODO(6.2): replace every n-th element of a ModuleList `layers` by its wrapper.
+        # TODO(6.1): find the layers of any model, in order, and keep the names of those that you wrap.
+        raise NotImplementedError("TODO 6.2: apply_checkpointing")
 
 
 def measure_memory_usage(func: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
@@ -206,7 +262,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     criterion: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
-    """Makes one step of training: old gradients off, forward, backward, the optimizer's step.
+    """Makes one step of training: forward, backward, the optimizer's step; old gradients go before backward.
 
     Args:
         model: gives logits [B, L, V] for input ids [B, L]; it is in training mode.
@@ -217,7 +273,7 @@ def train_step(
     Returns:
         The loss before the step, as a Python float.
     """
-    # TODO(6.6): one step; the criterion gets its positions in one row.
+    # TODO(6.6): make one step; give the criterion all positions in one row.
     raise NotImplementedError("TODO 6.6: train_step")
 
 
@@ -260,6 +316,6 @@ class MemoryEfficientTransformer(nn.Module):
 
 def test_gradient_checkpointing() -> None:
     """Your own test of this file: passes on right code, fails on each slip listed above."""
-    # TODO(6.8): compare a wrapped model with a plain one: gradients, keys, work, random stream; and measure a peak.
+    # TODO(6.8): compare a wrapped model with a plain one: gradients, keys, entries, random stream; measure a peak.
     # TODO(6.9): make lint-clean, typed code of it all.
     raise NotImplementedError("TODO 6.8: test_gradient_checkpointing")

@@ -49,7 +49,7 @@ def test_selections_are_independent(subject: Subject) -> None:
         selective.apply_checkpointing(model, layer_pattern="layer")
 
     what = "SelectiveCheckpointing() and SelectiveCheckpointing(checkpoint_every_n_layers=1)"
-    assert before == [[], []], f"{what}: checkpointed_modules is {before} at first"
+    assert before == [[], []], f"{what}: checkpointed_modules is {before} at first, not [[], []]"
     names = [list(selective.checkpointed_modules) for selective in selections]
     assert names == wanted, f"{what}, 11 layers each: checkpointed_modules is {names}, not {wanted}"
 

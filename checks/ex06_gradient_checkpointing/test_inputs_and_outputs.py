@@ -51,7 +51,8 @@ def agrees_with_plain(
     with calls(module.block.up) as entered:
         try:
             outputs, came = on_leaves(subject.CheckpointWrapper(module), args, kwargs)
-            same_structure(close, outputs, expected, "forward of a wrapped module")
+            call = ", ".join(["…"] * len(args) + [f"{name}=…" for name in kwargs])
+            same_structure(close, outputs, expected, f"forward of a wrapped module({call})")
             differentiate(outputs, used)
         except (AssertionError, NotImplementedError):
             raise
@@ -93,13 +94,18 @@ def same_structure(close: Close, came: Any, wanted: Any, what: str) -> None:
     """Two nested structures have the same containers, tensors and other values."""
     came_leaves, came_tree = tree_flatten(came)
     leaves, structure = tree_flatten(wanted)
-    assert came_tree == structure, f"{what}: the structure {came_tree} came, {structure} was wanted"
+    assert came_tree == structure, (
+        f"{what}: the structure {tree_map_only(Tensor, lambda _: 'tensor', came)} came, "
+        f"{tree_map_only(Tensor, lambda _: 'tensor', wanted)} was wanted"
+    )
     for number, (one, other) in enumerate(zip(came_leaves, leaves, strict=True)):
         if not isinstance(other, Tensor):
             assert type(one) is type(other) and one == other, f"{what}: output {number} is {one!r}, not {other!r}"
             continue
         close(one, other, f"{what}: output {number}")
-        assert one.requires_grad or not other.requires_grad, f"{what}: output {number} carries no gradient"
+        assert one.requires_grad or not other.requires_grad, (
+            f"{what}: output {number}, {other.dtype} {tuple(other.shape)}, carries no gradient; the plain module's does"
+        )
 
 
 @requirement("6.4")
@@ -128,7 +134,7 @@ def test_keyword_arguments(subject: Subject, close: Close, rng: torch.Generator)
 
     agrees_with_plain(subject, close, (x,), hint=hint, scale=3.0)
     agrees_with_plain(subject, close, (x,), hint=hint, other=other, scale=-2.0)
-    hint = "all arguments are keyword arguments here"
+    hint = "mode=… and x=… are keyword arguments here, x is nested, and two outputs carry gradient"
     agrees_with_plain(subject, close, (), hint=hint, mode="structures", x=(x, {"a": a, "b": ([other], 3)}))
 
 

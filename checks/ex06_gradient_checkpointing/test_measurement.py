@@ -147,7 +147,7 @@ def test_result_and_arguments_go_through(subject: Subject, rng: torch.Generator)
         "measure_memory_usage: func does not get its arguments"
     )
     assert result is got[1], "measure_memory_usage: not what func returned comes back"
-    assert len(got) == 2, "measure_memory_usage: func is called more than once"
+    assert len(got) == 2, f"measure_memory_usage: func is called {len(got) // 2} times, not once"
     same_peak(peak, 1 / 16, "measure_memory_usage: func makes one tensor of a sixteenth of a MiB")
 
 
@@ -212,7 +212,7 @@ def test_nothing_stays_switched_on(subject: Subject, rng: torch.Generator) -> No
             came = raised
 
         assert came is errors.get(ends), (
-            f"measure_memory_usage: an error of func does not come through unchanged: {came!r}, not {errors[ends]!r}"
+            f"measure_memory_usage: as error of func {came!r} came, {errors.get(ends)!r} itself was wanted"
         )
         assert not (left := left_on()), (
             f"measure_memory_usage: {left} is still on after func {ends}; use `with`, or try and finally"

@@ -71,8 +71,8 @@ def test_the_criterion_gets_its_positions_in_one_row(subject: Subject, rng: torc
     with calls(model) as entered:
         subject.train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), criterion)
 
-    assert entered[model] == 1, f"train_step: the model is called {entered[model]} times"
-    assert len(got) == 1, f"train_step: the criterion is called {len(got)} times"
+    assert entered[model] == 1, f"train_step: the model is called {entered[model]} times, not once"
+    assert len(got) == 1, f"train_step: the criterion is called {len(got)} times, not once"
     shapes = [tuple(tensor.shape) for tensor in got[0]]
     assert shapes == [(B * L, V), (B * L,)], (
         f"train_step: the criterion gets shapes {shapes}, not {[(B * L, V), (B * L,)]}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from harness.testing import Aspect, Close, Step, Subject, Walk, seed, walk_check
 
@@ -262,14 +262,17 @@ def same_outputs(came: Any, wanted: Any, what: str) -> None:
     """Two nested structures have the same containers, tensors and other values."""
     came_leaves, came_tree = tree_flatten(came)
     leaves, structure = tree_flatten(wanted)
-    assert came_tree == structure, f"{what}: the structure {came_tree} came, {structure} was wanted"
+    assert came_tree == structure, (
+        f"{what}: the structure {tree_map_only(Tensor, lambda _: 'tensor', came)} came, "
+        f"{tree_map_only(Tensor, lambda _: 'tensor', wanted)} was wanted"
+    )
     for one, other in zip(came_leaves, leaves, strict=True):
         if not isinstance(other, Tensor):
             assert one == other, f"{what}: an output is {one!r}, not {other!r}"
             continue
         if type(one) is not Tensor or one.dtype != other.dtype or not torch.equal(one, other):
             Close(1e-5)(one, other, f"{what}: an output")
-        assert one.requires_grad or not other.requires_grad, f"{what}: an output carries no gradient"
+        assert one.requires_grad or not other.requires_grad, f"{what}: an output carries no gradient, one was wanted"
 
 
 def same_gradients(wrapped: "Played", plain: "Played", limit: float, what: str) -> None:
