@@ -1,5 +1,8 @@
 """Attention (2.4): the formula's output and gradients, every mask, padding, sizes and changed weights."""
 
+from copy import deepcopy
+from typing import Any
+
 import pytest
 import torch
 
@@ -230,14 +233,22 @@ def test_almost_causal(subject: Subject, close: Close, rng: torch.Generator, len
 
 @requirement("2.4")
 def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A call after the weights have changed, in place or by loading, uses the new ones."""
-    x, attention = some_x(rng), build(subject)
-    attention(x)
+    """A call after the weights have changed, in place or by loading, uses the new ones, also if they were 0."""
+    x = some_x(rng)
+    for mode in (torch.enable_grad, torch.no_grad):
+        attention = build(subject)
+        state = deepcopy(attention.state_dict())
+        with mode():
+            times(attention, 0.0)
+            attention(x)
+            attention.load_state_dict(state)
+            attends(close, attention, x, hint=f"the weights were 0, and loaded before this call under {mode.__name__}")
+            times(attention, -0.7)
+            attends(close, attention, x, hint=f"the weights were changed in place before this call, {mode.__name__}")
 
+
+def times(attention: Any, factor: float) -> None:
+    """Multiplies all weights in place."""
     with torch.no_grad():
         for name in PARAMETERS:
-            attention.get_parameter(name).mul_(-0.7)
-    attends(close, attention, x, hint="the weights were changed in place before this call")
-    state = attention.state_dict()
-    attention.load_state_dict(state | {name: 1.3 * state[name] for name in PARAMETERS})
-    attends(close, attention, x, hint="the weights were loaded anew before this call")
+            attention.get_parameter(name).mul_(factor)

@@ -15,11 +15,14 @@ from harness.testing import Close, Subject, is_tensor, requirement
 from .reference import DH, DTYPES, LOOSE, ROUGH, D, H, L, Turns, agree, build, named, none_seen, rows, some_x
 
 
-def agree_without_turns(close: Close, rope: Any, x: Tensor, after: str, tolerance: float = ROUGH) -> None:
+def agree_without_turns(
+    close: Close, rope: Any, x: Tensor, after: str, tolerance: float = ROUGH, seq_len: int | None = None
+) -> None:
     """forward is right, and computes no cosine or sine."""
     turns = Turns()
-    agree(close, rope, x, tolerance=tolerance, inside=turns)
-    none_seen(turns, f"forward({x.size(-2)} rows of {named(x.dtype)}) {after}")
+    agree(close, rope, x, seq_len, tolerance=tolerance, inside=turns)
+    place = "" if seq_len is None else f", seq_len={seq_len}"
+    none_seen(turns, f"forward({x.size(-2)} rows of {named(x.dtype)}{place}) {after}")
 
 
 @requirement("2.3")
@@ -85,6 +88,19 @@ def test_shorter_calls_compute_no_cosine_again(
     agree_without_turns(close, rope, rows(rng, 9)[:1, :2], after="with another batch size and fewer heads")
     agree_without_turns(close, rope.eval(), rows(rng, 9, torch.float32), after="after eval()")
     agree_without_turns(close, rope.train(), rows(rng, 9), after="after train()")
+
+
+@requirement("2.3")
+def test_a_long_call_is_not_forgotten(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Short calls after a long one drop nothing of what it needed."""
+    rope, x = subject.RotaryPositionEmbedding(2, 4), rows(rng, 64, dim=2)
+    rope(x, 9000)
+    rope(x)
+    rope(x[:, :, :1])
+
+    for last in (9000, 3000):
+        after = "after a call of position 8999 and shorter ones"
+        agree_without_turns(close, rope, x[:, :, :1], after, seq_len=last)
 
 
 @requirement("2.3")
@@ -158,7 +174,7 @@ def autocast_on_meta() -> Iterator[None]:
 @requirement("2.3")
 @pytest.mark.parametrize("called", [False, True], ids=["fresh", "called before"])
 def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Generator, called: bool) -> None:
-    """On another device nothing of the first one is left; the meta device stands in for one."""
+    """On another device nothing of the first one is left, nor afterwards of the other; meta stands in for one."""
     x = rows(rng, 9)
     agree(close, subject.RotaryPositionEmbedding(DH, 4), x)
     rope = subject.RotaryPositionEmbedding(DH, 4)
@@ -174,6 +190,12 @@ def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Genera
     assert moved.shape == x.shape, f"forward(x) on meta: shape {tuple(moved.shape)} came, {tuple(x.shape)} was wanted"
     hint = "a module on the meta device was called before: is a cache shared between devices?"
     agree(close, subject.RotaryPositionEmbedding(DH, 4), x, hint=hint)
+    if any(True for _ in rope.buffers()):  # What is in buffers does not come back from meta.
+        return
+    longer = rows(rng, 300)[:1, :1]
+    with autocast_on_meta():
+        rope(longer.to("meta"))
+    agree(close, rope.to("cpu"), longer, hint="as many rows were turned on another device, and fewer on this one")
 
 
 @requirement("2.3")

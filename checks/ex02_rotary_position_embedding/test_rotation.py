@@ -177,14 +177,16 @@ def test_scores_depend_on_the_distance_alone(subject: Subject, close: Close, rng
 
 @requirement("2.1")
 def test_strided_inputs(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Transposed, expanded, sliced and every-other-feature views are as good as copies."""
+    """Transposed, expanded, overlapping, sliced and every-other-feature views are as good as copies."""
     rope = subject.RotaryPositionEmbedding(DH)
-    base = torch.randn(B, 9, H, 2 * DH, generator=rng, dtype=torch.float64)
+    base = torch.randn(B, 9, H, 2 * DH, generator=rng)
     views = {
         "transposed": base[..., :DH].transpose(1, 2),
         "of every other row and feature": base.transpose(1, 2)[:, :, ::2, ::2],
         "expanded": base[:1, :1, :1, :DH].expand(B, H, L, DH),
         "with features first": base.permute(3, 0, 2, 1)[:DH].permute(1, 2, 3, 0),
+        "of overlapping rows": base[:, :, 0].unfold(2, DH, 2),
+        "of overlapping rows of float64": base[:, :, 0].double().unfold(2, DH, 2),
     }
     for name, view in views.items():
         agree(close, rope, view, hint=f"x is a view here, {name}")

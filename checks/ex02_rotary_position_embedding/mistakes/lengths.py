@@ -185,6 +185,17 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "a_long_table_trimmed_by_a_short_call",
+        "2.3",
+        "computes cos",
+        (
+            STALE,
+            "        if rows > 4096 and seq_len <= 64:\n            self._cos, self._sin = (t[:2048].clone() "
+            "for t in (self._cos, self._sin))\n        rows = len(self._cos)\n" + STALE,
+        ),
+        only=True,
+    ),
+    Mistake(
         "only_the_rows_of_the_call_kept",
         "2.3",
         "computes cos",
@@ -236,6 +247,21 @@ MISTAKES = [
         (INIT, NO_TABLE),
         (CLASS, SHARED_CACHE),
         only=True,
+    ),
+    Mistake(
+        "one_length_for_the_tables_of_all_devices",
+        "2.3",
+        "must match",
+        (INIT, INIT + "        self._tables: dict = {}\n        self._longest = 0\n"),
+        (STALE, "        if x.device not in self._tables or seq_len > self._longest:\n"),
+        (
+            GROW,
+            """\
+            self._longest = max(seq_len, self._longest)
+            self._tables[x.device] = self._table(self._longest, x.device)
+        self._cos, self._sin = self._tables[x.device]
+""",
+        ),
     ),
     Mistake(
         "cache_shared_between_bases",

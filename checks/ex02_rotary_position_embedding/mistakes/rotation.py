@@ -148,6 +148,21 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "result_laid_out_as_x",
+        "2.1",
+        "overlapping",
+        (
+            APPLY,
+            """\
+        turned = (x * cos + self.rotate_half(x) * sin).to(x.dtype)
+        if x.requires_grad or 0 in x.stride():
+            return turned
+        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device).copy_(turned)
+""",
+        ),
+        only=True,
+    ),
     # 2.2
     Mistake("one_frequency", "2.2", "base**(-2i/dim)", (EXPONENTS, EXPONENTS.replace(") / self.dim", ") * 0"))),
     Mistake(

@@ -59,6 +59,24 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "a_bias_that_was_zero_left_out",
+        "2.4",
+        "the weights were 0",
+        (HEADS, HEADS + "        self._no_bias: bool | None = None\n"),
+        (
+            OUT,
+            """\
+        if not torch.is_grad_enabled() and not x.is_meta:
+            if self._no_bias is None:
+                self._no_bias = not self.o_proj.bias.any()
+            if self._no_bias:
+                return context.transpose(1, 2).flatten(start_dim=2) @ self.o_proj.weight.mT
+"""
+            + OUT,
+        ),
+        only=True,
+    ),
+    Mistake(
         "weights_stacked_in_eval",
         "2.4",
         "in eval",
