@@ -121,6 +121,16 @@ MISTAKES = [
         (ANGLES, ANGLES.replace("self.base**-exponents", "self.base**-exponents * (1 + 2.5e-7)")),
     ),
     Mistake("inference_tensors_kept", "2.7", "inference", (NO_INFERENCE, ""), only=True),
+    Mistake(
+        "inference_tensors_kept_when_the_table_grows_again",
+        "2.7",
+        "inference",
+        (NO_INFERENCE, ""),
+        (
+            GROW,
+            "            with torch.inference_mode(torch.is_inference_mode_enabled() and rows > 8):\n    " + GROW,
+        ),
+    ),
     Mistake("x_detached", "2.7", "no gradient", (TURN, TURN.replace("(x, self", "(x.detach(), self"))),
     Mistake(
         "graph_kept_in_the_table",
