@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.testing import Close, Subject, is_tensor, requirement, seed
+from harness.testing import Close, Subject, halfway, is_tensor, requirement, seed
 
 from .reference import NEAR, ROUGH, angles_of
 
@@ -62,6 +62,7 @@ def test_sinusoidal_has_no_end(subject: Subject, close: Close) -> None:
     close(table[4995:].double(), expected, "sinusoidal_position_embedding(5003, 4)[4995:]", tolerance=ROUGH)
 
 
+@halfway
 @requirement("2.5")
 @pytest.mark.parametrize("dim", [2, 32])
 def test_comparison_depends_on_nothing_else(subject: Subject, dim: int) -> None:

@@ -111,7 +111,7 @@ MISTAKES = [
     Mistake(
         "keys_not_turned_at_inference",
         "2.4",
-        "in one call",
+        "no_grad",
         (K, K + "        k = k if torch.is_grad_enabled() else self._split_heads(self.k_proj(x))\n"),
     ),
     Mistake(

@@ -43,7 +43,7 @@ MISTAKES = [
     Mistake(
         "weights_stacked_at_the_first_inference",
         "2.4",
-        "with weights",
+        "the weights were 0",
         (HEADS, HEADS + "        self._stacked: torch.Tensor | None = None\n"),
         (
             V,
