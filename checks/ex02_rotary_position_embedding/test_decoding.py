@@ -49,7 +49,7 @@ def test_the_first_call_may_be_late(subject: Subject, close: Close, rng: torch.G
         rope = subject.RotaryPositionEmbedding(DH, 8)
 
         hint = f"the first call of a module with max_position_embeddings=8 is for position {seq_len - 1}"
-        agree(close, rope, rows(rng, 1), seq_len, hint=hint)
+        agree(close, rope, rows(rng, 1, torch.float32), seq_len, hint=hint)
 
 
 @requirement("2.6")

@@ -270,7 +270,6 @@ MISTAKES = [
         (GROW, GROW_SHARED),
         (INIT, NO_TABLE),
         (CLASS, SHARED_CACHE.replace("rope.base", "device")),
-        only=True,
     ),
     Mistake(
         "new_rows_start_at_position_0",
@@ -299,7 +298,6 @@ MISTAKES = [
         "state_dict",
         (INIT, INIT + '        self.register_buffer("longest", torch.tensor(0))\n'),
         (TURN, "        self.longest = torch.maximum(self.longest, torch.tensor(seq_len, device=x.device))\n" + TURN),
-        only=True,
     ),
     Mistake(
         "attention_makes_its_rotation_anew",

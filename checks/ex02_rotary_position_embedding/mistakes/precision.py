@@ -57,7 +57,6 @@ MISTAKES = [
         self.register_buffer("_sin", sin, persistent=False)
 """,
         ),
-        only=True,
     ),
     Mistake(
         "inv_freq_in_a_buffer",
@@ -71,7 +70,6 @@ MISTAKES = [
 """,
         ),
         (ANGLES, "        angles = torch.outer(positions, self.inv_freq.to(positions)).repeat(1, 2)\n"),
-        only=True,
     ),
     Mistake(
         "tables_follow_the_modules_dtype",
@@ -112,7 +110,6 @@ MISTAKES = [
         "2.7",
         "position 3",
         (ARANGE, ARANGE + "        positions = positions.half().double()\n"),
-        only=True,
     ),
     Mistake(
         "frequencies_off_by_a_near_miss",

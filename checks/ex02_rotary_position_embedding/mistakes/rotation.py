@@ -146,7 +146,6 @@ MISTAKES = [
 """
             + TURN,
         ),
-        only=True,
     ),
     Mistake(
         "result_laid_out_as_x",

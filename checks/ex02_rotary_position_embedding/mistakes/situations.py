@@ -202,8 +202,8 @@ MISTAKES = [
     ),
     Mistake(
         "a_single_float32_row_stands_at_0",
-        "2.7",
-        "float32",
+        "2.6",
+        "max_position_embeddings=8",
         (
             LENGTH,
             LENGTH
