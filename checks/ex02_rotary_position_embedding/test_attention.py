@@ -1,9 +1,12 @@
 """Attention (2.4): the formula's output and gradients, every mask, padding, sizes and changed weights."""
 
+from copy import deepcopy
+from typing import Any
+
 import pytest
 import torch
 
-from harness.testing import Close, Subject, halfway, is_tensor, requirement
+from harness.testing import Close, Subject, is_tensor, requirement
 
 from .reference import (
     MASK_DTYPES,
@@ -93,8 +96,8 @@ def test_gradients_equal_the_formulas(subject: Subject, close: Close, rng: torch
     x = some_x(rng, 7).to(dtype)
     theirs = x.clone().requires_grad_()
     attention = build(subject).to(dtype).train(kind != "in eval")
-    wanted = []
-    for own_turns in (False, True):
+    wanted, bounds = [], ((False, ROUGH, ROUGH), (True, NEAR, 1e-4)) if kind == "plain" else ((True, NEAR, 1e-4),)
+    for own_turns, *_ in bounds:
         given = {"x": x.clone(), **weights_of(attention)}
         leaves = [tensor.requires_grad_() for tensor in given.values()]
         expected = formula(attention, leaves[0], mask, given, own_turns=own_turns)
@@ -104,12 +107,12 @@ def test_gradients_equal_the_formulas(subject: Subject, close: Close, rng: torch
     output = is_tensor(attention(theirs) if mask is None else attention(theirs, mask), "attention(x)")
 
     hint = "a mask says 1 or true where a query may attend"
-    for (expected, _), tolerance in zip(wanted, (ROUGH, NEAR), strict=True):
+    for (expected, _), (_, tolerance, _) in zip(wanted, bounds, strict=True):
         close(output, expected, f"attention(x), {kind}", tolerance=tolerance, hint=hint)
     assert output.requires_grad, f"attention(x), {kind}: the output carries no gradient"
     (output * probe.to(dtype)).sum().backward()
     hint = f"{kind}: the output agrees, its gradient does not: is something detached?"
-    for (_, right), tolerance in zip(wanted, (ROUGH, 1e-4), strict=True):
+    for (_, right), (_, _, tolerance) in zip(wanted, bounds, strict=True):
         for name, gradient in right.items():
             if gradient is not None:
                 came = theirs.grad if name == "x" else attention.get_parameter(name).grad
@@ -117,32 +120,31 @@ def test_gradients_equal_the_formulas(subject: Subject, close: Close, rng: torch
 
 
 @requirement("2.4")
-@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=named)
-def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+def test_every_mask_dtype(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Boolean and 0/1 masks of every dtype mean the same, whatever x's dtype is."""
-    mask = some_mask((B, 1, L, L), rng).to(dtype)
+    mask, x, attention = some_mask((B, 1, L, L), rng), some_x(rng), build(subject)
 
-    of_x = torch.float32 if dtype == torch.float64 else torch.float64
-    hint = f"with a mask of {named(dtype)} for x in {named(of_x)}; 1 means: may attend"
-    attends(close, build(subject).to(of_x), some_x(rng).to(of_x), mask, hint=hint)
+    for dtype in MASK_DTYPES:
+        of_x = torch.float32 if dtype == torch.float64 else torch.float64
+        hint = f"with a mask of {named(dtype)} for x in {named(of_x)}; 1 means: may attend"
+        attends(close, attention.to(of_x), x.to(of_x), mask.to(dtype), hint=hint)
+
+
+@requirement("2.4")
+def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Masks per batch row, head, query and key all work."""
+    x, attention = some_x(rng), build(subject)
+
+    for shape in ((B, 1, 1, L), (1, H, 1, L), (B, H, L, L), (1, 1, 1, 1)):
+        attends(close, attention, x, some_mask(shape, rng), hint=f"with a mask of shape {shape}")
 
 
 @requirement("2.4")
 @pytest.mark.parametrize(
-    "shape",
-    [(B, 1, 1, L), (1, H, 1, L), (B, H, L, L), (1, 1, 1, 1)],
-    ids=lambda shape: "x".join(map(str, shape)),
+    ("heads", "dtype"), [(1, torch.float64), (H, torch.bool)], ids=["one mask for all heads", "one per head"]
 )
-def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
-    """Masks per batch row, head, query and key all work."""
-    attends(close, build(subject), some_x(rng), some_mask(shape, rng), hint=f"with a mask of shape {shape}")
-
-
-@requirement("2.4")
-@pytest.mark.parametrize("heads", [1, H], ids=["one mask for all heads", "one per head"])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=named)
 def test_a_fully_masked_row_gives_the_bias(
-    subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype, heads: int
+    subject: Subject, close: Close, rng: torch.Generator, heads: int, dtype: torch.dtype
 ) -> None:
     """A query that may attend to nothing has zero weights; its output is o_proj's bias, its gradient finite."""
     mask = some_mask((B, heads, L, L), rng)
@@ -185,7 +187,6 @@ def test_low_scores_are_not_masked_ones(subject: Subject, close: Close, rng: tor
     attends(close, build(subject), 1000 * some_x(rng), mask, hint=hint)
 
 
-@halfway
 @requirement("2.4")
 def test_attention_of_strided_inputs(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A transposed x and an expanded mask are as good as copies."""
@@ -195,25 +196,22 @@ def test_attention_of_strided_inputs(subject: Subject, close: Close, rng: torch.
 
 
 @requirement("2.4")
-@pytest.mark.parametrize(("batch", "length", "d_model", "heads"), [(3, 7, 20, 2), (1, 6, 14, 1), (3, 41, 10, 5)])
-def test_attention_of_any_size(
-    subject: Subject, close: Close, rng: torch.Generator, batch: int, length: int, d_model: int, heads: int
-) -> None:
+def test_attention_of_any_size(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Any batch, length, number of heads and size of a head, without a mask and with one per batch row and head."""
-    attention, x = build(subject, 64, d_model, heads), some_x(rng, length, batch, d_model)
-    hint = f"B={batch}, L={length}, D={d_model}, H={heads}, so Dh={d_model // heads}: is a size fixed in the code?"
+    for batch, length, d_model, heads in ((3, 7, 20, 2), (1, 6, 14, 1), (3, 41, 10, 5)):
+        attention, x = build(subject, 64, d_model, heads), some_x(rng, length, batch, d_model)
+        hint = f"B={batch}, L={length}, D={d_model}, H={heads}, so Dh={d_model // heads}: is a size fixed in the code?"
 
-    attends(close, attention, x, hint=hint, heads=heads)
-    attends(close, attention, x, some_mask((batch, heads, length, length), rng), hint=hint, heads=heads)
+        attends(close, attention, x, hint=hint, heads=heads)
+        attends(close, attention, x, some_mask((batch, heads, length, length), rng), hint=hint, heads=heads)
 
 
 @requirement("2.4")
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8], ids=named)
-def test_256_keys_allowed(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+def test_256_keys_allowed(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """As many keys as an 8-bit sum counts as none."""
-    x, mask = some_x(rng, 256, 1, 2), torch.ones(1, 1, 1, 256, dtype=dtype)
+    x, mask = some_x(rng, 256, 1, 2), torch.ones(1, 1, 1, 256, dtype=torch.uint8)
 
-    attends(close, build(subject, 8, 2, 1), x, mask, hint=f"256 keys, all allowed by a mask of {named(dtype)}", heads=1)
+    attends(close, build(subject, 8, 2, 1), x, mask, hint="256 keys, all allowed by a mask of uint8", heads=1)
 
 
 @requirement("2.4")
@@ -230,14 +228,26 @@ def test_almost_causal(subject: Subject, close: Close, rng: torch.Generator, len
 
 @requirement("2.4")
 def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A call after the weights have changed, in place or by loading, uses the new ones."""
-    x, attention = some_x(rng), build(subject)
-    attention(x)
+    """A call after the weights have changed, in place or by loading, uses the new ones, also if they were 0."""
+    x, attention, modes = some_x(rng), build(subject), (torch.enable_grad, torch.no_grad)
+    state = deepcopy(attention.state_dict())
+    times(attention, 0.0)
+    for mode in modes:
+        with mode():
+            attention(x)
 
+    attention.load_state_dict(state)
+    for mode in modes:
+        with mode():
+            attends(close, attention, x, hint=f"the weights were 0, and loaded before this call, {mode.__name__}")
+    times(attention, -0.7)
+    for mode in modes:
+        with mode():
+            attends(close, attention, x, hint=f"the weights were changed in place before this call, {mode.__name__}")
+
+
+def times(attention: Any, factor: float) -> None:
+    """Multiplies all weights in place."""
     with torch.no_grad():
         for name in PARAMETERS:
-            attention.get_parameter(name).mul_(-0.7)
-    attends(close, attention, x, hint="the weights were changed in place before this call")
-    state = attention.state_dict()
-    attention.load_state_dict(state | {name: 1.3 * state[name] for name in PARAMETERS})
-    attends(close, attention, x, hint="the weights were loaded anew before this call")
+            attention.get_parameter(name).mul_(factor)

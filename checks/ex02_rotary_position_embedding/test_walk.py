@@ -269,4 +269,4 @@ def rows_of(step: Step) -> int:
     return rows
 
 
-test_turns_in_any_order = walk_check(Turning(), 100)
+test_turns_in_any_order = walk_check(Turning(), 75)

@@ -391,4 +391,4 @@ class Attending(Walk):
                 raise AssertionError(f"{what}, backward: gradient of {name}: values differ")
 
 
-test_attends_in_any_order = walk_check(Attending(), 50)
+test_attends_in_any_order = walk_check(Attending(), 36)

@@ -149,7 +149,7 @@ MISTAKES = [
     Mistake(
         "weights_kept_from_the_first_call",
         "2.4",
-        "changed in place",
+        "the weights were 0",
         (
             V,
             """\

@@ -152,4 +152,34 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "sinusoidal_table_handed_out_where_no_cast_copies_it",
+        "2.5",
+        "even features",
+        (
+            SINUS,
+            SINUS.replace("return ", "table = ")
+            + "    kept = EMBEDDINGS.setdefault((seq_len, dim), table.double())\n"
+            + "    return kept.to(torch.get_default_dtype())\n",
+        ),
+        (
+            "def sinusoidal_position_embedding(",
+            "EMBEDDINGS: dict[tuple[int, int], Tensor] = {}\n\n\ndef sinusoidal_position_embedding(",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "pairs_of_different_blocks_left_out",
+        "2.5",
+        "largest absolute change",
+        (
+            RESULT,
+            """\
+    moved = {name: s[shift:, shift:] - s[:seq_len, :seq_len] for name, s in scores.items()}
+    blocks = [slice(first, first + 256) for first in range(0, seq_len, 256)]
+    return {name: max(s[block, block].abs().max().item() for block in blocks) for name, s in moved.items()}
+""",
+        ),
+        only=True,
+    ),
 ]

@@ -185,6 +185,17 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "a_long_table_trimmed_by_a_short_call",
+        "2.3",
+        "computes cos",
+        (
+            STALE,
+            "        if rows > 4096 and seq_len <= 64:\n            self._cos, self._sin = (t[:2048].clone() "
+            "for t in (self._cos, self._sin))\n        rows = len(self._cos)\n" + STALE,
+        ),
+        only=True,
+    ),
+    Mistake(
         "only_the_rows_of_the_call_kept",
         "2.3",
         "computes cos",
@@ -238,13 +249,27 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "one_length_for_the_tables_of_all_devices",
+        "2.3",
+        "must match",
+        (INIT, INIT + "        self._tables: dict = {}\n        self._longest = 0\n"),
+        (STALE, "        if x.device not in self._tables or seq_len > self._longest:\n"),
+        (
+            GROW,
+            """\
+            self._longest = max(seq_len, self._longest)
+            self._tables[x.device] = self._table(self._longest, x.device)
+        self._cos, self._sin = self._tables[x.device]
+""",
+        ),
+    ),
+    Mistake(
         "cache_shared_between_bases",
         "2.3",
         "shared",
         (GROW, GROW_SHARED),
         (INIT, NO_TABLE),
         (CLASS, SHARED_CACHE.replace("rope.base", "device")),
-        only=True,
     ),
     Mistake(
         "new_rows_start_at_position_0",
@@ -273,7 +298,6 @@ MISTAKES = [
         "state_dict",
         (INIT, INIT + '        self.register_buffer("longest", torch.tensor(0))\n'),
         (TURN, "        self.longest = torch.maximum(self.longest, torch.tensor(seq_len, device=x.device))\n" + TURN),
-        only=True,
     ),
     Mistake(
         "attention_makes_its_rotation_anew",

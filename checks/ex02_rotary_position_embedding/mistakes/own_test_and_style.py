@@ -36,6 +36,13 @@ MISTAKES = [
         (OWN_SPLIT, "        attention._split_heads(project(x))\n"),
         only=True,
     ),
+    Mistake(
+        "own_test_of_a_float32_embedding",
+        "2.9",
+        "fails on right code",
+        (OWN, OWN + "    assert sinusoidal_position_embedding(2, 4).dtype == torch.float32\n"),
+        only=True,
+    ),
     # 2.10
     Mistake("unused_import", "2.10", "F401", ("import torch\n", "import math\n\nimport torch\n"), only=True),
     Mistake(

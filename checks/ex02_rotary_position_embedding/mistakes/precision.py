@@ -57,7 +57,6 @@ MISTAKES = [
         self.register_buffer("_sin", sin, persistent=False)
 """,
         ),
-        only=True,
     ),
     Mistake(
         "inv_freq_in_a_buffer",
@@ -71,7 +70,6 @@ MISTAKES = [
 """,
         ),
         (ANGLES, "        angles = torch.outer(positions, self.inv_freq.to(positions)).repeat(1, 2)\n"),
-        only=True,
     ),
     Mistake(
         "tables_follow_the_modules_dtype",
@@ -112,7 +110,6 @@ MISTAKES = [
         "2.7",
         "position 3",
         (ARANGE, ARANGE + "        positions = positions.half().double()\n"),
-        only=True,
     ),
     Mistake(
         "frequencies_off_by_a_near_miss",
@@ -121,6 +118,16 @@ MISTAKES = [
         (ANGLES, ANGLES.replace("self.base**-exponents", "self.base**-exponents * (1 + 2.5e-7)")),
     ),
     Mistake("inference_tensors_kept", "2.7", "inference", (NO_INFERENCE, ""), only=True),
+    Mistake(
+        "inference_tensors_kept_when_the_table_grows_again",
+        "2.7",
+        "inference",
+        (NO_INFERENCE, ""),
+        (
+            GROW,
+            "            with torch.inference_mode(torch.is_inference_mode_enabled() and rows > 8):\n    " + GROW,
+        ),
+    ),
     Mistake("x_detached", "2.7", "no gradient", (TURN, TURN.replace("(x, self", "(x.detach(), self"))),
     Mistake(
         "graph_kept_in_the_table",

@@ -146,6 +146,20 @@ MISTAKES = [
 """
             + TURN,
         ),
+    ),
+    Mistake(
+        "result_laid_out_as_x",
+        "2.1",
+        "overlapping",
+        (
+            APPLY,
+            """\
+        turned = (x * cos + self.rotate_half(x) * sin).to(x.dtype)
+        if x.requires_grad or 0 in x.stride():
+            return turned
+        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device).copy_(turned)
+""",
+        ),
         only=True,
     ),
     # 2.2

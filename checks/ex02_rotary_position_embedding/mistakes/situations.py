@@ -111,7 +111,7 @@ MISTAKES = [
     Mistake(
         "keys_not_turned_at_inference",
         "2.4",
-        "in one call",
+        "no_grad",
         (K, K + "        k = k if torch.is_grad_enabled() else self._split_heads(self.k_proj(x))\n"),
     ),
     Mistake(
@@ -202,8 +202,8 @@ MISTAKES = [
     ),
     Mistake(
         "a_single_float32_row_stands_at_0",
-        "2.7",
-        "float32",
+        "2.6",
+        "max_position_embeddings=8",
         (
             LENGTH,
             LENGTH

@@ -43,7 +43,7 @@ MISTAKES = [
     Mistake(
         "weights_stacked_at_the_first_inference",
         "2.4",
-        "with weights",
+        "the weights were 0",
         (HEADS, HEADS + "        self._stacked: torch.Tensor | None = None\n"),
         (
             V,
@@ -55,6 +55,24 @@ MISTAKES = [
                 self._stacked = self.v_proj.weight.detach().clone()
             v = self._split_heads(x @ self._stacked.mT)
 """,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "a_bias_that_was_zero_left_out",
+        "2.4",
+        "the weights were 0",
+        (HEADS, HEADS + "        self._no_bias: bool | None = None\n"),
+        (
+            OUT,
+            """\
+        if not torch.is_grad_enabled() and not x.is_meta:
+            if self._no_bias is None:
+                self._no_bias = not self.o_proj.bias.any()
+            if self._no_bias:
+                return context.transpose(1, 2).flatten(start_dim=2) @ self.o_proj.weight.mT
+"""
+            + OUT,
         ),
         only=True,
     ),

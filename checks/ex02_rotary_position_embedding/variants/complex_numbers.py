@@ -81,7 +81,7 @@ def _broadcast(mask: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, ...]:
 def sinusoidal_position_embedding(seq_len: int, dim: int) -> Tensor:
     if dim % 2:
         raise ValueError(f"dim must be even, got {dim}")
-    powers = torch.arange(dim // 2) * (-2 / dim)
+    powers = torch.arange(dim // 2, dtype=torch.float64) * (-2 / dim)
     turns = torch.exp(1j * torch.arange(seq_len)[:, None] * 10000.0**powers)
     return torch.view_as_real(turns).flip(-1).reshape(seq_len, dim)
 
