@@ -206,7 +206,7 @@ MISTAKES = [
     Mistake(
         "sum_of_all_tokens",
         "4.4",
-        "was asked for 5003",
+        "was asked for 6",
         (MOST, "sum(request.max_length for request in batch)"),
         only=True,
     ),
