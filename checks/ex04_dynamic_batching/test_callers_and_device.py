@@ -87,24 +87,18 @@ def test_callers_wake_when_their_own_batch_is_done(stage: Stage) -> None:
 
 
 @requirement("4.3")
-def test_a_batcher_may_be_built_outside_any_event_loop(stage: Stage) -> None:
-    """The constructor needs no running event loop."""
-    stage.start(outside=True)
-
-    callers = stage.ask(*stage.requests(9, 10))
-
-    stage.served(*callers, hint="the batcher was built in a thread without an event loop")
-
-
-@requirement("4.3")
 def test_event_loops_come_and_go(stage: Stage) -> None:
-    """A batcher serves one event loop after the other, each closed after use, as asyncio.run does it."""
+    """A batcher that was built outside any event loop serves one after the other, each closed after use."""
     stage.start(outside=True)
 
     for _ in range(2):
         loop = stage.loop()
         callers = stage.ask(*stage.requests(9, 10), on=loop)
-        stage.served(*callers, hint="earlier callers' event loops are closed: nothing of the batcher may live on them")
+        stage.served(
+            *callers,
+            hint="the batcher was built in a thread without an event loop, and earlier callers' loops are closed: "
+            "nothing of the batcher may live on them",
+        )
         stage.end(loop)
 
 

@@ -50,7 +50,6 @@ MISTAKES = [
         "in one batch",
         (TAKE, "batch = (self._waiting if self._closed and len(requests) < self.max_batch_size else requests)"),
         (FULL, "batch = batch[: self.max_batch_size]\n                    " + FULL),
-        only=True,
     ),
     # 4.2
     Mistake(
