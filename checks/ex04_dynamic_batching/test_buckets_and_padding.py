@@ -48,7 +48,7 @@ def test_two_buckets_never_share_a_call(stage: Stage) -> None:
     """Prompts of 16 and 17 tokens never share a call where buckets are 8 wide, not even when shutdown serves them."""
     # The long ones are 1280 and 1000 buckets above those of 16 and of 17 tokens.
     requests = stage.requests(8 * 1280 + 9, 8 * 1000 + 17, 16, 17, 25, 9, 24, 32)
-    stage.start(max_wait_time=0)
+    stage.start(max_wait_time=0.002)
 
     callers = stage.ask_at_once(*requests)
 
@@ -165,15 +165,16 @@ def test_a_prompt_may_hold_the_padding_token(stage: Stage) -> None:
 
 @requirement("4.2")
 def test_request_ids_may_repeat(stage: Stage) -> None:
-    """Requests with one and the same id get their own results."""
+    """Requests with one and the same id, and with one and the same prompt, get their own results."""
     stage.start(max_batch_size=3)
 
-    for _ in range(2):
+    for shared in (False, True):
         requests = stage.requests(10, 12, 11)
         for request in requests:
             request.id = "same"
+            request.tokens = requests[0].tokens if shared else request.tokens
         callers = stage.ask(*requests)
-        stage.right(*callers, hint="request_ids repeat here: nothing may be kept by them")
+        stage.right(*callers, hint="request_ids repeat here, prompts too: nothing may be kept by them")
 
 
 @requirement("4.2")

@@ -54,7 +54,8 @@ def test_an_error_of_the_model_reaches_every_caller(stage: Stage) -> None:
 
     for place, (requests, error) in enumerate(zip(batches, errors, strict=True)):
         for caller in callers[3 * place : 3 * place + 3]:
-            came = stage.outcome(caller, "generate raised in its batch: every caller of the batch gets the error")
+            why = "every caller of the batch gets the error, and the worker has to live on"
+            came = stage.outcome(caller, f"generate raised in its batch: {why}")
             assert type(came) is type(error) and str(came) == str(error), (
                 f"generate raised {error!r}: {caller.request} got {came!r}, the same type and text were wanted"
             )
@@ -141,7 +142,9 @@ def test_a_callers_event_loop_may_be_gone(stage: Stage) -> None:
 
 @requirement("4.8")
 def test_a_full_queue_refuses(stage: Stage) -> None:
-    """max_queue_size requests may wait, in all buckets together and beside those that run; one more is refused."""
+    """max_queue_size requests may wait, in all buckets together and beside those that run; one more is refused, then
+    and later, when a caller of the running batch has gone.
+    """
     most = 3
     requests = stage.requests(9, 10, 17)
     extra, last = stage.requests(25, 26)
@@ -157,6 +160,18 @@ def test_a_full_queue_refuses(stage: Stage) -> None:
     stage.served(*callers, hint=f"max_queue_size is {most}: {most} may wait beside the one that runs")
     stage.served(*stage.ask(last))
     assert not stage.calls([extra]), "a request that was refused with QueueFullError was run"
+
+    plug, later, *requests = stage.requests(1, 26, 9, 10, 17)
+    gate = stage.hold(plug)
+    running = stage.ask(plug)
+    stage.reached(gate)
+    callers = stage.ask(*requests)
+    stage.settle()
+    stage.served(*[caller for caller in callers if caller.error], hint="those that were refused earlier hold no place")
+    stage.cancel(*running)
+    why = f"{most} requests wait, max_queue_size is {most}; the one that runs and has lost its caller held no place"
+    stage.refused(stage.ask(later)[0], stage.full_queue, why)
+    gate.open()
 
 
 @requirement("4.8")

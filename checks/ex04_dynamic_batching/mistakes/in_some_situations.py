@@ -43,7 +43,7 @@ SHUT = """with self._changed:
 MISTAKES = [
     # 4.1
     Mistake("buckets_on_a_wheel", "4.1", "in one batch", (KEY, KEY + " // self.length_tolerance % 128"), only=True),
-    Mistake("buckets_mix_at_the_end", "4.1", "in one batch", (KEY, "self._closed or " + KEY), only=True),
+    Mistake("buckets_mix_at_the_end", "4.1", "in one batch", (KEY, "self._closed or " + KEY)),
     Mistake(
         "rests_mix_at_the_end",
         "4.1",
@@ -70,7 +70,7 @@ MISTAKES = [
     Mistake(
         "max_length_by_tensor",
         "4.2",
-        "one tensor for the whole batch",
+        "prompts too",
         (PROMPTS, PROMPTS + "\n        news = {id(request.input_tokens): request.max_length for request in batch}"),
         (CUT, CUT.replace("request.max_length", "news[id(prompts[row])]")),
         only=True,
@@ -78,7 +78,7 @@ MISTAKES = [
     Mistake(
         "results_kept_by_prompt",
         "4.2",
-        "asked before, of a model that has changed",
+        "of a model that has changed",
         (OPEN, OPEN + "\n        self._done: dict[Any, Tensor] = {}"),
         (
             RESULTS,
