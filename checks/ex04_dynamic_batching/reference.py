@@ -43,6 +43,13 @@ class Request:
         return f"add_request({self.id!r}, a prompt of shape {tuple(self.tokens.shape)}, {self.new})"
 
 
+class CodedError(Exception):
+    """An error that makes its text itself: whoever makes it again, from its arguments or its text, gets another one."""
+
+    def __init__(self, code: object) -> None:
+        super().__init__(f"code {code}")
+
+
 @dataclass(eq=False)
 class Gate:
     """Holds each call of generate that serves one of its requests, until it opens.
@@ -73,7 +80,10 @@ class Call:
     @cached_property
     def marks(self) -> list[int]:
         """Which requests it serves, row by row; 0 for a row that serves none."""
-        return [max((token for token in row if FIRST_NAME <= token < LARGE), default=0) for row in self.ids.tolist()]
+        if self.ids.size(1) == 0:
+            return [0] * len(self.ids)
+        found: list[int] = (self.ids * ((self.ids >= FIRST_NAME) & (self.ids < LARGE))).amax(1).tolist()
+        return found
 
     def serves(self, request: Request) -> bool:
         return request.mark in self.marks

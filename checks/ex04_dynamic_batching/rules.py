@@ -196,6 +196,8 @@ class Rules:
     def silent(self, caller: Caller, why: str) -> NoReturn:
         """Blames that a caller has never heard of its request: what has run so far may explain it."""
         where = self.stage.where(caller)
+        if caller.finished.is_set():
+            raise Fault("4.3", f"{caller.request}: its caller woke only when something else happened on its loop", why)
         if "blocked" in where:
             raise Fault("4.9" if self.drawn["end"] == "loop" else "4.3", "the event loop of a caller is blocked", why)
         self.judge_calls(so_far=True)
@@ -306,7 +308,7 @@ class Rules:
         buckets = {self.kind.bucket(request) for request in requests}
         end = self.drawn["end"] and "4.9"
         if len(buckets) > 1:
-            raise Fault(end or "4.1", f"{self.shown(requests)} shared a call", self.about("two buckets never do"))
+            raise Fault("4.1", f"{self.shown(requests)} shared a call", self.about("two buckets never do"))
         if len(call.ids) > self.kind.size:
             raise Fault(end or "4.5", f"{len(call.ids)} requests ran in one batch", self.about(""))
         if not requests or len(call.ids) > len(requests):

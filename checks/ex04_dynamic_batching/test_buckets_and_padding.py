@@ -4,7 +4,7 @@ import torch
 
 from harness.testing import requirement
 
-from .stage import Stage, mix
+from .stage import NEVER, Stage, mix
 
 # 4.1 buckets
 
@@ -45,14 +45,20 @@ def test_one_bucket_shares_a_call(stage: Stage) -> None:
 
 @requirement("4.1")
 def test_two_buckets_never_share_a_call(stage: Stage) -> None:
-    """Prompts of 16 and 17 tokens never share a call where buckets are 8 wide."""
+    """Prompts of 16 and 17 tokens never share a call where buckets are 8 wide, not even when shutdown serves them."""
     # The long ones are 1280 and 1000 buckets above those of 16 and of 17 tokens.
     requests = stage.requests(8 * 1280 + 9, 8 * 1000 + 17, 16, 17, 25, 9, 24, 32)
-    stage.start(max_wait_time=0)
+    stage.start(max_wait_time=0.002)
 
     callers = stage.ask_at_once(*requests)
 
     stage.served(*callers)
+    requests += stage.requests(16, 17)
+    stage.start(max_batch_size=3, max_wait_time=NEVER)
+    stage.ask(*requests[-2:])
+    stage.settle()
+    stage.do(stage.batcher.shutdown)  # What it owes to those who wait is judged elsewhere.
+    stage.settle()
     for call in stage.calls(requests):
         lengths = [request.tokens.size(1) for request in requests if call.serves(request)]
         buckets = {(length + 7) // 8 * 8 for length in lengths}
@@ -74,7 +80,7 @@ def test_little_of_a_mix_is_padding(stage: Stage) -> None:
     sent = sum(call.ids.numel() for call in stage.calls(requests))
     real = sum(request.tokens.size(1) for request in requests)
     assert sent < 1.3 * real, (
-        f"16 prompts of 25 to 32 tokens and 8 of 90 to 96: {sent} positions were sent for {real} tokens, "
+        f"8 prompts of 25 to 32 tokens and 4 of 90 to 96: {sent} positions were sent for {real} tokens, "
         f"{sent / real:.2f} for each\nbatch prompts of one bucket only, and pad to the longest of a batch"
     )
 
@@ -84,7 +90,7 @@ def test_little_of_a_mix_is_padding(stage: Stage) -> None:
 
 @requirement("4.2")
 def test_padding_goes_on_the_left(stage: Stage) -> None:
-    """In what generate gets, each row ends with its prompt, and exactly the prompt is unmasked."""
+    """In what generate gets, each row ends with its prompt, and exactly the prompt is unmasked; it does not sample."""
     requests = stage.requests(9, 12)
     stage.start()
 
@@ -111,42 +117,22 @@ def test_padding_goes_on_the_left(stage: Stage) -> None:
             pad = int(call.ids[row].min())
             assert pad >= 0, f"{what}: pads with {pad}, which is no token id; 0 is one"
     assert any(len(call.ids) > 1 for call, _, _ in rows), "prompts of 9 and 12 tokens ran alone: nothing was padded"
-
-
-@requirement("4.2")
-def test_tokens_are_chosen_greedily(stage: Stage) -> None:
-    """generate is called with do_sample False."""
-    requests = stage.requests(9, 9)
-    stage.start()
-
-    stage.served(*stage.ask(*requests))
-
-    assert not any(call.sampled for call in stage.calls(requests)), (
+    assert not any(call.sampled for call, _, _ in rows), (
         "generate got do_sample=True: results then differ from call to call"
     )
 
 
 @requirement("4.2")
 def test_each_caller_gets_its_own_row(stage: Stage) -> None:
-    """Prompts of one length, for as many new tokens each: nothing to pad, nothing to cut."""
+    """Prompts of one length need no padding; for as many new tokens each there is nothing to cut, else there is."""
     stage.start(max_batch_size=3)
+    for new, hint in {
+        (2,): "row i belongs to request i, as [1, L + max_length]: the prompt and the new tokens",
+        (1, 4, 2): "a batch generates what its longest request asks for; cut each row to [1, L + its own max_length]",
+    }.items():
+        callers = stage.ask_at_once(*stage.requests(10, 10, 10, new=new))
 
-    callers = stage.ask_at_once(*stage.requests(10, 10, 10, new=(2,)))
-
-    stage.right(*callers, hint="row i belongs to request i, as [1, L + max_length]: the prompt and the new tokens")
-
-
-@requirement("4.2")
-def test_rows_are_cut_to_what_was_asked_for(stage: Stage) -> None:
-    """Prompts of one length need no padding; each gets as many new tokens as it asked for."""
-    stage.start(max_batch_size=3)
-
-    callers = stage.ask_at_once(*stage.requests(10, 10, 10, new=(1, 4, 2)))
-
-    stage.right(
-        *callers,
-        hint="a batch generates what its longest request asks for; cut each row to [1, L + its own max_length]",
-    )
+        stage.right(*callers, hint=hint)
 
 
 @requirement("4.2")
@@ -179,15 +165,16 @@ def test_a_prompt_may_hold_the_padding_token(stage: Stage) -> None:
 
 @requirement("4.2")
 def test_request_ids_may_repeat(stage: Stage) -> None:
-    """Requests with one and the same id get their own results."""
+    """Requests with one and the same id, and with one and the same prompt, get their own results."""
     stage.start(max_batch_size=3)
 
-    for _ in range(2):
+    for shared in (False, True):
         requests = stage.requests(10, 12, 11)
         for request in requests:
             request.id = "same"
-        callers = stage.ask_at_once(*requests)
-        stage.right(*callers, hint="request_ids repeat here: nothing may be kept by them")
+            request.tokens = requests[0].tokens if shared else request.tokens
+        callers = stage.ask(*requests)
+        stage.right(*callers, hint="request_ids repeat here, prompts too: nothing may be kept by them")
 
 
 @requirement("4.2")
@@ -209,9 +196,10 @@ def test_strided_prompts_are_left_alone(stage: Stage) -> None:
 
 @requirement("4.2")
 def test_one_batch_leaves_nothing_to_the_next(stage: Stage) -> None:
-    """Later batches, of other sizes and widths, are right too."""
+    """Later batches are right too: the same again of a model that has changed, others as wide, narrow ones."""
     stage.start(max_batch_size=3)
+    first, second, third = stage.requests(15, 16, 9), stage.requests(10, 16, 12), stage.requests(1, 3, 2)
 
-    for lengths in ((15, 16, 9), (21, 17, 24), (1, 3, 2)):
-        callers = stage.ask_at_once(*stage.requests(*lengths))
-        stage.right(*callers, hint="in a later batch of the same batcher")
+    for batch in (first, first, second, third):
+        stage.model.state += 1
+        stage.right(*stage.ask(*batch), hint="in a later batch of the same batcher, of a model that has changed")

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-import pytest
 from torch import Tensor
 
 from harness.testing import requirement
 
-from .reference import names
+from .reference import CodedError, names
 from .stage import NEVER, Stage
 
 # 4.7 faults
@@ -30,8 +29,9 @@ BAD: list[tuple[Callable[[Tensor], Tensor], int]] = [
 def test_an_impossible_request_is_refused(stage: Stage) -> None:
     """A request that cannot be valid gets ValueError, and the requests around it are served."""
     good, bad = stage.requests(9, 10), stage.requests(*[11] * len(BAD))
-    for request, (change, new) in zip(bad, BAD, strict=True):
+    for index, (request, (change, new)) in enumerate(zip(bad, BAD, strict=True)):
         request.tokens, request.new = change(request.tokens), new
+        request.id = good[0].id if index % 2 else request.id  # Of one that was valid.
     stage.start()
 
     first, *refused, last = stage.ask(good[0], *bad, good[1])
@@ -45,12 +45,17 @@ def test_an_impossible_request_is_refused(stage: Stage) -> None:
 @requirement("4.7")
 def test_an_error_of_the_model_reaches_every_caller(stage: Stage) -> None:
     """When generate raises, each caller of the batch gets an error of this type and text."""
-    for error in (RuntimeError("out of memory in layer 3"), KeyError("layer 3"), ArithmeticError()):
-        stage.start(max_batch_size=3)
-        requests = stage.requests(9, 10, 11)
-        stage.model.errors.append((requests[1], error))
-        for caller in stage.ask_at_once(*requests):
-            came = stage.outcome(caller, "generate raised in its batch: every caller of the batch gets the error")
+    errors = CodedError(3), KeyError("layer 3"), ArithmeticError(), RuntimeError("out of memory in layer 3")
+    batches = [stage.requests(length, length + 1, length + 2) for length in (9, 17, 25, 33)]
+    stage.model.errors += [(requests[1], error) for requests, error in zip(batches, errors, strict=True)]
+    stage.start(max_batch_size=3)
+
+    callers = stage.ask_at_once(*[request for requests in batches for request in requests])
+
+    for place, (requests, error) in enumerate(zip(batches, errors, strict=True)):
+        for caller in callers[3 * place : 3 * place + 3]:
+            why = "every caller of the batch gets the error, and the worker has to live on"
+            came = stage.outcome(caller, f"generate raised in its batch: {why}")
             assert type(came) is type(error) and str(came) == str(error), (
                 f"generate raised {error!r}: {caller.request} got {came!r}, the same type and text were wanted"
             )
@@ -83,25 +88,32 @@ def test_the_next_batch_works_after_an_error(stage: Stage) -> None:
 
 
 @requirement("4.7")
-@pytest.mark.parametrize("cancelled", [1, 2], ids=["one", "all"])
-def test_a_caller_may_be_cancelled_while_its_batch_runs(stage: Stage, cancelled: int) -> None:
-    """The others of the batch get their results, and the next batch works."""
-    requests, waiting = stage.requests(9, 10), stage.requests(11, 12, 13)
+def test_a_caller_may_be_cancelled_while_its_batch_runs(stage: Stage) -> None:
+    """The others of the batch get their results, and the next batch works; also where all of a batch are cancelled."""
+    requests, waiting, both = stage.requests(9, 10), stage.requests(11, 12, 13), stage.requests(9, 10)
     stage.start()
     gate = stage.hold(*requests)
     for request in waiting:
         request.id = "same"
 
-    callers = stage.ask_at_once(*requests)
+    callers = stage.ask(*requests)
     stage.reached(gate)
     others = stage.ask(*waiting)
     stage.settle()
-    stage.cancel(*callers[:cancelled], others[1])
+    stage.cancel(callers[0], others[1])
     gate.open()
 
-    hint = f"{names(requests[:cancelled])} was cancelled while its batch ran: a cancelled future takes no result"
-    stage.served(*callers[cancelled:], hint=hint)
+    hint = "r0 was cancelled while its batch ran: a cancelled future takes no result"
+    stage.served(callers[1], hint=hint)
     stage.served(others[0], others[2], hint=f"{waiting[1].name}, of the same request_id, was cancelled; {hint}")
+
+    gate = stage.hold(*both)
+    callers = stage.ask(*both)
+    stage.reached(gate)
+    stage.cancel(*callers)
+    gate.open()
+
+    hint = f"{names(both)} were cancelled while their batch ran: a cancelled future takes no result"
     stage.served(*stage.ask(*stage.requests(9, 10)), hint=hint)
 
 
@@ -130,7 +142,9 @@ def test_a_callers_event_loop_may_be_gone(stage: Stage) -> None:
 
 @requirement("4.8")
 def test_a_full_queue_refuses(stage: Stage) -> None:
-    """max_queue_size requests may wait, in all buckets together and beside those that run; one more is refused."""
+    """max_queue_size requests may wait, in all buckets together and beside those that run; one more is refused, then
+    and later, when a caller of the running batch has gone.
+    """
     most = 3
     requests = stage.requests(9, 10, 17)
     extra, last = stage.requests(25, 26)
@@ -146,6 +160,18 @@ def test_a_full_queue_refuses(stage: Stage) -> None:
     stage.served(*callers, hint=f"max_queue_size is {most}: {most} may wait beside the one that runs")
     stage.served(*stage.ask(last))
     assert not stage.calls([extra]), "a request that was refused with QueueFullError was run"
+
+    plug, later, *requests = stage.requests(1, 26, 9, 10, 17)
+    gate = stage.hold(plug)
+    running = stage.ask(plug)
+    stage.reached(gate)
+    callers = stage.ask(*requests)
+    stage.settle()
+    stage.served(*[caller for caller in callers if caller.error], hint="those that were refused earlier hold no place")
+    stage.cancel(*running)
+    why = f"{most} requests wait, max_queue_size is {most}; the one that runs and has lost its caller held no place"
+    stage.refused(stage.ask(later)[0], stage.full_queue, why)
+    gate.open()
 
 
 @requirement("4.8")

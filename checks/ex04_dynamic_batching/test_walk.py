@@ -157,4 +157,4 @@ class Rounds(Walk):
             Round(state, step).play()
 
 
-test_calls_in_any_order = walk_check(Rounds(), 15)
+test_calls_in_any_order = walk_check(Rounds(), 11)

@@ -37,7 +37,6 @@ MISTAKES = [
         "4.1",
         "not in one batch",
         (KEY, "self.get_length_bucket(request.input_tokens.size(1) + request.max_length)"),
-        only=True,
     ),
     Mistake("equal_lengths_only", "4.1", "not in one batch", (KEY, "request.input_tokens.size(1)")),
     # 4.2
@@ -100,7 +99,7 @@ MISTAKES = [
         only=True,
     ),
     Mistake("not_cut", "4.2", "cut each row", (CUT, "output[row : row + 1, pads[row] :]"), only=True),
-    Mistake("max_length_of_the_first", "4.2", "shape", (MOST, "batch[0].max_length"), only=True),
+    Mistake("max_length_of_the_first", "4.2", "shape", (MOST, "batch[0].max_length")),
     Mistake(
         "max_length_as_total",
         "4.2",

@@ -78,7 +78,7 @@ MISTAKES = [
     Mistake(
         "error_as_text",
         "4.7",
-        "KeyError",
+        "same type and text",
         (SET_ERROR, "request.future.set_exception(type(error)(str(error)))"),
         only=True,
     ),
@@ -97,7 +97,7 @@ MISTAKES = [
     Mistake(
         "error_reaches_all_who_wait",
         "4.7",
-        "OSError",
+        "same type and text",
         (
             FAIL,
             """with self._changed:

@@ -4,6 +4,7 @@ from harness.model.bank import Mistake
 
 KEY = "self.get_length_bucket(request.input_tokens.size(1))"
 OPEN = "self._closed = False"
+FULL = "full = len(batch) == self.max_batch_size"
 TAKE = "batch = requests[: self.max_batch_size]"
 TAKEN = "self._waiting = [request for request in self._waiting if request not in batch]"
 GO = "if full or now >= batch[0].timestamp + self.max_wait_time or self._closed:"
@@ -42,6 +43,14 @@ SHUT = """with self._changed:
 MISTAKES = [
     # 4.1
     Mistake("buckets_on_a_wheel", "4.1", "in one batch", (KEY, KEY + " // self.length_tolerance % 128"), only=True),
+    Mistake("buckets_mix_at_the_end", "4.1", "in one batch", (KEY, "self._closed or " + KEY)),
+    Mistake(
+        "rests_mix_at_the_end",
+        "4.1",
+        "in one batch",
+        (TAKE, "batch = (self._waiting if self._closed and len(requests) < self.max_batch_size else requests)"),
+        (FULL, "batch = batch[: self.max_batch_size]\n                    " + FULL),
+    ),
     # 4.2
     Mistake(
         "mask_kept_for_a_shape",
@@ -61,7 +70,7 @@ MISTAKES = [
     Mistake(
         "max_length_by_tensor",
         "4.2",
-        "one tensor for the whole batch",
+        "prompts too",
         (PROMPTS, PROMPTS + "\n        news = {id(request.input_tokens): request.max_length for request in batch}"),
         (CUT, CUT.replace("request.max_length", "news[id(prompts[row])]")),
         only=True,
@@ -69,7 +78,7 @@ MISTAKES = [
     Mistake(
         "results_kept_by_prompt",
         "4.2",
-        "asked before, of a model that has changed",
+        "of a model that has changed",
         (OPEN, OPEN + "\n        self._done: dict[Any, Tensor] = {}"),
         (
             RESULTS,
@@ -111,6 +120,20 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "same_batch_is_not_run_again",
+        "4.2",
+        "of a model that has changed",
+        (OPEN, OPEN + "\n        self._last: tuple[Any, ...] = ()"),
+        (
+            RESULTS,
+            """asked = [(request.input_tokens.tolist(), request.max_length) for request in batch]
+            again = len(batch) > 1 and self._last[:1] == (asked,)
+            results = self._last[1] if again else self._generate(batch)
+            self._last = asked, results""",
+        ),
+        only=True,
+    ),
     # 4.3
     Mistake(
         "shutdown_holds_the_door",
@@ -147,7 +170,40 @@ MISTAKES = [
                     self._run(started)""",
         ),
     ),
+    # Futures of the callers' event loops in place of thread-safe ones.
+    Mistake(
+        "one_loop_wakes_all_to_an_error",
+        "4.3",
+        "an error, too",
+        (
+            "future: Future[Tensor] = field(default_factory=Future)",
+            "future: Any = field(default_factory=lambda: asyncio.get_running_loop().create_future())",
+        ),
+        (AWAIT, "return await request.future"),
+        ("request.future.set_running_or_notify_cancel()", "not request.future.cancelled()"),
+        (
+            "request.future.set_exception(error)",
+            "batch[0].future.get_loop().is_closed() or batch[0].future.get_loop().call_soon_threadsafe("
+            "lambda f=request.future, v=error: f.done() or f.set_exception(v))",
+        ),
+        (
+            "request.future.set_result(result)",
+            "request.future.get_loop().is_closed() or request.future.get_loop().call_soon_threadsafe("
+            "lambda f=request.future, v=result: f.done() or f.set_result(v))",
+        ),
+        only=True,
+    ),
     # 4.4
+    Mistake(
+        "cancelled_is_run_at_the_end",
+        "4.4",
+        "shutdown() had generate called for it",
+        (FORGET, FORGET.replace("if not", "if self._closed or not")),
+        (RUN_STARTED, "self._run(batch if self._closed else started)"),
+        ("request.future.set_result(result)", "request.future.cancelled() or request.future.set_result(result)"),
+        ("request.future.set_exception(error)", "request.future.cancelled() or request.future.set_exception(error)"),
+        only=True,
+    ),
     Mistake(
         "eight_rows_a_call",
         "4.4",
@@ -171,7 +227,7 @@ MISTAKES = [
     Mistake(
         "long_answers_in_blocks",
         "4.4",
-        "one was wanted",
+        "2 were wanted",
         (
             GENERATE,
             """torch.cat(ids)
@@ -273,6 +329,17 @@ MISTAKES = [
         ),
     ),
     Mistake(
+        "nearest_to_the_oldest_first",
+        "4.6",
+        "waited longest",
+        (
+            TAKE,
+            """near = sorted(requests, key=lambda r: abs(r.input_tokens.size(1) - requests[0].input_tokens.size(1)))
+                    batch = near[: self.max_batch_size]""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "shortest_first_at_the_end",
         "4.6",
         "oldest request goes first",
@@ -323,6 +390,30 @@ MISTAKES = [
                 gone = next((r for r in self._waiting if r.request_id == request_id), request)
                 self._waiting = [other for other in self._waiting if other is not gone]
             raise""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "known_ids_are_trusted",
+        "4.7",
+        "ValueError was wanted",
+        (OPEN, OPEN + "\n        self._known: set[str] = set()"),
+        ("if max_length < 1:", "if max_length < 1 and request_id not in self._known:"),
+        (QUEUE, QUEUE + "\n            self._known.add(request_id)"),
+        only=True,
+    ),
+    Mistake(
+        "error_made_again",
+        "4.7",
+        "same type and text",
+        (
+            FAIL,
+            """for request in batch:
+                try:
+                    request.future.set_exception(type(error)(*error.args))
+                except Exception:
+                    request.future.set_exception(error)
+""",
         ),
         only=True,
     ),

@@ -2,7 +2,6 @@
 
 from harness.model.bank import Mistake
 
-KEY = "self.get_length_bucket(request.input_tokens.size(1))"
 REFUSE = """            if self._closed:
                 raise RuntimeError("the batcher is shut down")
 """
@@ -185,13 +184,6 @@ MISTAKES = [
                 raise
 """,
         ),
-        only=True,
-    ),
-    Mistake(
-        "buckets_mix_at_the_end",
-        "4.9",
-        "to its bucket, too",
-        (KEY, "self._closed or " + KEY),
         only=True,
     ),
     Mistake(
