@@ -68,8 +68,8 @@ class RotaryPositionEmbedding(nn.Module):
 
         Args:
             x: [B, H, L, Dh].
-            cos: [L, Dh]; both halves are equal.
-            sin: [L, Dh]; both halves are equal.
+            cos: [L, Dh], float32 or float64; both halves are equal.
+            sin: [L, Dh], float32 or float64; both halves are equal.
 
         Returns:
             [B, H, L, Dh], of x's dtype.
@@ -119,7 +119,7 @@ class MultiHeadAttentionWithRoPE(nn.Module):
             mask: bool or 0/1, broadcasts to [B, H, L, L]; true or 1 = may attend.
 
         Returns:
-            [B, L, D].
+            [B, L, D], of x's dtype.
 
         Raises:
             ValueError: the mask has not 4 dimensions or does not broadcast to [B, H, L, L]; the message names the
@@ -169,9 +169,9 @@ def compare_position_embeddings(seq_len: int = 64, dim: int = 32, shift: int = 1
     """Measures how much a shift of both positions changes the score of a query and a key.
 
     Args:
-        seq_len: number of positions that are compared.
+        seq_len: number of positions that are compared; at least 1.
         dim: number of features; even.
-        shift: by how much both positions move.
+        shift: by how many positions both move; at least 1.
 
     Returns:
         {"rope": ..., "sinusoidal": ...}: the largest absolute change of the dot product over all pairs of positions.

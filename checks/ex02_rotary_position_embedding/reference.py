@@ -171,7 +171,7 @@ def untouched(tensor: Tensor, version: int, copy: Tensor, what: str) -> None:
 def let_go(kept: dict[str, Any], what: str) -> None:
     """Nothing of a call is alive any more."""
     alive = [name for name, storage in kept.items() if storage() is not None]
-    assert not alive, f"{what}: {' and '.join(alive)} stays alive after the call; a module keeps tables alone"
+    assert not alive, f"{what}: {' and '.join(alive)} stays alive after the call; what a module keeps is its tables"
 
 
 def refuses_mask(attention: Any, x: Tensor, shape: tuple[int, ...], heads: int = H) -> None:

@@ -1,94 +1,143 @@
 """ex02: Rotary position embedding
 
-Attention by itself does not know where a token stands. A rotary embedding tells it by turning queries and keys: each
-pair of features turns by an angle that grows with the position, so that the dot product of a query and a key depends
-on how far apart they are. You write the rotation, an attention layer that uses it, and a comparison with the older
-sinusoidal embedding, which is added.
+Attention by itself does not know where a token stands.
+You write RoPE, the rotary embedding of LLaMA and of most models since: it turns queries and keys
+by angles that grow with the position, so that a score depends on how far apart two tokens are.
+You put it into an attention layer, and compare it with the older sinusoidal embedding.
 
 Steps
-1. The rotation (30 min): 2.1, 2.2
-2. Decoding (15 min): 2.6
-3. Attention (30 min): 2.4
-4. Lengths and precision (40 min): 2.3, 2.7, 2.8
-5. The comparison (20 min): 2.5
-6. Your own test, and style (30 min): 2.9, 2.10
+1. The rotation (40 min): 2.1, 2.2, 2.6
+2. Attention (30 min): 2.4
+3. The comparison (20 min): 2.5
+4. Lengths, precision, bad input (50 min): 2.3, 2.7, 2.8
+5. Your own test, and style (30 min): 2.9, 2.10
 
 Requirements
-2.1 (correctness) Apply rotation matrices to query and key vectors: `forward` equals an explicit 2×2 rotation of every
-    pair, to 2e-5 at positions below 64, for inputs with any strides. Scores of turned queries and keys depend on the
-    distance between their positions alone, and do change with it. Inputs are never written to, not even to be
-    restored.
-2.2 (correctness) Turn different dimensions at different frequencies: pair i turns by `base**(-2i/dim)` per position,
-    for every base and every even dim.
-2.3 (efficiency) Handle variable lengths efficiently: lengths and dtypes come in any order and give what a fresh
-    module gives, also after a move to another device. Positions below the largest seq_len so far cost no cosine,
-    sine, `polar` or complex exponential again while the device stays the same, whatever lengths and dtypes came
-    between; a call that needs more may make the table anew and compute ahead, and so may the first call after a cast
-    of the module. Nothing that depends on positions is in the state_dict: it loads into a module with another
-    max_position_embeddings, or one that has seen other lengths. Between calls a module keeps its tables alone: no
-    input, no mask, no result.
-2.4 (correctness) Be compatible with multi-head attention: queries and keys are turned, values are not. Output (to 2e-5)
-    and gradients (to 1e-4) equal the formula's with the same weights, with causal, padding and per-head masks of every
-    0/1 dtype, and with scores around -1000 or 1000. A fully masked row (of one head, too) has zero weights; if it is
-    masked in all heads, its output is o_proj's bias, never NaN. Padding of 1e6 changes nothing, and a masked key has
-    no weight however low the other scores are (-1e6 in float32 and float64). Weights and mask may change between
-    calls, in place too; x and mask are never written to.
-2.5 (correctness) Compare RoPE with sinusoidal embeddings: `sinusoidal_position_embedding` equals the paper's formula.
-    `compare_position_embeddings` measures "sinusoidal" to 1e-3, and "rope" below 1e-3, the same in every call. What a
-    caller does to the results of either changes no later call.
-2.6 (correctness) Decode step by step with `RotaryPositionEmbedding` and seq_len (the attention layer has no cache): a
-    prefill, then one token or several at a time, gives what the full pass gives, also beyond max_position_embeddings.
-2.7 (robustness) Keep precision: per unit length of the pair, the result is within 2e-5 of float64 at positions below
-    64 and within 5e-4 up to 4000, also in a float32 call after `.to(bfloat16)` and back or after a first call under
-    autocast, and in half precision but for the rounding of the result (2**-11 of it in float16, 2**-8 in bfloat16).
-    The result has x's dtype, the attention layer's too, with a mask of any dtype; its output is within 2e-5 in float32
-    and float64: nothing is computed below x's dtype. Where no number is given, 1e-2 is near enough; 2.4 takes the
-    turns as your rotary_emb gives them. A first call in inference_mode does no harm to training later. Gradients flow
-    through the rotation, step after step, also in eval and in half precision.
-2.8 (robustness) Refuse bad input: an odd dim (of a head, too: name its dim or d_model), a seq_len below the number of
-    rows, a d_model that num_heads does not divide, and a mask of a bad shape, each by a ValueError that names the
-    numbers.
-2.9 (correctness) Write your own test: `test_rope` passes on right code, whoever wrote it, and fails on each of the
-    slips listed below.
-2.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each public class and function that
-    you add) and mypy (typed definitions, not --strict) find nothing. Counts once half of the other requirements are
-    earned.
+2.1 (correctness) Rotate queries and keys: `forward` turns every pair by its angle, to 2e-5 at
+    positions below 64, whatever x's strides. The score of a turned query and key depends on
+    the distance between their positions alone, and changes with it.
+    Inputs are never written to, not even to be restored.
+2.2 (correctness) Give each pair its own frequency: pair i turns by base**(-2i/dim) per position,
+    for every base above 0 and every even dim.
+2.3 (efficiency) Handle variable lengths efficiently: you keep tables of cosines and sines.
+    - Lengths and dtypes come in any order, also after a move to another device (meta, too).
+      Each call gives what a fresh module gives.
+    - Positions below the largest seq_len so far cost no cosine, sine, tangent, `polar`, complex
+      exponential or complex power again, in torch or in Python, while the device is the same.
+    - A call for more positions may make the whole table anew, and ahead.
+      So may the first call after a cast: any `.to(dtype)`, even one that changes nothing.
+    - Nothing in the state_dict depends on positions: it loads into a module with another
+      max_position_embeddings, or one that has seen other lengths.
+    - Between calls a module keeps nothing but its parameters and what this text names;
+      no input, no mask, no result. Named are the tables, and Python numbers and flags.
+2.4 (correctness) Be compatible with multi-head attention: the layer equals the formula below.
+    Queries and keys turn, values do not.
+    - Masks are causal, padding or any other, one per head too. Padded rows may hold 1e6.
+    - A masked key has no weight, even where the allowed scores are near -1e6.
+    - A fully masked row of a head has zero weights, and gradients stay finite.
+      Where a row is masked in all heads, its output is o_proj's bias.
+    - Weights may change between calls, in place, by loading or by a cast;
+      the next call uses the new ones. So it does for `.data`, and for a mask changed in place.
+    - Inputs are never written to, not even to be restored.
+2.5 (correctness) Compare RoPE with sinusoidal embeddings: you measure how a shift changes scores.
+    Equal arguments give equal results, whatever a caller did to earlier ones.
+2.6 (correctness) Decode step by step: with seq_len, a prefill, then one token or several at a time
+    give the rows of the full pass, also beyond max_position_embeddings.
+    This is about `RotaryPositionEmbedding`; the attention layer has no cache.
+2.7 (robustness) Keep precision: results have x's dtype and are as near as "How near" asks.
+    - A cast of the module, or a first call under autocast, makes no later call less precise.
+    - A first call in inference_mode does no harm to training later.
+    - Gradients flow through the rotation, step after step, also in eval and in half precision.
+2.8 (robustness) Refuse bad input: you raise a ValueError with the numbers, in every such call.
+    - an odd dim, of `sinusoidal_position_embedding` too, or of a head (its dim or d_model)
+    - a seq_len below the number of rows, also 0 or a negative one: both numbers
+    - a d_model that num_heads does not divide: both numbers
+    - a mask of a bad shape: its shape and the scores', as Python prints them (`2, 1, 1, 5`)
+2.9 (correctness) Write your own test: `test_rope` passes on right code, whoever wrote it,
+    and fails on each slip below.
+2.10 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring for each public class
+    and function, empty ones do not count) and mypy (typed definitions, not --strict) find nothing.
+    It earns once half of the other requirements do.
 
 In plain text
-    angle(p, i) = p · base^(-2i/Dh)                            position p, pair i = 0 … Dh/2 - 1
+    angle(p, i)   = p · base^(-2i/Dh)      position p, pair i = 0 … Dh/2 - 1
     out[i]        = x[i] · cos angle - x[i + Dh/2] · sin angle
     out[i + Dh/2] = x[i] · sin angle + x[i + Dh/2] · cos angle
-    head_h  = softmax(rope(q_h) rope(k_h)ᵀ / √Dh) v_h          output = concat(head_0 … head_{H-1}) Wᵀ + b
-    sinusoidal[p, 2i] = sin(p / 10000^(2i/dim))                sinusoidal[p, 2i + 1] = cos(p / 10000^(2i/dim))
+    head_h = softmax(rope(q_h) rope(k_h)ᵀ / √Dh) v_h
+    output = concat(head_0 … head_{H-1}) Wᵀ + b
+    sinusoidal[p, 2i], sinusoidal[p, 2i + 1] = sin a, cos a
+                                               with a = p / 10000^(2i/dim)
 
 Shapes
-    B batch, L positions, D = d_model features, H = num_heads heads, Dh = D / H = dim features of a head
+    B batch, L positions, D = d_model features, H = num_heads heads,
+    Dh = D / H = dim features of a head
+
+By hand
+    With dim 2, [1, 0] goes around the circle, 1 radian a position:
+
+          2 *   |                     position 0: [ 1.0000, 0.0000]
+                |    * 1              position 1: [ 0.5403, 0.8415]
+    3 *         |                     position 2: [-0.4161, 0.9093]
+      ----------+---------* 0         position 3: [-0.9900, 0.1411]
+
+    A query and a key of [1, 0] score cos(2 - 1) = 0.5403 at positions 2 and 1, and at 3 and 2.
+    With dim 4, [1, 2, 3, 4] at position 1 becomes [-1.9841, 1.9599, 2.4624, 4.0198]:
+    1 and 3 turn by 1, 2 and 4 by 0.01.
+
+                   rows of x   seq_len   positions
+    prefill                5   None      0 1 2 3 4
+    one token              1   6         5
+    three tokens           3   9         6 7 8
+    ValueError             3   2         3 rows do not fit below 2
 
 Conventions
-- Component i is paired with i + dim/2, as in LLaMA and GPT-NeoX. The paper pairs neighbours (2i and 2i + 1), but
-  whole halves need no reordering. Turns are counter-clockwise: with dim 2, [1, 0] at position 1 becomes
-  [0.5403, 0.8415]. Positions count from 0.
-- seq_len is the number of positions up to and including the last row of x, as with a key-value cache: the rows of x
-  stand at positions seq_len - L … seq_len - 1. None means L. A seq_len below L is a ValueError with both numbers, 0
-  and negative ones too: 0 is a number, not None.
-- max_position_embeddings is no limit; lengths beyond it work.
-- Cosines and sines are float32 or better when they meet x, whatever the module or x is cast to: bfloat16 has 8 bits
-  and cannot tell position 4000 from 4001. The result is rounded to x's dtype, once; the table and the two products
-  are not.
+- Component i is paired with i + dim/2, as in LLaMA and GPT-NeoX; the paper pairs neighbours.
+- Turns are counter-clockwise, and positions count from 0.
+- seq_len counts positions up to and including x's last row, as with a key-value cache; None is L.
+- max_position_embeddings says what to expect; it is no limit.
+- A mask is boolean or 0/1 in uint8, int32, int64, float32 or float64; true or 1 means "may attend".
+- A mask has 4 dimensions and broadcasts to [B, H, L, L] without enlarging it: padding is
+  [B, 1, 1, L], and [B, L] is refused even where B = L would let it pass for [L, L].
+- You may use `F.scaled_dot_product_attention` here.
 - In `apply_rotary_pos_emb` both halves of cos are equal, and both halves of sin.
-- A mask is boolean or 0/1 in any of uint8, int32, int64, float32, float64. True or 1 means "may attend", as in
-  `F.scaled_dot_product_attention`, which you may use here.
-- A mask has 4 dimensions and broadcasts to [B, H, L, L] without enlarging it: a padding mask comes as [B, 1, 1, L].
-  Any other shape is a ValueError that names both shapes, the mask's and the scores', as Python prints them:
-  `2, 1, 1, 5`; a [B, L] mask would silently be read as [L, L] whenever B = L.
-- `compare_position_embeddings` draws `query, key = torch.randn(2, dim, generator=torch.Generator().manual_seed(0))`,
-  puts them at every pair of positions (i, j) below seq_len, and at (i + shift, j + shift), and takes the dot product:
-  turned ("rope"), and with the sinusoidal embedding added ("sinusoidal"). It returns the largest absolute change over
-  all pairs for each, not rounded: float arithmetic itself keeps "rope" a little above 0, and an exact 0 means that
-  nothing was turned. It may compute in float64.
+- Nothing is computed below the input's dtype.
+- Results have x's dtype, whatever the mask's is.
+- Tables and their angles alone may be float32 for a float64 x; they are never below float32,
+  whatever x or the module is cast to: bfloat16 cannot tell position 4000 from 4001.
+- A half-precision rotation is rounded once, at the end.
+- `compare_position_embeddings` draws
+  `query, key = torch.randn(2, dim, generator=torch.Generator().manual_seed(0))`, puts them at
+  every (i, j) below seq_len and at (i + shift, j + shift), and returns the largest absolute change
+  of the dot product over all pairs, in unrounded Python floats: turned ("rope", at most 1e-3,
+  but not 0 from seq_len 9 on) and with the sinusoidal embedding added ("sinusoidal", to 1e-3).
+- A submission is one file on torch and the standard library.
+- How near: a rotation may be off by this times the length of the pair, all else by this times
+  (1 + |right value|); in 2.4 the right value takes the turns from your rotary_emb.
+                             float32, float64   float16        bfloat16
+    rotation below 64        2e-5               2e-5 + 2**-11  2e-5 + 2**-8
+    rotation up to 4000      5e-4               5e-4 + 2**-11  5e-4 + 2**-8
+      its gradient           the same           5e-2           5e-2
+    attention                2e-5               0.1            0.1
+      its gradients          1e-4               -              -
+      scores up to ±1000     1e-2               finite         finite
+      1e6 or -1e6 (see 2.4)  1e-2               -              -
+    sinusoidal below 300     2e-5               -              -
+    anything else            1e-2               5e-2           5e-2
 
-Your own test (2.9) is run with other implementations put in place of the classes and functions, by their names: it
-uses contract names only, sets its own seed, takes at most 1 s, and has to fail on each of these slips:
+Not defined
+- What has a `-` in the table, and what a call under autocast itself returns.
+- Sizes of 0, NaN, infinity or integers in x; a dim, num_heads or base of 0 or less.
+- Attention whose weights differ from x in dtype or device; gradients of gradients.
+- A comparison with an odd dim, seq_len or shift below 1, or another default dtype.
+- Copying, pickling or compiling a module, or moving it back from meta.
+
+Your own test (2.9) runs with other code, right and wrong, in place of all classes and functions.
+It sets its own seed and takes at most 1 s.
+You may call, read and fill q_proj, k_proj, v_proj and o_proj (nn.Linear), and call rotary_emb.
+Rely on no helper of yours, on no hook, buffer or dtype of a table, and not on how often rotary_emb
+is called; do not replace it. Right code may be off by 2e-5, and sinusoidal is float32 or float64.
+Attention hides its queries and keys: compute the formula from its projections, and compare.
+The test has to fail on each of these slips:
 - identity: forward returns x as it came
 - sin_and_cos_swapped: the sine is used for the cosine and the cosine for the sine
 - other_direction: pairs turn clockwise
@@ -101,11 +150,9 @@ uses contract names only, sets its own seed, takes at most 1 s, and has to fail 
 - value_rotated: attention turns the values too
 
 Discuss
-1. Scale to production: what changes when thousands of requests, each with a key-value cache of its own length, are
-   decoded in one batch on several GPUs?
-2. Limits: a model trained with 2,048 positions gets 8,192. Your code runs; what fails, which pairs fail first, and
-   why?
-3. Monitoring: which numbers would tell you in production that positions, precision or the cache offset went wrong?
+1. Scale to production: what changes when a batch has caches of many lengths, on several GPUs?
+2. Limits: a model trained with 2,048 positions gets 8,192. What fails, which pairs first, and why?
+3. Monitoring: which numbers show that positions, precision or the cache offset went wrong?
 4. Next: what would you optimise next, and how would you prove that it helped?
 
 Sources
@@ -130,8 +177,9 @@ class RotaryPositionEmbedding(nn.Module):
 
     def __init__(self, dim: int, max_position_embeddings: int = 2048, base: float = 10000) -> None:
         super().__init__()
-        # TODO(2.2, 2.8): refuse an odd dim, and keep what the frequencies need.
-        # TODO(2.3, 2.7): decide where cosines and sines live: .to(dtype) casts parameters and buffers.
+        # TODO(2.2): keep what the frequencies need.
+        # TODO(2.3, 2.7): choose where cosines and sines live: .to(dtype) casts parameters and buffers.
+        # TODO(2.8): refuse an odd dim.
 
     def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor:
         """Turns every row of x according to its position.
@@ -146,8 +194,9 @@ class RotaryPositionEmbedding(nn.Module):
         Raises:
             ValueError: `seq_len` is less than L; the message names both.
         """
-        # TODO(2.6, 2.8): find the positions of the rows; refuse a seq_len that is too small.
+        # TODO(2.1, 2.6): find the positions of the rows, and turn each row by the angles of its position.
         # TODO(2.3): compute cosines and sines only for positions that never came before.
+        # TODO(2.8): refuse a seq_len below the number of rows.
         raise NotImplementedError("TODO 2.1: forward")
 
     def rotate_half(self, x: Tensor) -> Tensor:
@@ -167,14 +216,14 @@ class RotaryPositionEmbedding(nn.Module):
 
         Args:
             x: [B, H, L, Dh].
-            cos: [L, Dh]; both halves are equal.
-            sin: [L, Dh]; both halves are equal.
+            cos: [L, Dh], float32 or float64; both halves are equal.
+            sin: [L, Dh], float32 or float64; both halves are equal.
 
         Returns:
             [B, H, L, Dh], of x's dtype.
         """
-        # TODO(2.1): a turn by an angle is cos times the vector plus sin times its quarter turn.
-        # TODO(2.7): keep the precision of cos and sin; the result has x's dtype.
+        # TODO(2.1): add cos times x and sin times its quarter turn.
+        # TODO(2.7): compute as precisely as cos and sin are, and round the result alone to x's dtype.
         raise NotImplementedError("TODO 2.1: apply_rotary_pos_emb")
 
 
@@ -193,7 +242,8 @@ class MultiHeadAttentionWithRoPE(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int, max_position_embeddings: int = 2048) -> None:
         super().__init__()
-        # TODO(2.8): refuse a d_model that num_heads does not divide, and keep what forward needs.
+        # TODO(2.4): keep what forward needs.
+        # TODO(2.8): refuse a d_model that num_heads does not divide.
 
         # Given; no need to change.
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
@@ -210,7 +260,7 @@ class MultiHeadAttentionWithRoPE(nn.Module):
             mask: bool or 0/1, broadcasts to [B, H, L, L]; true or 1 = may attend.
 
         Returns:
-            [B, L, D].
+            [B, L, D], of x's dtype.
 
         Raises:
             ValueError: the mask has not 4 dimensions or does not broadcast to [B, H, L, L]; the message names the
@@ -234,7 +284,7 @@ def sinusoidal_position_embedding(seq_len: int, dim: int) -> Tensor:
     Raises:
         ValueError: `dim` is odd; the message names it.
     """
-    # TODO(2.5): one frequency per pair of neighbours.
+    # TODO(2.5): give each pair of neighbours its frequency, sines first.
     # TODO(2.8): refuse an odd dim.
     raise NotImplementedError("TODO 2.5: sinusoidal_position_embedding")
 
@@ -243,19 +293,19 @@ def compare_position_embeddings(seq_len: int = 64, dim: int = 32, shift: int = 1
     """Measures how much a shift of both positions changes the score of a query and a key.
 
     Args:
-        seq_len: number of positions that are compared.
+        seq_len: number of positions that are compared; at least 1.
         dim: number of features; even.
-        shift: by how much both positions move.
+        shift: by how many positions both move; at least 1.
 
     Returns:
         {"rope": ..., "sinusoidal": ...}: the largest absolute change of the dot product over all pairs of positions.
     """
-    # TODO(2.5): draw query and key as above, and compare the scores before and after the shift.
+    # TODO(2.5): draw query and key as Conventions say, and compare the scores before and after the shift.
     raise NotImplementedError("TODO 2.5: compare_position_embeddings")
 
 
 def test_rope() -> None:
     """Your own test of this file: passes on right code, fails on each slip listed above."""
     # TODO(2.9): choose small, unequal sizes, and assert what right code does.
-    # TODO(2.10): make lint-clean, typed code of it all.
+    # TODO(2.10): leave nothing in this file for ruff and mypy to find.
     raise NotImplementedError("TODO 2.9: test_rope")

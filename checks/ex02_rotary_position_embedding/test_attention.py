@@ -111,7 +111,7 @@ def test_gradients_equal_the_formulas(subject: Subject, close: Close, rng: torch
         close(output, expected, f"attention(x), {kind}", tolerance=tolerance, hint=hint)
     assert output.requires_grad, f"attention(x), {kind}: the output carries no gradient"
     (output * probe.to(dtype)).sum().backward()
-    hint = f"{kind}: the output agrees, its gradient does not: is something detached?"
+    hint = f"{kind}: the output agrees, its gradient does not: is something detached, or a table below float32?"
     for (_, right), (_, _, tolerance) in zip(wanted, bounds, strict=True):
         for name, gradient in right.items():
             if gradient is not None:

@@ -58,7 +58,9 @@ def test_sinusoidal_has_no_end(subject: Subject, close: Close) -> None:
 
     table = is_tensor(subject.sinusoidal_position_embedding(5003, 4), "sinusoidal_position_embedding(5003, 4)")
 
-    assert table.shape == (5003, 4), f"sinusoidal_position_embedding(5003, 4): shape {tuple(table.shape)} came"
+    assert table.shape == (5003, 4), (
+        f"sinusoidal_position_embedding(5003, 4): shape {tuple(table.shape)} came, (5003, 4) was wanted"
+    )
     close(table[4995:].double(), expected, "sinusoidal_position_embedding(5003, 4)[4995:]", tolerance=ROUGH)
 
 
@@ -117,12 +119,13 @@ def test_comparison_is_measured(subject: Subject, arguments: dict[str, int]) -> 
         "the largest absolute change of (query + table[i]) · (key + table[j]) over all pairs, if i and j move by shift"
     )
     assert result["rope"] <= 1e-3, (
-        f"{what}: rope {result['rope']:.4g} came; turned scores depend on the distance alone, so at most 1e-3"
+        f"{what}: rope {result['rope']:.4g} came, at most 1e-3 was wanted\n"
+        "turned scores depend on the distance alone, up to the rounding of float32 tables"
     )
     if seq_len < 9:  # Of few numbers all may be exact.
         return
     assert result["rope"] > 0, (
-        f"{what}: rope is {result['rope']}; float arithmetic alone makes it differ from 0: was anything turned?"
+        f"{what}: rope {result['rope']} came, more than 0 was wanted: float arithmetic rounds; was anything turned?"
     )
     assert result["rope"] != round(result["rope"], 12), (
         f"{what}: rope is {result['rope']!r}, a round number; what is measured is not rounded"

@@ -30,7 +30,9 @@ def test_lengths_in_any_order(subject: Subject, close: Close, rng: torch.Generat
     lengths = (3, 9, 5, 23, 1, 40)
 
     for index, length in enumerate(lengths):
-        agree(close, rope, rows(rng, length), hint=f"the same module has served {list(lengths[:index])} rows before")
+        before = f"the module has served {list(lengths[:index])} rows before"
+        hint = f"max_position_embeddings={expected_positions} is no limit; {before}"
+        agree(close, rope, rows(rng, length), hint=hint)
 
 
 @requirement("2.3")
@@ -170,7 +172,7 @@ def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Genera
         moved = is_tensor(rope.to("meta")(x.to("meta")), "forward(x) on meta")
 
     assert moved.device.type == "meta", (
-        f"forward(x) on meta: the result is on {moved.device}; a table of the first device is left"
+        f"forward(x) on meta: a result on {moved.device} came, on meta was wanted; is a table of the first device left?"
     )
     assert moved.shape == x.shape, f"forward(x) on meta: shape {tuple(moved.shape)} came, {tuple(x.shape)} was wanted"
     hint = "a module on the meta device was called before: is a cache shared between devices?"
@@ -193,7 +195,9 @@ def test_attention_may_be_moved(subject: Subject, close: Close, rng: torch.Gener
     with autocast_on_meta():
         output = is_tensor(attention(x.to("meta"), causal.to("meta")), "attention(x, mask) on meta")
 
-    assert output.device.type == "meta", f"attention(x, mask) on meta: the result is on {output.device}"
+    assert output.device.type == "meta", (
+        f"attention(x, mask) on meta: a result on {output.device} came, on meta was wanted"
+    )
     came, wanted = tuple(output.shape), tuple(x.shape)
     assert came == wanted, f"attention(x, mask) on meta: shape {came} came, {wanted} was wanted"
 
