@@ -36,10 +36,10 @@ class MultiHeadAttention(nn.Module):
             query: [B, Lq, D].
             key: [B, Lk, D].
             value: [B, Lk, D].
-            mask: bool or 0/1, broadcasts to [B, H, Lq, Lk]; true or 1 = may attend.
+            mask: boolean or 0/1, 4 dimensions, broadcasts to [B, H, Lq, Lk]; true or 1 means "may attend".
 
         Returns:
-            The output [B, Lq, D] and the attention weights [B, H, Lq, Lk].
+            The output [B, Lq, D] and the weights after dropout [B, H, Lq, Lk].
 
         Raises:
             ValueError: the mask has not 4 dimensions or does not broadcast to [B, H, Lq, Lk]; the message names the
@@ -66,7 +66,7 @@ class MultiHeadAttention(nn.Module):
         return self.output_linear(joined), weights
 
     def compute_attention_scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """The scaled scores of every query with every key.
+        """The scores q kᵀ / √Dh of every query with every key.
 
         Args:
             q: [B, H, Lq, Dh].
@@ -80,14 +80,14 @@ class MultiHeadAttention(nn.Module):
         return (q * scale) @ (k * scale).mT
 
     def apply_mask(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """Makes forbidden scores so low that their weight is exactly 0 in the scores' dtype; leaves the others.
+        """Makes masked scores so low that a softmax in their dtype gives exactly 0; leaves the others.
 
         Args:
             scores: [B, H, Lq, Lk]; may be written to.
             mask: a valid mask, as in forward.
 
         Returns:
-            [B, H, Lq, Lk], of the scores' dtype.
+            [B, H, Lq, Lk], in the scores' dtype.
         """
         return scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min)
 

@@ -1,69 +1,137 @@
 """ex01: Multi-head attention
 
-Attention lets every position of a sequence read from every other one. Several heads do so side by side, each in its
-own slice of the features, so that one layer can follow several relations at once. You write it from matrix products
-and a softmax.
+Attention lets each position of a sequence read from all others. Several heads do so side by side,
+each in its own slice of the features, so that one layer follows several relations at once.
+You write this layer, the core of every transformer, from matrix products and a softmax.
 
 Steps
-1. Attention by the formula (40 min): 1.1, 1.4, 1.5, 1.6, 1.8
-2. Masks (25 min): 1.2
+1. Attention without masks (35 min): 1.1, 1.6
+2. Masks, roles and dropout (40 min): 1.2, 1.4, 1.5, 1.8
 3. Memory and half precision (40 min): 1.3, 1.7
-4. Your own test, and style (30 min): 1.9, 1.10
+4. Your own test, and style (35 min): 1.9, 1.10
 
 Requirements
-1.1 (correctness) Support variable sequence lengths: any number of queries and of keys, also 1. A batch row gives what
-    it gives alone.
-1.2 (robustness) Handle padding masks: a key that is masked out changes nothing, even if its values are 1e6 (in
-    float32 and float64). Masks may differ per head and per batch row. A fully masked row gives zeros, never NaN, in
-    the gradient neither. Every 0/1 dtype works. A mask of a bad shape and a bad d_model are refused.
-1.3 (efficiency) Be memory efficient: where the scores are larger than the inputs, nothing with more elements than the
-    scores is made (no [B, H, Lq, Lk, Dh]), and no smaller mask is expanded to their size in memory. In float32, at
-    most 5 tensors of the scores' size are alive at once at inference, and at most 4 are kept for backward with
-    dropout 0. Nothing of the last call stays alive in the module.
-1.4 (correctness) Support self-attention and cross-attention: query, key and value may all differ, also in length (key
-    and value share theirs), and may be equal or overlapping tensors, with any strides. Inputs and masks are never
-    written to.
-1.5 (correctness) Scale and drop out properly: the factor 1/√head_dim is inside `compute_attention_scores`. Dropout
-    acts on the weights and on nothing else, in training only, keeps their mean, and follows torch's seed; a dropout
-    of 0 drops nothing, one of 1 everything.
-1.6 (correctness) Agree with PyTorch: output, weights and every gradient equal those of `nn.MultiheadAttention` with
-    the same weights, in float64 to 1e-9: nothing computes below the inputs' dtype, which is judged here alone.
-1.7 (robustness) Work in float16, bfloat16 and autocast: finite, and within 5e-3 (float16) or 5e-2 (bfloat16) of
-    float64 for inputs of unit scale; finite for inputs 6 times as large; with and without a mask. Scores of ±100 in
-    float32 and of ±1000 in float64 do no harm either, all of one sign or mixed.
-1.8 (correctness) Write it from scratch: no prebuilt attention (`F.scaled_dot_product_attention`,
-    `nn.MultiheadAttention`, flex_attention …) is reached, however it is called.
-1.9 (correctness) Write your own test: `test_multihead_attention` passes on right code, whoever wrote it, and fails on
-    each of the slips listed below.
-1.10 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each public class and function
-    that you add) and mypy (typed definitions, not --strict) find nothing. Counts once half of the other requirements
-    are earned.
+1.1 (correctness) Support variable sequence lengths: each call may have another B, Lq and Lk,
+    all 1 or more. A batch row gives what it gives alone.
+1.2 (robustness) Handle padding masks: a masked key has a weight of exactly 0.
+    - Masks may differ per batch row, head, query and key, and change in place between calls.
+    - A key that is masked for all queries changes nothing, even where key and value hold ±1e6
+      (in float32 and float64). It and its value get a gradient of exactly 0.
+    - A fully masked row (no key allowed) has zero weights, in one head too. No gradient is NaN.
+    - `forward` refuses a mask of a bad shape: a ValueError names the mask's shape and the scores'.
+      The next call works as usual.
+    - A d_model that num_heads does not divide is a ValueError that names both numbers.
+1.3 (efficiency) Be memory efficient: you make no tensor with more elements than the scores,
+    in forward or in backward: no [B, H, Lq, Lk, Dh].
+    - Nothing of the scores' size is made of a smaller mask, alone or with constants: broadcast it.
+    - In float32, at most 5 tensors of the scores' size are alive at once in eval without gradients.
+    - In float32 with dropout 0, at most 4 are alive after forward while only the output is held.
+    - Between calls a module keeps nothing but its parameters and what this text names; no input, no
+      mask, no result.
+1.4 (correctness) Support self- and cross-attention: query, key and value are three tensors, or one
+    tensor in several roles. They may overlap in memory and have any strides.
+    - Inputs are never written to, not even to be restored. Neither are masks and parameters.
+    - Inputs that were edited in place count as they are now.
+1.5 (correctness) Scale and drop out properly: `compute_attention_scores` returns q kᵀ / √Dh.
+    - Dropout drops single attention weights, and nothing else. A kept one is w / (1 - p), so that
+      the mean stays, in half precision too: p = 0.998 keeps 2 of 1000.
+    - It goes by the mode alone: on in training, also without gradients, and off in eval.
+    - p is `dropout.p` at the time of the call. 0 drops nothing, 1 everything.
+    - The same torch.manual_seed drops the same weights; the next call drops others.
+1.6 (correctness) Agree with PyTorch: output, attention weights and every gradient equal those of
+    `nn.MultiheadAttention` with the same parameters, in float64 to 1e-9, in training and in eval.
+    - Nothing is computed below the input's dtype.
+    - Weights may change between calls, in place, by loading or by a cast; the next call uses the
+      new ones. So it does after an edit of `.data`, or with a layer replaced.
+    - Earlier calls change nothing, in any mode, with gradients or without; nor do other modules.
+1.7 (robustness) Work in float16, bfloat16 and autocast: with and without a mask.
+    - Inputs of unit scale, layers as nn.Linear initialises them: output and weights are within
+      5e-3 (float16) or 5e-2 (bfloat16) of the formula in float64, over 4096 keys too.
+    - The same with inputs 6 times as large, or all near 9 or -9: output, weights and gradients are
+      finite, and the weights of a row sum to 1 within 2e-2.
+    - Scores around ±100 in float32 and ±1000 in float64 still give the formula's result.
+    - The module may be cast between calls, or moved to another device, meta too.
+1.8 (correctness) Write it from scratch: no prebuilt attention is reached, in any mode or dtype
+    (F.scaled_dot_product_attention, nn.MultiheadAttention, flex_attention, and their kernels).
+1.9 (correctness) Write your own test: `test_multihead_attention` passes on right code, whoever
+    wrote it, and fails on each of the slips listed below.
+1.10 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring for each public class
+    and function, empty ones do not count) and mypy (typed definitions, not --strict) find nothing.
+    It earns once half of the other requirements do.
 
 In plain text
-    head_h  = softmax(q_h k_hᵀ / √Dh) v_h        q_h, k_h, v_h: columns h·Dh … (h+1)·Dh - 1 of the projections
-    output  = concat(head_0 … head_{H-1}) Wᵀ + b
+    q, k, v    = q_linear(query), k_linear(key), v_linear(value)
+    q_h        = columns h·Dh … (h+1)·Dh - 1 of q; k_h and v_h likewise
+    scores_h   = q_h k_hᵀ / √Dh
+    weights_h  = dropout(softmax(scores_h))      over the keys; masked keys take no part
+    output     = output_linear(concat(weights_0 v_0 … weights_{H-1} v_{H-1}))
 
 Shapes
-    B batch, Lq queries, Lk keys, D = d_model features, H = num_heads heads, Dh = D / H features of a head
+    B batch rows, Lq queries, Lk keys, D = d_model features, H = num_heads heads, Dh = D / H
+    query [B, Lq, D]    key, value [B, Lk, D]    mask: broadcasts to [B, H, Lq, Lk]
+    q_h [Lq, Dh] and k_h, v_h [Lk, Dh] per batch row    scores, weights [B, H, Lq, Lk]
+    output [B, Lq, D]
+
+    Two positions of D = 6 features become H = 2 heads of Dh = 3: [L, D] -> [H, L, Dh]
+      a b c d e f          head 0   a b c     head 1   d e f
+      g h i j k l                   g h i              j k l
+    A bare view as [H, L, Dh] gives head 0 a b c and d e f: two parts of one position.
+
+By hand
+    One query of one head, Dh = 4; keys 0, 1 and 2, of which key 2 is masked; values of one number
+      q kᵀ             4        2        6
+      / √4             2        1        3
+      mask             1        1        0
+      weights     0.7311   0.2689        0     e²/(e² + e¹), e¹/(e² + e¹), exactly 0
+      value           10       20      1e6
+      context     0.7311·10 + 0.2689·20 = 12.689
+
+    The same row               weights                    context
+      no mask                  0.2447  0.0900  0.6652     665245: the padding leaks
+      mask 0 0 0               0       0       0          0; left is output_linear's bias
+      p = 0.5 drops key 1      1.4621  0       0          14.621
 
 Conventions
-- A mask is boolean or 0/1 in any of uint8, int32, int64, float32, float64. True or 1 means "may attend", as in
-  `F.scaled_dot_product_attention`; `nn.MultiheadAttention`'s masks mean the opposite.
-- A mask has 4 dimensions and broadcasts to [B, H, Lq, Lk] without enlarging it: a key padding mask comes as [B, 1, 1,
-  Lk]. Any other shape is a ValueError from `forward` that names both shapes, the mask's and the scores', as Python
-  prints them, in any brackets: `2, 1, 1, 5`; a [B, Lk] mask would silently be read as [Lq, Lk] whenever B = Lq.
-  `apply_mask` gets valid masks only.
-- A query that may attend to nothing gets zero weights, so a zero context vector: what
-  `F.scaled_dot_product_attention` gives.
-- The weights returned are those that were multiplied with the values, after dropout; they carry gradient.
+- A mask is boolean or 0/1 in uint8, int32, int64, float32 or float64; true or 1 means "may attend".
+  `nn.MultiheadAttention`'s masks mean the opposite.
+- A mask has 4 dimensions, each 1 or the scores' size, and any strides: [B, 1, 1, Lk] for padding,
+  [1, 1, Lq, Lk] for causal. [B, Lk] is refused: with B = Lq it would be read as [Lq, Lk].
+- An error gives shapes as Python prints them, in any brackets: `2, 1, 1, 5`.
+- The weights returned are those that were multiplied with the values, after dropout. They carry
+  gradient.
 - Output and weights have the query's dtype; under autocast they may have autocast's.
-- Between calls the module may be cast or moved, its weights, its mode and `dropout.p` changed, and inputs and masks
-  edited in place, through `.data` too; calls may be made in training or in eval, with gradients, under no_grad or
-  under inference_mode. Each gives what a new module with the same weights gives: keep nothing that was computed from
-  any of them.
+- `compute_attention_scores` may give float32 for q and k in half precision.
+- `apply_mask` gets valid masks only. It may fill with -inf or with the dtype's lowest number.
+- "Within t" means |came - wanted| ≤ t · (1 + |wanted|). Where no number stands, t is 1e-5 in
+  float64 and 2e-5 in float32; in float32 it is 2e-3 for gradients and for scores around ±100.
+- Inputs that share memory are inputs of their own: x and x.detach() get a gradient each.
+- The 5 and the 4 of 1.3 count bytes that a call makes: the returned weights too, and a boolean
+  tensor as a quarter of a float32 one. Inputs, the caller's mask, parameters, views and tensors
+  smaller than the scores are free.
+- 1.3's sizes apply where H·Lq > 3·D, H·Lk > 3·D and B·H·Lq·Lk > 3·D²: scores are largest there.
+- A module may keep numbers, flags and, in all, less than 4·D bytes of constant tensors.
+- Nothing else is kept anywhere (1.3): no attribute, closure or cache of the file, no exception of
+  a refused call (it holds the inputs). Reference cycles may wait for the garbage collector.
+- The given layers stay plain nn.Linear under their names, without hooks.
+- A submission is one file on torch and the standard library.
 
-Your own test (1.9) is run with other implementations put in place of the class, by its name: it uses contract names
-only, sets its own seed, takes at most 1 s, and has to fail on each of these slips:
+Not defined
+- B, Lq, Lk, d_model or num_heads of 0; inputs that do not fit each other or the layer
+- masks with other values or dtypes; masked keys of ±1e6 in half precision, of inf or NaN
+- `layer.training` and `layer.dropout.training` that differ; which weights a seed drops
+- what `apply_mask` makes of a fully masked row; whether `compute_attention_scores` writes to q or k
+- whether `forward` calls these two; how exact gradients are in half precision
+- double backward, torch.compile, copies of a module; speed
+
+Your own test (1.9) runs on other implementations, right and wrong, in place of your class.
+It may use MultiHeadAttention with its methods, the four given layers and `dropout`; torch, also
+nn.MultiheadAttention; and helpers of yours in this file. It may not rely on other attributes, on
+which weights a seed drops, or on the last digits. `apply_mask` may write to its scores.
+It sets its own seed and takes at most 1 s. How to see
+- heads and projections: sizes that all differ, another tensor for value than for key, and
+  nn.MultiheadAttention with the same weights beside it
+- dropout in eval: a module with dropout 0.5
+It has to fail on each of these slips:
 - no_scale: the scores are not divided by √head_dim
 - scale_by_d_model: the scores are divided by √d_model
 - no_transpose: the projections are viewed as [B, H, L, Dh] without a transpose
@@ -76,10 +144,9 @@ only, sets its own seed, takes at most 1 s, and has to fail on each of these sli
 - no_output_projection: output_linear is left out
 
 Discuss
-1. Scale to production: what do you change to serve this layer at a context of 128k tokens on several GPUs?
-2. Limits: where does this implementation fail first as Lq and Lk grow, and how would you know beforehand?
-3. Monitoring: which numbers of this layer would you log during training to see trouble (collapsed heads, overflow)
-   early?
+1. Scale to production: how do you serve this layer at 128k tokens of context on several GPUs?
+2. Limits: where does it fail first as Lq and Lk grow, and how would you know beforehand?
+3. Monitoring: which numbers show trouble early in training (collapsed heads, overflow)?
 4. Next: what would you optimise next, and how would you prove that it helped?
 
 Sources
@@ -103,7 +170,8 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int, dropout: float = 0.1) -> None:
         super().__init__()
-        # TODO(1.2): refuse a d_model that num_heads does not divide, and keep what forward needs.
+        # TODO(1.1): keep the numbers that forward needs.
+        # TODO(1.2): refuse a d_model that num_heads does not divide.
 
         # Given; no need to change.
         self.q_linear = nn.Linear(d_model, d_model)
@@ -119,24 +187,24 @@ class MultiHeadAttention(nn.Module):
             query: [B, Lq, D].
             key: [B, Lk, D].
             value: [B, Lk, D].
-            mask: bool or 0/1, broadcasts to [B, H, Lq, Lk]; true or 1 = may attend.
+            mask: boolean or 0/1, 4 dimensions, broadcasts to [B, H, Lq, Lk]; true or 1 means "may attend".
 
         Returns:
-            The output [B, Lq, D] and the attention weights [B, H, Lq, Lk].
+            The output [B, Lq, D] and the weights after dropout [B, H, Lq, Lk].
 
         Raises:
             ValueError: the mask has not 4 dimensions or does not broadcast to [B, H, Lq, Lk]; the message names the
                 mask's shape and the scores'.
         """
         # TODO(1.1, 1.4): project, and split the features into heads: [B, L, D] -> [B, H, L, Dh].
-        # TODO(1.2): refuse a mask of a bad shape.
-        # TODO(1.3, 1.8): scores, mask, softmax, weighted sum, by matrix products; nothing larger than the scores.
-        # TODO(1.5): drop weights in training.
-        # TODO(1.6): join the heads, and project the output.
+        # TODO(1.6, 1.8): take the softmax of the scores over the keys, multiply with the values, join heads, project.
+        # TODO(1.2): refuse a mask of a bad shape; apply it before the softmax; give fully masked rows weights of 0.
+        # TODO(1.5): drop weights, by the module's mode and dropout.p.
+        # TODO(1.3): make nothing larger than the scores, and keep nothing.
         raise NotImplementedError("TODO 1.1: forward")
 
     def compute_attention_scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """The scaled scores of every query with every key.
+        """The scores q kᵀ / √Dh of every query with every key.
 
         Args:
             q: [B, H, Lq, Dh].
@@ -145,26 +213,26 @@ class MultiHeadAttention(nn.Module):
         Returns:
             [B, H, Lq, Lk].
         """
-        # TODO(1.5): scale by 1/√Dh.
-        # TODO(1.7): keep half precision finite.
+        # TODO(1.5, 1.6): multiply q and kᵀ, and scale by 1/√Dh.
+        # TODO(1.7): scale where half precision does not overflow.
         raise NotImplementedError("TODO 1.5: compute_attention_scores")
 
     def apply_mask(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """Makes forbidden scores so low that their weight is exactly 0 in the scores' dtype; leaves the others.
+        """Makes masked scores so low that a softmax in their dtype gives exactly 0; leaves the others.
 
         Args:
             scores: [B, H, Lq, Lk]; may be written to.
             mask: a valid mask, as in forward.
 
         Returns:
-            [B, H, Lq, Lk], of the scores' dtype.
+            [B, H, Lq, Lk], in the scores' dtype.
         """
-        # TODO(1.2): true or 1 means "may attend", whatever the mask's dtype.
+        # TODO(1.2): fill where the mask is 0, whatever its dtype, with a number that suits the scores' dtype.
         raise NotImplementedError("TODO 1.2: apply_mask")
 
 
 def test_multihead_attention() -> None:
     """Your own test of MultiHeadAttention: passes on right code, fails on each slip listed above."""
-    # TODO(1.9): build small modules with unequal sizes, and assert what right code does.
-    # TODO(1.10): make lint-clean, typed code of it all.
+    # TODO(1.9): build small modules with sizes that differ, and assert what right code does.
+    # TODO(1.10): type and document what you add; remove what ruff and mypy find.
     raise NotImplementedError("TODO 1.9: test_multihead_attention")

@@ -164,6 +164,6 @@ def test_nothing_of_the_last_call_stays_alive(subject: Subject, close: Close, rn
         if any(storage() is not None for storage in held):
             gc.collect()
 
-        assert left < 4 * D, f"forward: {left} bytes stay alive after its results are gone; the module keeps them"
+        assert left < 4 * D, f"forward: {left} bytes stay alive after its results are gone; your code keeps them"
         for name, storage in zip(("query", "key", "value", "mask"), held, strict=False):
-            assert storage() is None, f"forward: {name} stays alive after the call; the module keeps it"
+            assert storage() is None, f"forward: {name} stays alive after the call; your code keeps it"

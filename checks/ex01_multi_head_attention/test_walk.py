@@ -214,10 +214,10 @@ class Calls(Walk):
         if seen.alive_bytes >= 8 * held.width or any(storage() is not None for storage in storages):
             gc.collect()
             assert seen.alive_bytes < 8 * held.width, (
-                f"forward: {seen.alive_bytes} bytes stay alive after its results are gone; the module keeps them"
+                f"forward: {seen.alive_bytes} bytes stay alive after its results are gone; your code keeps them"
             )
             for name, storage in zip(("query", "key", "value", "mask"), storages, strict=False):
-                assert storage() is None, f"forward: {name} stays alive after the call; the module keeps it"
+                assert storage() is None, f"forward: {name} stays alive after the call; your code keeps it"
 
 
 def _held(state: State, call: Call, step: Step) -> Held:
