@@ -65,7 +65,9 @@ def test_dropout_acts_on_the_weights_alone(subject: Subject, close: Close, rng: 
     for more in ([], [torch.ones(B, 1, 1, 50, dtype=torch.bool)]):
         output, weights = unpack(attention(query, key, value, *more))
 
-        assert weights.shape == expected.shape, f"forward: weights of shape {tuple(weights.shape)} came"
+        assert weights.shape == expected.shape, (
+            f"forward: weights of shape {tuple(weights.shape)} came, {tuple(expected.shape)} was wanted"
+        )
         kept, what = weights != 0, f"forward in training{' with a mask' * bool(more)}"
         close(weights[kept], expected[kept] / (1 - p), f"{what}: weights kept by dropout",
               hint=f"a kept weight is w / (1 - {p}): the mean is preserved; those after dropout are returned",
