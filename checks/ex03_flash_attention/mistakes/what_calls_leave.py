@@ -58,6 +58,23 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "weights_stacked_until_their_version_or_place_changes",
+        "3.4",
+        "through .data",
+        (
+            HEADS,
+            HEADS
+            + """\
+        version = [(linear.weight._version, linear.weight.data_ptr()) for linear in projections], x.dtype
+        if getattr(self, "version", None) != version:
+            self.__dict__.pop("stacked", None)
+            self.version = version
+"""
+            + STACKED.format(condition="not self.training and not torch.is_grad_enabled()"),
+        ),
+        only=True,
+    ),
+    Mistake(
         "mask_remembered_by_identity",
         "3.4",
         "a mask [",
@@ -176,6 +193,20 @@ MISTAKES = [
 """,
         ),
         ("maximum + total.log2()", "torch.where(total == 0, -math.inf, maximum + total.log2())"),
+        only=True,
+    ),
+    Mistake(
+        "hidden_scores_of_minus_10000",
+        "3.2",
+        "what is hidden is -inf",
+        (
+            HIDE,
+            """\
+            hidden = self.mask[:, :, rows, columns] == 0
+            blocks = scores.unflatten(0, self.leading).masked_fill_(hidden, -1e4)
+            blocks.masked_fill_(hidden.all(-1, keepdim=True), -math.inf)
+""",
+        ),
         only=True,
     ),
     Mistake(
@@ -340,6 +371,21 @@ MISTAKES = [
             """\
         if mask is not None and mask.dtype == torch.bool and 0 not in mask.stride():
             mask.logical_not_().logical_not_()
+"""
+            + APPLY,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "diagonal_written_into_the_mask",
+        "3.4",
+        "mask after flash_attention_forward",
+        (
+            APPLY,
+            """\
+        if causal and mask is not None and mask.dtype == torch.bool and not torch.is_grad_enabled():
+            if mask.is_contiguous() and mask.shape[2:] == (Q.size(2), K.size(2)) and K.size(2) <= self.block_size:
+                mask, causal = mask.tril_(K.size(2) - Q.size(2)), False
 """
             + APPLY,
         ),
