@@ -226,10 +226,11 @@ def test_padded_keys_change_nothing(
     k[:, :, kept:] = v[:, :, kept:] = 1e6
 
     given, attention = [x.requires_grad_() for x in (q, k, v)], build(subject, dtype=dtype)
-    for kind in kinds:
-        output, _ = attend(attention, given, mask.to(kind))
+    for number, kind in enumerate(kinds):
+        hides = (mask.expand(1, 1, BLOCK, -1) if number else mask).to(kind)  # then a row for each query
+        output, _ = attend(attention, given, hides)
 
-        what = f"{CALL}, a mask of {kind}: output"
+        what = f"{CALL}, a mask {tuple(hides.shape)} of {kind}: output"
         close(output, expected, what, tolerance=EXACT,
               hint="masked keys hold 1e6 and reach the output: make their scores -inf before the maximum")  # fmt: skip
         if not output.requires_grad:

@@ -97,13 +97,15 @@ def test_gradients_by_hand(subject: Subject, close: Close) -> None:
 
     output, _ = attend(subject.FlashAttention(1, 1, 2), given)
     assert output.requires_grad, f"{CALL}: Q, K and V require gradients, the output does not"
-    output.backward(torch.tensor([1.0, 0.0]).view(1, 1, 2, 1))
-
     expected = {"V": (0.75, 0.25), "K": (-0.75, 0.75), "Q": (-0.75 * math.log(3), 0.0)}
-    for name, numbers in expected.items():
-        what = f"backward, Q = (1, 0), K = (log 3, 0), V = (4, 8), dO = (1, 0): gradient of {name}"
-        close(given["QKV".index(name)].grad, torch.tensor(numbers).view(1, 1, 2, 1), what, tolerance=1e-5,
-              hint="first row: P = (3/4, 1/4), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)) = (-3/4, 3/4)")  # fmt: skip
+    for call in ("backward", "a second backward"):
+        output.backward(torch.tensor([1.0, 0.0]).view(1, 1, 2, 1), retain_graph=call == "backward")
+        for name, numbers in expected.items():
+            what = f"{call}, Q = (1, 0), K = (log 3, 0), V = (4, 8), dO = (1, 0): gradient of {name}"
+            leaf = given["QKV".index(name)]
+            close(leaf.grad, torch.tensor(numbers).view(1, 1, 2, 1), what, tolerance=1e-5,
+                  hint="first row: P = (3/4, 1/4), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)) = (-3/4, 3/4)")  # fmt: skip
+            leaf.grad = None
 
 
 @requirement("3.6")
@@ -344,7 +346,7 @@ def test_positions_that_half_precision_cannot_count(
 def test_float64_stays_float64(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """What is right to five digits is right to nine: nothing is computed in a lower precision."""
     given = [x.requires_grad_() for x in inputs(rng, N, N + 1)]
-    mask, probe = some_mask((B, 1, 1, N + 1), rng), torch.randn(B, H, N, DH, generator=rng, dtype=torch.float64)
+    mask, probe = some_mask((B, 1, 1, N + 1), rng).float(), torch.randn(B, H, N, DH, generator=rng, dtype=torch.float64)
     expected, logsumexp = reference(given, mask=mask, causal=True)
     wanted = [expected, logsumexp, *torch.autograd.grad(expected, given, probe)]
     names = ["output", "logsumexp", *(f"gradient of {name}" for name in "QKV")]

@@ -172,6 +172,21 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "maximum_of_hidden_scores_with_a_mask_per_query",
+        "3.2",
+        "masked keys hold 1e6",
+        (PRODUCT, PRODUCT + "                highest = scores.amax(-1, keepdim=True)\n"),
+        (
+            MAXIMUM,
+            MAXIMUM
+            + """\
+                if mask is not None and mask.size(2) > 1:
+                    new_maximum = torch.maximum(maximum, highest)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "hidden_scores_of_minus_500",
         "3.2",
         "scores",
