@@ -378,6 +378,21 @@ MISTAKES = [
         ),
     ),
     Mistake(
+        "gradients_summed_on_ctx",
+        "3.6",
+        "a second backward",
+        (
+            ZEROS,
+            """\
+        if not hasattr(ctx, "sums"):
+            ctx.sums = [torch.zeros_like(x, dtype=work) for x in (q, k, v)]
+        grad_q, grad_k, grad_v = ctx.sums
+""",
+        ),
+        (GRADS, GRADS.replace("gradient.to(x.dtype).view(x.shape)", "gradient.to(x.dtype).view(x.shape) * 1")),
+        only=True,
+    ),
+    Mistake(
         "mask_inverted_in_place_and_back",
         "3.4",
         "writes to mask",
@@ -426,6 +441,18 @@ MISTAKES = [
         "3.7",
         "below the inputs' dtype",
         (WEIGHTS, "                weights = scores.sub_(new_maximum).float().exp2_().to(work)\n"),
+        only=True,
+    ),
+    Mistake(
+        "float64_computed_in_the_dtype_of_the_mask",
+        "3.7",
+        "below the inputs' dtype",
+        (
+            WORK,
+            "        low = mask is not None and mask.dtype == torch.float32 or Q.dtype != torch.float64\n"
+            + WORK.replace("torch.promote_types(Q.dtype, torch.float32)", "torch.float32 if low else torch.float64"),
+        ),
+        ("row_sum = (grad_rows * output[:, rows])", "row_sum = (grad_rows * output[:, rows].to(work))"),
         only=True,
     ),
     Mistake(
