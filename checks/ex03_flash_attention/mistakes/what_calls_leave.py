@@ -174,7 +174,7 @@ MISTAKES = [
     Mistake(
         "maximum_of_hidden_scores_with_a_mask_per_query",
         "3.2",
-        "masked keys hold 1e6",
+        "masked",
         (PRODUCT, PRODUCT + "                highest = scores.amax(-1, keepdim=True)\n"),
         (
             MAXIMUM,
