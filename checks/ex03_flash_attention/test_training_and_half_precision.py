@@ -198,7 +198,6 @@ def test_little_stays_alive_after_forward(
     )
 
 
-@halfway
 @requirement("3.6")
 def test_the_peak_of_training_grows_linearly(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Over forward and backward no tensor of N·M elements is made, and twice the length takes twice the memory."""
@@ -268,6 +267,7 @@ def test_errors_in_half_precision(subject: Subject, rng: torch.Generator, dtype:
     )
 
 
+@halfway
 @requirement("3.7")
 @HALF
 def test_gradients_in_half_precision(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:

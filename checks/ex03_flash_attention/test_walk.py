@@ -12,7 +12,7 @@ from harness.testing import Aspect, Close, Step, Subject, Walk, refuses, seed, w
 
 from .reference import CALL, HALVES, WEIGHTS, attend, call, reference
 
-STEPS = 44
+STEPS = 40
 
 SIDE = (3, 2, 4)  # heads, features of a head and block_size of a module beside
 LONG = 64  # From here on blocks are of 64.
