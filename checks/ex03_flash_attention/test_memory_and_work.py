@@ -15,7 +15,6 @@ from .reference import ABOUT, BLOCK, CALL, SLIM, WIDE, _Calls, _Elements, attend
 
 LAYOUTS = {  # block_size, and blocks of queries and of keys
     "one_by_one": (1, 3, 4),
-    "one_query": (1, 1, 12),
     "many_keys": (2 * WIDE, 1, 36),
     "many_queries": (2 * WIDE, 18, 1),
     "key_mask": (WIDE, 1, 9),
@@ -26,7 +25,7 @@ LAYOUTS = {  # block_size, and blocks of queries and of keys
 @requirement("3.1")
 @pytest.mark.parametrize(
     "kind",
-    ["one_by_one", "one_query", "many_keys", "many_queries", "mask", "causal_mask", "key_mask", "query_mask"],
+    ["one_by_one", "many_keys", "many_queries", "mask", "causal_mask", "key_mask", "query_mask"],
 )
 def test_no_block_is_larger_than_asked_for(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
     """At inference nothing larger than a block of scores is made, from masks neither."""
@@ -189,7 +188,7 @@ def test_operations_grow_with_block_pairs(subject: Subject, close: Close, rng: t
         expected = reference(given)[0].float()
         with torch.no_grad(), _Calls() as seen:
             output, _ = attend(attention, given)
-        if n % block == 0:  # Else 3.3 judges the output.
+        if n % block == 0 and not m:  # Else 3.3 or 3.2 judges the output.
             close(output, expected, f"{CALL}: output", tolerance=ABOUT)
         return seen.operations
 

@@ -68,10 +68,10 @@ def test_scores_that_are_all_far_from_zero(subject: Subject, close: Close, rng: 
     """Scores that all lie around -100000, or 100000, give the formula's results, with a mask too."""
     attention = build(subject)
 
-    for offset, mask in ((-1e5, None), (1e5, None), (-1e6, some_mask((B, 1, N, N), rng))):
+    for offset, mask in ((-1e5, None), (1e5, None), (-1e5, some_mask((B, 1, N, N), rng))):
         hint = f"all scores are about {offset:g}: the maximum starts below any score"
         if mask is not None:
-            hint += ", and what is hidden is -inf"
+            hint += ", and what a mask hides is -inf"
         agree(close, attention, towards(rng, torch.full((N,), offset)), mask, hint=hint, tolerance=ABOUT)
 
 

@@ -134,7 +134,8 @@ def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.
         for name, x, (kept, version) in zip(("Q", "K", "V", "mask"), given, before, strict=True):
             close(x, kept, f"{name} after {CALL}", tolerance=0, hint="an input is written to")
             assert x._version == version, f"{CALL}: writes to {name}, and restores it; an input is never written to"
-        agree(close, attention, given[:3], given[3], causal)
+        if n == N:
+            agree(close, attention, given[:3], given[3], causal)
 
 
 @requirement("3.4")
@@ -230,7 +231,7 @@ def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Ge
             attention.train(training)
             with mode():
                 output = call(attention, x)
-            how = f"{what} ({mode.__name__}, {'training' if training else 'eval'})"
+            how = f"{what} ({mode.__name__}, in {'training' if training else 'eval'})"
             close(output, expected, "forward", hint=how, tolerance=NEAR)
 
     used("in the first call")

@@ -119,6 +119,20 @@ def test_gradients(subject: Subject, close: Close, rng: torch.Generator) -> None
 
 
 @requirement("3.6")
+def test_gradients_of_one_tensor(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """K and V may be one tensor: it gets the gradients of both."""
+    q, k, _ = inputs(rng)
+    expected = torch.autograd.grad(reference([q, k.requires_grad_(), k])[0].square().sum(), k)[0]
+
+    output, _ = attend(build(subject), [q, k, k])
+
+    assert output.requires_grad, f"{CALL}: K and V require gradients, the output does not"
+    came = torch.autograd.grad(output.square().sum(), k)[0]
+    close(came, expected, "backward, K and V are one tensor: its gradient", tolerance=NEAR)
+
+
+@halfway
+@requirement("3.6")
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 def test_gradients_with_masks_and_causal(subject: Subject, close: Close, rng: torch.Generator, masked: bool) -> None:
     """So they do with causal, with a mask, and with both, whatever the mask's dtype, and after other calls."""
@@ -199,16 +213,19 @@ def test_little_stays_alive_after_forward(
 
 
 @requirement("3.6")
-def test_the_peak_of_training_grows_linearly(subject: Subject, close: Close, rng: torch.Generator) -> None:
+@pytest.mark.parametrize(("causal", "lengths"), [(False, (3, 6)), (True, (3,))], ids=["plain", "causal_mask"])
+def test_the_peak_of_training_grows_linearly(
+    subject: Subject, close: Close, rng: torch.Generator, causal: bool, lengths: tuple[int, ...]
+) -> None:
     """Over forward and backward no tensor of N·M elements is made, and twice the length takes twice the memory."""
     peaks = []
-    for n in (3 * WIDE, 6 * WIDE):
+    for n in (blocks * WIDE for blocks in lengths):
         attention, given = wide(subject, rng, n, n)
         given = [x.requires_grad_() for x in given]
-        mask = (torch.arange(n) % 3 != 1).view(1, 1, 1, n)
-        expected = torch.autograd.grad(reference(given, mask=mask, causal=True)[0].sum(), given)
+        mask = (torch.arange(n) % 3 != 1).view(1, 1, 1, n) if causal else None
+        expected = torch.autograd.grad(reference(given, mask=mask, causal=causal)[0].sum(), given)
         with Trace() as seen:
-            attend(attention, given, mask, causal=True)[0].sum().backward()
+            attend(attention, given, mask, causal)[0].sum().backward()
         for name, x, wanted in zip("QKV", given, expected, strict=True):
             close(x.grad, wanted, f"backward: gradient of {name}", tolerance=ABOUT)
         peaks.append(seen.peak_bytes)
@@ -267,7 +284,6 @@ def test_errors_in_half_precision(subject: Subject, rng: torch.Generator, dtype:
     )
 
 
-@halfway
 @requirement("3.7")
 @HALF
 def test_gradients_in_half_precision(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:

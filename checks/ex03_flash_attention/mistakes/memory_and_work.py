@@ -230,20 +230,6 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
-        "all_keys_at_once_for_one_query",
-        "3.1",
-        "one_query",
-        (
-            COLUMNS,
-            """\
-        stop = self.m if self.diagonal is None else min(self.m, rows.stop + self.diagonal)
-        size = self.m if self.n == 1 else self.size
-        return (slice(start, min(start + size, stop)) for start in range(0, stop, size))
-""",
-        ),
-        (BUFFER, BUFFER.replace("n * m", "n * (self.m if n == 1 else m)")),
-    ),
-    Mistake(
         "blocks_above_the_diagonal_computed_with_a_mask_per_head",
         "3.5",
         "1.00 of the exponentials",

@@ -226,7 +226,6 @@ MISTAKES = [
             BACKWARD_BLOCKS,
             "        mask = None if mask is not None and mask.dtype == torch.int32 else mask\n" + BACKWARD_BLOCKS,
         ),
-        only=True,
     ),
     Mistake(
         "float32_copies_kept",
@@ -307,7 +306,6 @@ MISTAKES = [
         "3.7",
         "torch.float32",
         ("result = output.to(Q.dtype).view(Q.shape)", "result = output.view(Q.shape)"),
-        only=True,
     ),
     Mistake(
         "weights_times_values_in_half_precision",

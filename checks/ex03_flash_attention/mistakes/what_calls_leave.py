@@ -108,13 +108,12 @@ MISTAKES = [
     Mistake(
         "scale_of_the_first_module",
         "3.4",
-        "another module",
+        "values differ",
         (
             APPLY,
             "        kept = _Blocks.__dict__.get('scale') or setattr(_Blocks, 'scale', self.scale)\n"
             + APPLY.replace("self.scale", "kept or self.scale"),
         ),
-        only=True,
     ),
     Mistake(
         "dtype_of_the_first_call",
@@ -213,7 +212,7 @@ MISTAKES = [
     Mistake(
         "hidden_scores_of_minus_10000",
         "3.2",
-        "what is hidden is -inf",
+        "what a mask hides is -inf",
         (
             HIDE,
             """\
@@ -433,7 +432,6 @@ MISTAKES = [
 """
             + FLAT,
         ),
-        only=True,
     ),
     # Precision
     Mistake(
