@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from harness.testing import Close, DispatchMode, Subject, is_tensor, seed
 
@@ -76,8 +77,8 @@ def agree(
     causal: bool = False,
     hint: str = "",
     tolerance: float = NEAR,
-) -> None:
-    """The output and logsumexp of flash_attention_forward equal the formula's."""
+) -> tuple[Tensor, Tensor]:
+    """The output and logsumexp of flash_attention_forward, which equal the formula's."""
     output, logsumexp = reference(given, mask=mask, causal=causal)
 
     actual = attend(attention, given, mask, causal)
@@ -87,6 +88,7 @@ def agree(
         f"{CALL}: logsumexp has {actual[1].dtype}, float32 or better was wanted"
     )
     close(actual[1].double(), logsumexp.detach(), f"{CALL}: logsumexp", hint=hint, tolerance=tolerance)
+    return actual
 
 
 def some_mask(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
@@ -134,18 +136,44 @@ def wide(
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_", "mv", "addmv", "dot")
 
 
-class _Elements(DispatchMode):
-    """How many elements each operation gave, and which products were of half precision: a Trace that is lighter."""
+class _Calls(TorchFunctionMode):
+    """How many operations are called, and how many elements each kind gives: above autograd, a third of the cost of a
+    Trace.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.of: Counter[str] = Counter()
+        self.operations = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(result, Tensor):
+            self.operations += 1
+            self.of[func.__name__] += result.numel()
+        return result
+
+
+class _Elements(DispatchMode):
+    """A Trace that is lighter: the elements of the largest storage made, and which products were of half precision.
+
+    Args:
+        given: tensors that are there before; their storages do not count.
+    """
+
+    def __init__(self, given: Iterable[Tensor | None] = ()) -> None:
+        super().__init__()
         self.half_products: set[str] = set()
+        self.largest = 0
+        self._given = {x.untyped_storage().data_ptr() for x in given if x is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
-        if isinstance(result, Tensor):
-            self.of[name] += result.numel()
-            if name in PRODUCTS and any(isinstance(x, Tensor) and x.dtype in HALVES for x in args):
-                self.half_products.add(name)
+        result, name = func(*args, **kwargs) if kwargs else func(*args), func.overloadpacket.__name__
+        for tensor in result if type(result) in (tuple, list) else (result,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.nbytes() > self.largest * tensor.element_size() and storage.data_ptr() not in self._given:
+                    self.largest = storage.nbytes() // tensor.element_size()
+        if name in PRODUCTS and any(isinstance(x, Tensor) and x.dtype in HALVES for x in args):
+            self.half_products.add(name)
         return result

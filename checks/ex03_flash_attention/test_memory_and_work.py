@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.testing import Close, Subject, Trace, halfway, requirement
+from harness.testing import Close, Subject, Trace, requirement
 
-from .reference import ABOUT, BLOCK, CALL, SLIM, WIDE, _Elements, attend, call, reference, standard, wide
+from .reference import ABOUT, BLOCK, CALL, SLIM, WIDE, _Calls, _Elements, attend, call, reference, standard, wide
 
 # 3.1 memory
 
@@ -16,7 +16,7 @@ from .reference import ABOUT, BLOCK, CALL, SLIM, WIDE, _Elements, attend, call, 
 LAYOUTS = {  # block_size, and blocks of queries and of keys
     "one_by_one": (1, 3, 4),
     "many_keys": (2 * WIDE, 1, 36),
-    "many_queries": (2 * WIDE, 36, 1),
+    "many_queries": (2 * WIDE, 18, 1),
     "key_mask": (WIDE, 1, 9),
     "query_mask": (WIDE, 9, 1),
 }
@@ -25,20 +25,21 @@ LAYOUTS = {  # block_size, and blocks of queries and of keys
 @requirement("3.1")
 @pytest.mark.parametrize(
     "kind",
-    ["one_by_one", "many_keys", "many_queries", "causal", "mask", "causal_mask", "key_mask", "query_mask"],
+    ["one_by_one", "many_keys", "many_queries", "mask", "causal_mask", "key_mask", "query_mask"],
 )
 def test_no_block_is_larger_than_asked_for(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
     """At inference nothing larger than a block of scores is made, from masks neither."""
     block, rows, columns = LAYOUTS.get(kind, (WIDE, 3, 3))
     n, m = block * rows, block * columns
-    width = 1 if kind == "one_by_one" else SLIM
+    width = 1 if block == 1 else SLIM
     attention, given = wide(subject, rng, n, m, block, width)
     pairs = (torch.arange(n).view(1, 1, n, 1) + torch.arange(m)) % 3 != 1
-    masks = {"mask": pairs.float(), "causal_mask": pairs.int()}
+    # One expanded, one transposed: neither fills its memory in order.
+    masks = {"mask": pairs[:, :, :1].float().expand(1, 1, n, m), "causal_mask": pairs.int().mT.contiguous().mT}
     masks |= {"key_mask": pairs[:, :, :1], "query_mask": torch.ones(1, 1, n, 1)}
     expected = reference(given, mask=masks.get(kind), causal="causal" in kind)[0].float()
 
-    with torch.no_grad(), Trace() as seen:
+    with torch.no_grad(), _Elements([*given, masks.get(kind)]) as seen:
         output, _ = attend(attention, given, masks.get(kind), "causal" in kind)
 
     close(output, expected, f"{CALL}: output", tolerance=ABOUT)
@@ -56,10 +57,10 @@ def test_forward_makes_no_tensor_of_all_pairs(subject: Subject, close: Close, rn
     n = 3 * WIDE
     attention = wide(subject, rng, 1, 1)[0]
     x = torch.randn(1, n, SLIM, generator=rng)
-    mask = torch.arange(n).view(1, 1, 1, n) % 3 != 1
+    mask = (torch.arange(n) % 3 != 1).expand(1, 1, n, n)
     expected = standard(attention, x, mask, causal=True).detach().float()
 
-    with torch.no_grad(), Trace() as seen:
+    with torch.no_grad(), _Elements([x, mask]) as seen:
         output = call(attention, x, mask, causal=True)
 
     close(output, expected, "forward", tolerance=ABOUT)
@@ -73,7 +74,7 @@ def test_the_peak_grows_linearly(subject: Subject, close: Close, rng: torch.Gene
     """At inference twice the length takes about twice the memory."""
     attention = wide(subject, rng, 1, 1)[0]
     peaks, left = [], []
-    for n in (4 * WIDE, 8 * WIDE):
+    for n in (3 * WIDE, 6 * WIDE):
         x = torch.randn(1, n, SLIM, generator=rng)
         expected = standard(attention, x).detach().float()
         with torch.no_grad(), Trace() as seen:
@@ -122,7 +123,8 @@ def test_nothing_outlives_a_call(subject: Subject, rng: torch.Generator) -> None
 # 3.5 work
 
 # Whatever computes an exponential per element. An implementation that uses none of them is judged by all its elements.
-EXPONENTIALS = ("exp", "exp_", "exp2", "exp2_", "expm1", "expm1_", "_softmax", "_safe_softmax", "_log_softmax")
+EXPONENTIALS = ("exp", "exp_", "exp2", "exp2_", "expm1", "expm1_", "softmax", "log_softmax")
+EXPONENTIALS += ("special_exp2", "special_expm1", "special_softmax", "special_log_softmax")
 
 
 def exponentials(
@@ -130,7 +132,7 @@ def exponentials(
 ) -> tuple[int, int]:
     """How many exponentials, and how many elements at all, flash_attention_forward computes at inference."""
     expected = reference(given, mask, causal)[0].float()
-    with torch.no_grad(), _Elements() as seen:
+    with torch.no_grad(), _Calls() as seen:
         output, _ = attend(attention, given, mask, causal)
     close(output, expected, f"{CALL}, causal = {causal}: output", tolerance=ABOUT)
     return sum(seen.of[name] for name in EXPONENTIALS), seen.of.total()
@@ -138,14 +140,15 @@ def exponentials(
 
 @requirement("3.5")
 def test_causal_computes_fewer_exponentials(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Over 12 by 12 blocks, causal attention computes at most 0.65 of the exponentials of full attention."""
-    n = 12
-    attention, (q, k, v) = wide(subject, rng, n, n, block=1)
+    """Over 16 by 16 blocks, causal attention computes at most 0.65 of the exponentials of full attention."""
+    n = 16
+    attention = subject.FlashAttention(4, 2, 1)
+    q, k, v = (torch.randn(1, 2, n, 2, generator=rng) for _ in range(3))
     one_query = exponentials(close, attention, [q[:, :, :1], k, v], causal=False)
 
-    causal = exponentials(close, attention, [q, k, v], causal=True, mask=torch.ones(1, 1, 1, n, dtype=torch.bool))
+    causal = exponentials(close, attention, [q, k, v], causal=True, mask=torch.ones(1, 2, n, n, dtype=torch.bool))
 
-    index = 0 if one_query[0] >= n else 1
+    index = 0 if one_query[0] >= 2 * n else 1
     share = causal[index] / (n * one_query[index])
     assert share <= 0.65, (
         f"{CALL} over {n}·{n} blocks: causal, with a mask, computes {share:.2f} of the exponentials of full attention, "
@@ -153,19 +156,41 @@ def test_causal_computes_fewer_exponentials(subject: Subject, close: Close, rng:
     )
 
 
-@halfway
+@requirement("3.5")
+def test_causal_leaves_out_as_much_with_any_mask(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Without a mask, or with one of fewer dimensions, it computes no more exponentials than with one of all pairs."""
+    n = 3
+    attention = subject.FlashAttention(4, 2, 1)
+    given = [torch.randn(1, 2, n, 2, generator=rng) for _ in range(3)]
+    pairs = torch.ones(1, 2, n, n)
+    most = exponentials(close, attention, given, causal=True, mask=pairs)
+
+    for mask in (None, pairs[:, :1, :1], pairs[:, :1].bool(), pairs[..., :1].int()):
+        came = exponentials(close, attention, given, causal=True, mask=mask)
+        index = 0 if most[0] >= n else 1
+        kind = "without a mask" if mask is None else f"with a mask {tuple(mask.shape)} of {mask.dtype}"
+        assert came[index] <= 1.2 * most[index], (
+            f"{CALL} over {n}·{n} blocks, causal: {came[index]} exponentials {kind}, {most[index]} with one "
+            f"{tuple(pairs.shape)} of {pairs.dtype}\n"
+            "leave out the blocks in which no query may see a key, whatever the mask"
+        )
+
+
 @requirement("3.5")
 def test_operations_grow_with_block_pairs(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A larger block takes no more operations; twice the blocks on both sides take at most four times as many."""
+    """A larger block takes no more operations; twice the blocks on both sides take about four times as many."""
 
-    def operations(n: int, block: int, m: int | None = None) -> int:
+    def operations(n: int, block: int, m: int = 0) -> int:
         attention, given = wide(subject, rng, n, m or n, block)
+        if m:  # Scores rise from key to key.
+            given[0][..., 0] = 20
+            given[1][..., 0] = torch.arange(m)
         expected = reference(given)[0].float()
-        with torch.no_grad(), Trace() as seen:
+        with torch.no_grad(), _Calls() as seen:
             output, _ = attend(attention, given)
-        if n % block == 0:  # Else 3.3 judges the output.
+        if n % block == 0 and not m:  # Else 3.3 or 3.2 judges the output.
             close(output, expected, f"{CALL}: output", tolerance=ABOUT)
-        return int(seen.operations.total())
+        return seen.operations
 
     small, large = operations(4, 4), operations(16, 16)
     assert large <= 1.5 * small, (
@@ -173,13 +198,14 @@ def test_operations_grow_with_block_pairs(subject: Subject, close: Close, rng: t
         "compute a block by operations on the whole block, not by a loop over its rows"
     )
     few, many = operations(2 * WIDE, WIDE), operations(4 * WIDE - 1, WIDE)
-    assert many <= 4.4 * few, (
+    assert many <= 5 * few, (
         f"{CALL}: {few} operations for 2·2 blocks, {many} for 4·4 blocks of which the last ones are smaller by 1, "
-        f"{many / few:.1f} times as many; at most 4.4 times are asked for\n"
+        f"{many / few:.1f} times as many; at most 5 times are asked for\n"
         "visit each pair of blocks once, and what is left over as one block too"
     )
     few, many = (operations(BLOCK, BLOCK, columns * BLOCK) for columns in (2, 8))
-    assert many <= 4.4 * few, (
-        f"{CALL}: {few} operations for 2 blocks of keys, {many} for 8, {many / few:.1f} times as many; at most 4.4 "
-        "times are asked for\nvisit each pair of blocks once"
+    assert many <= 6 * few, (  # 4 times and what joins their results
+        f"{CALL}: {few} operations for 2 blocks of keys, {many} for 8, in which scores rise from key to key, "
+        f"{many / few:.1f} times as many; at most 6 times are asked for\n"
+        "visit each pair of blocks once, and rescale what is there when the maximum rises"
     )

@@ -65,12 +65,14 @@ def test_large_logits(
 
 @requirement("3.2")
 def test_scores_that_are_all_far_from_zero(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Scores that all lie around -100000, or 100000, give the formula's results."""
+    """Scores that all lie around -100000, or 100000, give the formula's results, with a mask too."""
     attention = build(subject)
 
-    for offset in (-1e5, 1e5):
+    for offset, mask in ((-1e5, None), (1e5, None), (-1e5, some_mask((B, 1, N, N), rng))):
         hint = f"all scores are about {offset:g}: the maximum starts below any score"
-        agree(close, attention, towards(rng, torch.full((N,), offset)), hint=hint, tolerance=ABOUT)
+        if mask is not None:
+            hint += ", and what a mask hides is -inf"
+        agree(close, attention, towards(rng, torch.full((N,), offset)), mask, hint=hint, tolerance=ABOUT)
 
 
 @requirement("3.2")
@@ -95,15 +97,15 @@ def test_a_masked_block_far_from_zero(subject: Subject, close: Close, rng: torch
     to = torch.linspace(-1000, 1000, m)
     attention = build(subject, dtype=dtype)
 
-    for number in range(3):
+    for number in {"rise": (1, 2), "fall": (0, 1), "float32": (0, 2)}[scores]:
         offsets = {"rise": to, "fall": -to, "float32": torch.full((m,), -100.0)}[scores]
         given = [x.requires_grad_() for x in towards(rng, offsets, dtype)]
         mask = some_mask((B, 1, N, m), rng)
         mask[0, 0, 2:, number * BLOCK : (number + 1) * BLOCK] = False
         mask[1, :, :, number * BLOCK : (number + 1) * BLOCK] = False
         hint = f"scores from {float(offsets[0]):g} to {float(offsets[-1]):g}, block {number} of the keys is masked"
-        agree(close, attention, given, mask, hint=f"{hint}: what is hidden has no part in the maximum", tolerance=ABOUT)
-        output, _ = attend(attention, given, mask)
+        hidden = f"{hint}: what is hidden has no part in the maximum"
+        output, _ = agree(close, attention, given, mask, hint=hidden, tolerance=ABOUT)
         if not output.requires_grad:
             return  # 3.6 says so.
         for name, grad in zip("QKV", torch.autograd.grad(output.sum(), given, allow_unused=True), strict=True):
@@ -224,10 +226,11 @@ def test_padded_keys_change_nothing(
     k[:, :, kept:] = v[:, :, kept:] = 1e6
 
     given, attention = [x.requires_grad_() for x in (q, k, v)], build(subject, dtype=dtype)
-    for kind in kinds:
-        output, _ = attend(attention, given, mask.to(kind))
+    for number, kind in enumerate(kinds):
+        hides = (mask.expand(1, 1, BLOCK, -1) if number else mask).to(kind)  # then a row for each query
+        output, _ = attend(attention, given, hides)
 
-        what = f"{CALL}, a mask of {kind}: output"
+        what = f"{CALL}, a mask {tuple(hides.shape)} of {kind}: output"
         close(output, expected, what, tolerance=EXACT,
               hint="masked keys hold 1e6 and reach the output: make their scores -inf before the maximum")  # fmt: skip
         if not output.requires_grad:
@@ -258,7 +261,7 @@ def test_any_block_size(subject: Subject, close: Close, rng: torch.Generator) ->
     """Blocks of any size give the formula's results, causal or not."""
     given = inputs(rng, 4, 6)
 
-    for block_size in (1, 2, 3, 7, 64):
+    for block_size in (1, 2, 3, 64):
         attention = build(subject, block_size)
         for causal in (False, True):
             hint = f"N = 4, M = 6, block_size = {block_size}, causal = {causal}: j <= i + M - N"
@@ -309,7 +312,7 @@ def test_one_module_serves_lengths_in_any_order(subject: Subject, close: Close, 
     """A call leaves nothing behind that changes the next one, nor do later calls change what earlier ones gave."""
     attention = build(subject)
 
-    for n in (9, 1, 9):
+    for n in (6, 1, 6):
         given = inputs(rng, n, n)
         kinds: list[tuple[Tensor | None, bool]] = [(None, False), (None, True)]
         kinds += [(some_mask((B, 1, 1, n), rng), False) for _ in range(2)]

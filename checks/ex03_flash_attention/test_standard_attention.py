@@ -126,13 +126,16 @@ def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.
     """Q, K, V and mask are afterwards what they were."""
     attention = build(subject)
 
-    for causal, dtype in ((False, torch.float64), (True, torch.bool)):
-        given = [*inputs(rng), some_mask((B, H, N, N), rng).to(dtype)]
-        before = [x.clone() for x in given]
-        attend(attention, given[:3], given[3], causal)
-        for name, x, kept in zip(("Q", "K", "V", "mask"), given, before, strict=True):
+    for causal, dtype, n in ((False, torch.float64, N), (True, torch.bool, N), (True, torch.bool, BLOCK)):
+        given = [*inputs(rng, n, n), some_mask((B, H, n, n), rng).to(dtype)]
+        before = [(x.clone(), x._version) for x in given]
+        with torch.set_grad_enabled(n == N):  # One block, at inference: nothing is needed again.
+            attend(attention, given[:3], given[3], causal)
+        for name, x, (kept, version) in zip(("Q", "K", "V", "mask"), given, before, strict=True):
             close(x, kept, f"{name} after {CALL}", tolerance=0, hint="an input is written to")
-        agree(close, attention, given[:3], given[3], causal)
+            assert x._version == version, f"{CALL}: writes to {name}, and restores it; an input is never written to"
+        if n == N:
+            agree(close, attention, given[:3], given[3], causal)
 
 
 @requirement("3.4")
@@ -217,16 +220,19 @@ def test_a_batch_row_gives_what_it_gives_alone(subject: Subject, close: Close, r
 
 
 @requirement("3.4")
-@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
-def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator, mode: Any) -> None:
+def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A call after the weights have changed, in place, by loading or by replacing a layer, uses the new ones."""
     x = torch.randn(B, N, D, generator=rng, dtype=torch.float64)
     attention = build(subject)
 
     def used(what: str) -> None:
-        with mode():
-            output = call(attention, x)
-        close(output, standard(attention, x).detach(), "forward", hint=what, tolerance=NEAR)
+        expected = standard(attention, x).detach()
+        for mode, training in ((nullcontext, True), (torch.no_grad, False), (torch.inference_mode, False)):
+            attention.train(training)
+            with mode():
+                output = call(attention, x)
+            how = f"{what} ({mode.__name__}, in {'training' if training else 'eval'})"
+            close(output, expected, "forward", hint=how, tolerance=NEAR)
 
     used("in the first call")
     with torch.no_grad():
@@ -238,6 +244,9 @@ def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Ge
     for parameter in attention.parameters():
         parameter.data = 2 * parameter.data
     used("the weights were assigned as .data")
+    for parameter in attention.parameters():
+        parameter.data.mul_(0.6)
+    used("the weights were changed through .data")
     attention.k_proj = nn.Linear(D, D, bias=False, dtype=torch.float64)
     used("k_proj was replaced")
 

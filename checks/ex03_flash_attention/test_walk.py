@@ -12,7 +12,7 @@ from harness.testing import Aspect, Close, Step, Subject, Walk, refuses, seed, w
 
 from .reference import CALL, HALVES, WEIGHTS, attend, call, reference
 
-STEPS = 100
+STEPS = 40
 
 SIDE = (3, 2, 4)  # heads, features of a head and block_size of a module beside
 LONG = 64  # From here on blocks are of 64.
@@ -72,6 +72,9 @@ def new_weights(drawn: "Drawn", how: str) -> None:
     elif how == "data":
         for name, parameter in attention.named_parameters():
             parameter.data = weights[name]
+    elif how == "edit":
+        for name, parameter in attention.named_parameters():
+            parameter.data.copy_(weights[name])
     else:
         attention.v_proj = nn.Linear(
             attention.v_proj.in_features, attention.v_proj.out_features, bias=False, device="meta"
@@ -165,6 +168,7 @@ class Calls(Walk):
                 "after a call and an optimizer's step": partial(new_weights, how="step"),
                 "after a call and load_state_dict": partial(new_weights, how="load"),
                 "after a call and new .data": partial(new_weights, how="data"),
+                "after a call and edited .data": partial(new_weights, how="edit"),
                 "after a call and a new v_proj": partial(new_weights, how="layer"),
                 "after a first call in float32": partial(first_call, dtype=torch.float32),
                 "after a first call in bfloat16": partial(first_call, dtype=torch.bfloat16),

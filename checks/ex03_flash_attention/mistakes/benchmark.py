@@ -124,6 +124,22 @@ MISTAKES = [
         (ROW_PER_LENGTH, ROW_PER_LENGTH.replace("d_model, num_heads)", "512, 8)")),
     ),
     Mistake(
+        "rows_remembered_by_length",
+        "3.8",
+        "measured in this call",
+        (
+            ROW_PER_LENGTH,
+            """\
+    kept = benchmark_attention.__dict__.setdefault("kept", {})
+    for length in seq_lengths:
+        if (length, d_model) not in kept:
+            kept[length, d_model] = _compare(length, d_model, num_heads)
+    return [kept[length, d_model] for length in seq_lengths]
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "other_default_sizes",
         "3.8",
         "[1, N, 512]",

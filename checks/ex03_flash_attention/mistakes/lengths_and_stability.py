@@ -236,7 +236,6 @@ MISTAKES = [
 """
             + RETURN,
         ),
-        only=True,
     ),
     Mistake(
         "mask_of_the_first_call",

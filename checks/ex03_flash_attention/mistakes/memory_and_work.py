@@ -223,6 +223,54 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "expanded_mask_copied",
+        "3.1",
+        "flash_attention_forward, mask: a tensor",
+        (EXPANDED, EXPANDED.replace("mask.expand", "mask.contiguous().expand")),
+        only=True,
+    ),
+    Mistake(
+        "blocks_above_the_diagonal_computed_with_a_mask_per_head",
+        "3.5",
+        "1.00 of the exponentials",
+        (
+            COLUMNS,
+            COLUMNS.replace(
+                "self.diagonal is None", "self.diagonal is None or (self.mask is not None and self.per_head)"
+            ),
+        ),
+        (EXPANDED, "        self.per_head = mask is not None and mask.size(1) > 1\n" + EXPANDED),
+        only=True,
+    ),
+    Mistake(
+        "blocks_above_the_diagonal_computed_with_a_mask_of_keys",
+        "3.5",
+        "whatever the mask",
+        (
+            COLUMNS,
+            COLUMNS.replace(
+                "self.diagonal is None", "self.diagonal is None or (self.mask is not None and self.of_keys)"
+            ),
+        ),
+        (EXPANDED, "        self.of_keys = mask is not None and mask.size(2) == 1\n" + EXPANDED),
+        only=True,
+    ),
+    Mistake(
+        "begun_again_when_the_maximum_rises",
+        "3.5",
+        "scores rise from key to key",
+        (
+            WEIGHTS,
+            """\
+                for start in range(0, columns.start, blocks.size) if (new_maximum - maximum > 8).any() else ():
+                    for _ in range(4):
+                        q_rows @ k[:, start : start + blocks.size].to(work).mT
+"""
+            + WEIGHTS,
+        ),
+        only=True,
+    ),
+    Mistake(
         "heads_kept_for_a_later_look",
         "3.1",
         "leaves",

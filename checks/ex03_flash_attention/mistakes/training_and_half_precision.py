@@ -59,6 +59,21 @@ MISTAKES = [
 """,
         ),
     ),
+    Mistake(
+        "hidden_pairs_kept_on_ctx",
+        "3.6",
+        "stay alive for backward",
+        (OUTPUT, OUTPUT + "        ctx.kept = []\n"),
+        (
+            WEIGHTS,
+            """\
+                if causal and mask is not None and any(ctx.needs_input_grad):
+                    ctx.kept.append(scores == -math.inf)
+"""
+            + WEIGHTS,
+        ),
+        only=True,
+    ),
     Mistake("autograd_through_the_loop", "3.6", "stay alive for backward", (APPLY, AUTOGRAD_THROUGH_THE_LOOP)),
     Mistake(
         "backward_all_at_once",
@@ -211,7 +226,6 @@ MISTAKES = [
             BACKWARD_BLOCKS,
             "        mask = None if mask is not None and mask.dtype == torch.int32 else mask\n" + BACKWARD_BLOCKS,
         ),
-        only=True,
     ),
     Mistake(
         "float32_copies_kept",
@@ -292,13 +306,25 @@ MISTAKES = [
         "3.7",
         "torch.float32",
         ("result = output.to(Q.dtype).view(Q.shape)", "result = output.view(Q.shape)"),
-        only=True,
     ),
     Mistake(
         "weights_times_values_in_half_precision",
         "3.7",
         "half",
         (ACCUMULATE, "                accumulator.mul_(rescale).add_(torch.bmm(weights.to(v.dtype), v[:, columns]))\n"),
+        only=True,
+    ),
+    Mistake(
+        "weights_times_values_in_half_precision_with_a_mask",
+        "3.7",
+        "multiplies in half precision",
+        (
+            ACCUMULATE,
+            """\
+                narrow = work if mask is None or any(ctx.needs_input_grad) else v.dtype
+                accumulator.mul_(rescale).add_(torch.bmm(weights.to(narrow), v[:, columns].to(narrow)))
+""",
+        ),
         only=True,
     ),
     Mistake(

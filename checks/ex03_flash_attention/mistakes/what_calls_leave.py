@@ -58,6 +58,23 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "weights_stacked_until_their_version_or_place_changes",
+        "3.4",
+        "through .data",
+        (
+            HEADS,
+            HEADS
+            + """\
+        version = [(linear.weight._version, linear.weight.data_ptr()) for linear in projections], x.dtype
+        if getattr(self, "version", None) != version:
+            self.__dict__.pop("stacked", None)
+            self.version = version
+"""
+            + STACKED.format(condition="not self.training and not torch.is_grad_enabled()"),
+        ),
+        only=True,
+    ),
+    Mistake(
         "mask_remembered_by_identity",
         "3.4",
         "a mask [",
@@ -91,13 +108,12 @@ MISTAKES = [
     Mistake(
         "scale_of_the_first_module",
         "3.4",
-        "another module",
+        "values differ",
         (
             APPLY,
             "        kept = _Blocks.__dict__.get('scale') or setattr(_Blocks, 'scale', self.scale)\n"
             + APPLY.replace("self.scale", "kept or self.scale"),
         ),
-        only=True,
     ),
     Mistake(
         "dtype_of_the_first_call",
@@ -155,6 +171,21 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "maximum_of_hidden_scores_with_a_mask_per_query",
+        "3.2",
+        "masked",
+        (PRODUCT, PRODUCT + "                highest = scores.amax(-1, keepdim=True)\n"),
+        (
+            MAXIMUM,
+            MAXIMUM
+            + """\
+                if mask is not None and mask.size(2) > 1:
+                    new_maximum = torch.maximum(maximum, highest)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "hidden_scores_of_minus_500",
         "3.2",
         "scores",
@@ -176,6 +207,20 @@ MISTAKES = [
 """,
         ),
         ("maximum + total.log2()", "torch.where(total == 0, -math.inf, maximum + total.log2())"),
+        only=True,
+    ),
+    Mistake(
+        "hidden_scores_of_minus_10000",
+        "3.2",
+        "what a mask hides is -inf",
+        (
+            HIDE,
+            """\
+            hidden = self.mask[:, :, rows, columns] == 0
+            blocks = scores.unflatten(0, self.leading).masked_fill_(hidden, -1e4)
+            blocks.masked_fill_(hidden.all(-1, keepdim=True), -math.inf)
+""",
+        ),
         only=True,
     ),
     Mistake(
@@ -332,6 +377,21 @@ MISTAKES = [
         ),
     ),
     Mistake(
+        "gradients_summed_on_ctx",
+        "3.6",
+        "a second backward",
+        (
+            ZEROS,
+            """\
+        if not hasattr(ctx, "sums"):
+            ctx.sums = [torch.zeros_like(x, dtype=work) for x in (q, k, v)]
+        grad_q, grad_k, grad_v = ctx.sums
+""",
+        ),
+        (GRADS, GRADS.replace("gradient.to(x.dtype).view(x.shape)", "gradient.to(x.dtype).view(x.shape) * 1")),
+        only=True,
+    ),
+    Mistake(
         "mask_inverted_in_place_and_back",
         "3.4",
         "writes to mask",
@@ -340,6 +400,21 @@ MISTAKES = [
             """\
         if mask is not None and mask.dtype == torch.bool and 0 not in mask.stride():
             mask.logical_not_().logical_not_()
+"""
+            + APPLY,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "diagonal_written_into_the_mask",
+        "3.4",
+        "mask after flash_attention_forward",
+        (
+            APPLY,
+            """\
+        if causal and mask is not None and mask.dtype == torch.bool and not torch.is_grad_enabled():
+            if mask.is_contiguous() and mask.shape[2:] == (Q.size(2), K.size(2)) and K.size(2) <= self.block_size:
+                mask, causal = mask.tril_(K.size(2) - Q.size(2)), False
 """
             + APPLY,
         ),
@@ -357,7 +432,6 @@ MISTAKES = [
 """
             + FLAT,
         ),
-        only=True,
     ),
     # Precision
     Mistake(
@@ -365,6 +439,18 @@ MISTAKES = [
         "3.7",
         "below the inputs' dtype",
         (WEIGHTS, "                weights = scores.sub_(new_maximum).float().exp2_().to(work)\n"),
+        only=True,
+    ),
+    Mistake(
+        "float64_computed_in_the_dtype_of_the_mask",
+        "3.7",
+        "below the inputs' dtype",
+        (
+            WORK,
+            "        low = mask is not None and mask.dtype == torch.float32 or Q.dtype != torch.float64\n"
+            + WORK.replace("torch.promote_types(Q.dtype, torch.float32)", "torch.float32 if low else torch.float64"),
+        ),
+        ("row_sum = (grad_rows * output[:, rows])", "row_sum = (grad_rows * output[:, rows].to(work))"),
         only=True,
     ),
     Mistake(
