@@ -23,7 +23,7 @@ class Model(Protocol):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, do_sample: bool, pad_token_id: int
     ) -> Tensor:
-        """Continues each row of int64 [B, L]: [B, L + max_new_tokens]."""
+        """Continues each row of int64 [B, W]: int64 [B, W + max_new_tokens]."""
 
 
 @dataclass(eq=False)
@@ -49,11 +49,11 @@ class DynamicBatcher:
     """Collects requests and runs them on a model in batches of similar length.
 
     Args:
-        model: what generates; only its `generate` is used, by one thread at a time.
+        model: what generates; only its `generate` is used, one call at a time.
         max_batch_size: most requests in a batch.
-        max_wait_time: seconds after which the oldest request of a batch has waited enough.
+        max_wait_time: seconds after which a batch that is not full goes, from its oldest request on.
         length_tolerance: width of a length bucket, in tokens.
-        max_queue_size: most requests that may wait; those that run do not count.
+        max_queue_size: most requests that may wait, of all buckets together; those that run do not count.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class DynamicBatcher:
         return await asyncio.wrap_future(request.future)
 
     def shutdown(self) -> None:
-        """Takes no more requests, serves what waits, and returns when that is done; later calls change nothing."""
+        """Takes no more requests, serves all that wait, and returns when that is done, however often it is called."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -251,17 +251,17 @@ class Decoder(nn.Module):
         """Continues each row from its last position.
 
         Args:
-            input_ids: int64 [B, L].
-            attention_mask: bool or 0/1 [B, L]; without one, everything is read.
+            input_ids: int64 [B, W].
+            attention_mask: bool or 0/1 [B, W]; without one, everything is read.
             max_new_tokens: how many tokens each row gets.
             do_sample: draws each token; otherwise takes the likeliest.
             pad_token_id: would fill rows that end early; none does here.
 
         Returns:
-            int64 [B, L + max_new_tokens].
+            int64 [B, W + max_new_tokens].
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        visible = mask.bool()  # [B, L]
+        visible = mask.bool()  # [B, W]
         caches: list[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
         tokens = input_ids  # [B, T], those that are not in the caches
         for _ in range(max_new_tokens):

@@ -1,76 +1,140 @@
 """ex04: Dynamic batching
 
-A model that answers one prompt at a time leaves most of the device idle. A dynamic batcher lets callers come one by
-one, holds each back for a moment, and runs prompts of similar length together: one `generate` call for many requests.
-You write the queue, the padding, and the worker between the callers' event loops and the model.
+A model that answers one prompt at a time leaves most of the device idle. A dynamic batcher lets
+callers come one by one, and runs prompts of similar length together: many requests, one call of
+`generate`. You write what stands between the callers' event loops and the model: the queue, the
+padding, and the worker that runs one batch after the other.
 
 Steps
 1. Batches (40 min): 4.1, 4.2
-2. Time and order (50 min): 4.3, 4.4, 4.5, 4.6
-3. Faults, limits, shutdown (50 min): 4.7, 4.8, 4.9
-4. Your own test, and style (40 min): 4.10, 4.11
+2. Callers (20 min): 4.3
+3. Time and order (45 min): 4.4, 4.5, 4.6
+4. Faults, full queue, shutdown (45 min): 4.7, 4.8, 4.9
+5. Your own test, and style (40 min): 4.10, 4.11
 
 Requirements
-4.1 (efficiency) Batch similar lengths together: requests whose prompts fall into one length bucket share a `generate`
-    call, two buckets never do. On the mix of 4.6, full batches get fewer than 1.3 prompt positions (pads included)
-    sent to `generate` per real prompt token.
-4.2 (correctness) Handle padding: every result equals what its request gets alone: the prompt and exactly max_length
-    new tokens, greedily chosen, whatever shares the batch. Padding goes on the left and is never attended to. A prompt
-    may hold any token, 0 too, may have any strides, and is never written to. request_ids may repeat.
-4.3 (correctness) Process in real time: callers on one or several event loops and threads wake as soon as their own
-    batch is done, also where nothing else happens on their loop. The loops are never blocked. The batcher may be built
-    inside or outside any event loop, and outlives the loops of its callers.
-4.4 (efficiency) Use the device well: a full batch goes at once, without waiting for max_wait_time, also if another
-    bucket has waited longer but may not go yet. One `generate` call per batch, never two at a time, for as many new
-    tokens as the batch's longest request asks for. Requests that were cancelled before they started are in no call,
-    and fill no batch.
-4.5 (correctness) Keep to configurable limits: never more than max_batch_size requests in a batch. A batch that is not
-    full goes once its oldest request has waited max_wait_time seconds (0: at once), by itself, and not before.
-4.6 (correctness) Serve a mix of short and long sequences (25 to 32 and 90 to 96 tokens): all are served, none starves.
-    Among the batches that may go (full, or overdue) the one whose oldest request has waited longest goes first, and a
-    batch takes the oldest requests of its bucket.
-4.7 (robustness) Survive faults: a request that cannot be valid (input_tokens not [1, L], not int64, or L = 0;
-    max_length < 1) is refused with ValueError and harms no other. A model that raises fails that batch's callers, with
-    an error of the same type and text, and the next batch works. A caller that is cancelled, or whose event loop is
-    closed, costs its own request only.
-4.8 (robustness) Push back: a request that would make more than max_queue_size wait gets QueueFullError at once.
-    Requests that run do not count; one that was waiting frees its place as soon as its cancelled caller has ended.
-4.9 (robustness) Shut down cleanly: shutdown serves what is queued, at once, without waiting for max_wait_time, and
-    returns when it is served, as later calls do; nobody hangs. It may be called from any thread but the batcher's, an
-    event loop's own included (which it blocks). add_request raises RuntimeError afterwards. The batcher's threads end.
-4.10 (correctness) Write your own test: `test_dynamic_batcher` passes on right code, whoever wrote it, and fails on
-    each of the slips listed below.
-4.11 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you
-    add) and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
+4.1 (efficiency) Batch similar lengths together: requests of one length bucket share a call of
+    `generate`; two buckets never do. Where the mix of 4.6 comes in full batches, all calls together
+    get fewer than 1.3 positions (pads included) per prompt token.
+4.2 (correctness) Handle padding: a caller gets what its request gets alone, whatever shares the
+    batch: its prompt, then exactly max_length new tokens, greedily chosen.
+    - Pads stand on the left, and are never attended to.
+    - A prompt may hold any token, 0 and those beyond 2^53 too, and have any strides.
+4.3 (correctness) Process in real time: callers wake as soon as their own batch is done.
+    - They come from one or several event loops and threads, and share batches.
+    - They wake also on a loop where nothing else happens, to a result or to an error.
+    - No loop is blocked, neither while `generate` runs nor while shutdown waits in another thread.
+    - You can build the batcher inside or outside an event loop; it outlives its callers' loops.
+4.4 (efficiency) Use the device well: a batch is one call of `generate`, with one row per request
+    and their largest max_length as max_new_tokens; never two calls at a time.
+    - A full batch goes at once, also past an older request that may not go yet ("In plain text"
+      says what these words mean).
+    - Once the cancelled caller of a waiting request has ended, the request is in no call, fills no
+      batch and makes no call longer.
+4.5 (correctness) Keep to configurable limits: a batch has at most max_batch_size requests. One that
+    is not full goes once its oldest request has waited max_wait_time seconds (0: at once):
+    not before, and also if nothing else happens.
+4.6 (correctness) Serve a mix of short and long sequences: prompts of 25 to 32 and of 90 to 96
+    tokens are all served. Of the batches that may go, the one whose oldest request has waited
+    longest goes first. A batch takes the oldest requests of its bucket.
+4.7 (robustness) Survive faults: a fault costs its own requests only.
+    - input_tokens that are not int64 [1, L] with L >= 1, and max_length < 1, get ValueError.
+    - If `generate` raises, each caller of that batch gets an error of the same type and text, also
+      if the type's __init__ makes the text. The batch is not tried again; the next one works.
+    - A caller that is cancelled, or whose loop closes as under asyncio.run, harms no other caller.
+4.8 (robustness) Push back: a request that would make more than max_queue_size wait gets
+    QueueFullError at once. All that wait count, of any bucket and loop; those that run do not.
+    A place is free once a batch takes its request or its cancelled caller has ended.
+4.9 (robustness) Shut down cleanly: shutdown serves all that waits, without waiting for
+    max_wait_time, and returns when the last batch is done. A second call, at any time, does too.
+    - Any thread but the batcher's may call it, an event loop's too: that loop is blocked meanwhile.
+    - Once it has returned, add_request raises RuntimeError. A request that comes while shutdown
+      waits is served or gets RuntimeError; nobody hangs.
+    - The batcher's threads have ended when it returns, or end right after.
+4.10 (correctness) Write your own test: `test_dynamic_batcher` passes on right code, whoever wrote
+    it, and fails on each of the slips listed below.
+4.11 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring for each public class
+    and function, empty ones do not count) and mypy (typed definitions, not --strict) find nothing.
+    It earns once half of the other requirements do.
 
 In plain text
-    bucket(L)    = ⌈L / length_tolerance⌉ · length_tolerance       with 32:  1 … 32 -> 32,  33 … 64 -> 64
-    may go       = max_batch_size requests of one bucket wait, or its oldest has waited max_wait_time, or shutdown
-    two prompts  7 8 9 and 5:   input_ids [[7, 8, 9], [0, 0, 5]],  attention_mask [[1, 1, 1], [0, 0, 1]]
+    bucket(L) = ⌈L / length_tolerance⌉ · length_tolerance     with 32: 1 … 32 -> 32, 33 … 64 -> 64
+    result i  = output[i, pads_i : W + max_length_i]          pads_i = W - L_i
+
+    waits     a request, until a batch takes it or its cancelled caller has ended
+    runs      a request, from then until its call of `generate` returns or raises
+    ended     a caller whose add_request has raised CancelledError: later than task.cancel()
+    full      a bucket of which max_batch_size requests wait
+    overdue   a bucket whose oldest request has waited max_wait_time
+    may go    a batch of a full or overdue bucket; once shutdown is called, of any bucket
 
 Shapes
-    B requests of a batch, L tokens of a prompt
+    B requests in a batch, L tokens of a prompt, W columns of a batch: its longest L, or more
+
+By hand
+    7 8 9 for one new token and 5 for two; a … d are new tokens
+      input_ids  7 8 9      attention_mask  1 1 1      max_new_tokens 2
+                 0 0 5                      0 0 1
+      output     7 8 9 a b      results  7 8 9 a    output[0, 0:4]
+                 0 0 5 c d               5 c d      output[1, 2:5]
+      6 positions for 4 prompt tokens: 1.5
+
+    max_batch_size 2, max_wait_time 100 ms, buckets of 8; each call takes 100 ms
+      ms   comes         waits in 8   in 16   what goes
+      0    a, 12 tokens               a
+      20   b, 5          b            a
+      30   c, 7          b c          a       b c: full, though a is older
+      40   d, 3          d            a
+      60   e, 8          d e          a       nothing: a call runs
+      130                d e          a       a: overdue since 100, and older than d
+      230                d e                  d e: full since 60
+      300  f, 9                       f
+      330                             f       nothing: f has waited 30 ms
+      400                             f       f: it has waited 100 ms
 
 Conventions
-- `model.generate` takes input_ids (int64 [B, L]), attention_mask ([B, L]), max_new_tokens, do_sample and pad_token_id,
-  by position or by keyword, and returns int64 [B, L + max_new_tokens]. The mask is boolean or 0/1; 1 means "is read".
-  It is all that a batcher may ask of a model.
-- A decoder continues from the last position, so padding stands on the left; on the right it would be continued from.
-- Pads need a valid token id, 0. Only the mask tells a pad from a token 0 of a prompt.
-- do_sample is False: a result then depends on its prompt alone, and on the model, which may change between batches.
-- A bucket depends on the length of the prompt, not on max_length. Rows are cut to what their own request asked for.
-- max_queue_size counts all waiting requests together, whatever their bucket. A request waits until a batch takes it:
-  what comes in one turn of the event loop may all wait, a full batch too.
-- Free, and nothing for your test to count on: which refusal comes first where several apply, and refusals beyond those
-  listed; pads up to the longest prompt of the batch or to the bucket's edge; whether prompts are copied, and whether
-  callers share one error; what becomes of a StopIteration, or of what is no Exception; what a batcher does that is
-  never shut down.
-- A future belongs to its event loop: `set_result` from another thread does not wake the loop, which sleeps until
-  something else happens. A thread wakes it by `loop.call_soon_threadsafe`; or it fills a `concurrent.futures.Future`,
-  which the caller awaits through `asyncio.wrap_future`.
+- A model has `generate`, and maybe nothing else. It takes input_ids (int64 [B, W]), attention_mask
+  ([B, W]), max_new_tokens, do_sample (False) and pad_token_id (0), by position or by keyword, and
+  returns int64 [B, W + max_new_tokens].
+- A mask is boolean or 0/1 in uint8, int32, int64, float32 or float64; true or 1 means "may attend".
+- A decoder continues from the last position, so pads stand on the left. A pad is token 0; only the
+  mask tells it from a token 0 of a prompt.
+- A bucket depends on the prompt's length alone, not on max_length.
+- A request's time counts from its add_request, also while the device is busy. The time of one that
+  has gone, or was cancelled, counts for no other.
+- request_ids may repeat, and one tensor may be the prompt of several requests.
+- Inputs are never written to, not even to be restored.
+- Weights may change between calls, in place, by loading or by a cast; the next call uses the new
+  ones. So a prompt that comes again is run again.
+- set_result from another thread does not wake an asyncio future's loop. Use
+  `loop.call_soon_threadsafe`, or await a `concurrent.futures.Future` by `asyncio.wrap_future`.
+- asyncio.run cancels the callers that are left, waits for their end, and closes their loop.
+- A submission is one file on torch and the standard library.
 
-Your own test (4.10) uses contract names and the given Decoder (or a model of your own), sets its own seed, takes at
-most 1 s, and has to fail (or hang) on each of these slips:
+Not defined
+- whether a request counts, or runs, between its task.cancel() and its caller's end; an event loop
+  that is closed before its callers have ended
+- when batches take requests that come in one turn of an event loop: all may wait first, a full
+  batch too; the order of those that come from two loops at the same moment
+- which refusal comes first where several apply; refusals beyond those listed
+- pads beyond the longest prompt, up to the bucket's edge; whether prompts are copied, results are
+  views, or callers share one error
+- out of `generate`: StopIteration, what is no Exception, and what asyncio.wrap_future turns into
+  another type (concurrent.futures.CancelledError)
+- a model whose `generate` is replaced, which writes to its inputs, or which uses its output again
+- devices other than the CPU; an infinite or negative max_wait_time; any other limit below 1
+- a batcher that is never shut down; shutdown called by `generate`
+
+Your own test (4.10) runs on other code, right and wrong, in place of your BatchRequest,
+DynamicBatcher and QueueFullError. It may use DynamicBatcher and QueueFullError as this text has
+them, the given Decoder, and models and helpers in this file; not BatchRequest's fields, threads, or
+what is not defined. It sets its own seed and takes at most 1 s. How to see
+- what a request gets alone: call the Decoder's `generate` with its prompt
+- who shares a call: give the batcher a model that notes the shape of input_ids and calls a Decoder
+- a queue: hold `generate` back with a threading.Event; what you ask for meanwhile waits. Or start
+  tasks, `await asyncio.sleep(0)` so that each begins, and call shutdown, which serves them
+- time: measure no short times; with max_wait_time=60 a batch that is not full stays
+It has to fail (or hang) on each of these slips:
 - right_padding: the padding goes on the right
 - no_attention_mask: generate gets no attention_mask
 - pads_kept: a row keeps its padding, and lacks tokens at its end
@@ -83,16 +147,14 @@ most 1 s, and has to fail (or hang) on each of these slips:
 - queue_never_full: max_queue_size is ignored
 
 Discuss
-1. Scale to production: what do you change to serve many requests whose answers end at different times, on several
+1. Scale to production: how do you serve requests whose answers end at different times, on several
    devices (continuous batching, a paged cache)?
-2. Limits: at which arrival rates does waiting for a batch not pay, and how would you choose max_wait_time and
-   length_tolerance?
-3. Monitoring: which numbers of this batcher would you log to see trouble (queue depth, batch fill, padding share,
-   latency percentiles) early?
+2. Limits: when does waiting for a batch not pay; how do you choose max_wait_time and the buckets?
+3. Monitoring: which numbers of this batcher show trouble early (queue depth, batch fill, latency)?
 4. Next: what would you optimise next, and how would you prove that it helped?
 
 Sources
-- Yu et al. 2022, "Orca: a distributed serving system for transformer-based generative models":
+- Yu et al. 2022, Orca: a distributed serving system for transformer-based generative models:
   https://www.usenix.org/conference/osdi22/presentation/yu
 - Developing with asyncio, concurrency and multithreading:
   https://docs.python.org/3/library/asyncio-dev.html#concurrency-and-multithreading
@@ -118,7 +180,7 @@ class Model(Protocol):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, do_sample: bool, pad_token_id: int
     ) -> Tensor:
-        """Continues each row of int64 [B, L]: [B, L + max_new_tokens]."""
+        """Continues each row of int64 [B, W]: int64 [B, W + max_new_tokens]."""
 
 
 @dataclass(eq=False)
@@ -144,11 +206,11 @@ class DynamicBatcher:
     """Collects requests and runs them on a model in batches of similar length.
 
     Args:
-        model: what generates; only its `generate` is used, by one thread at a time.
+        model: what generates; only its `generate` is used, one call at a time.
         max_batch_size: most requests in a batch.
-        max_wait_time: seconds after which the oldest request of a batch has waited enough.
+        max_wait_time: seconds after which a batch that is not full goes, from its oldest request on.
         length_tolerance: width of a length bucket, in tokens.
-        max_queue_size: most requests that may wait; those that run do not count.
+        max_queue_size: most requests that may wait, of all buckets together; those that run do not count.
     """
 
     def __init__(
@@ -160,9 +222,9 @@ class DynamicBatcher:
         *,
         max_queue_size: int = 1024,
     ) -> None:
-        # TODO(4.5, 4.8): keep the limits, and make a queue.
-        # TODO(4.3): make what will run the batches: it belongs to no caller's event loop.
-        raise NotImplementedError("TODO 4.3: __init__")
+        # TODO(4.2): keep the limits, make a queue, and start what runs its batches.
+        # TODO(4.3): let that belong to no caller's event loop.
+        raise NotImplementedError("TODO 4.2: __init__")
 
     def get_length_bucket(self, seq_len: int) -> int:
         """The upper edge of the bucket that a prompt of `seq_len` tokens falls into.
@@ -170,7 +232,7 @@ class DynamicBatcher:
         Args:
             seq_len: tokens of the prompt, at least 1.
         """
-        # TODO(4.1): 1 … length_tolerance fall into the first bucket.
+        # TODO(4.1): round seq_len up to a multiple of length_tolerance.
         raise NotImplementedError("TODO 4.1: get_length_bucket")
 
     async def add_request(self, request_id: str, input_tokens: Tensor, max_length: int) -> Tensor:
@@ -190,23 +252,23 @@ class DynamicBatcher:
             RuntimeError: the batcher is shut down.
             Exception: the error of the model, if it raised in this request's batch.
         """
-        # TODO(4.7): refuse what cannot be valid.
-        # TODO(4.8): refuse what would be too much.
-        # TODO(4.4, 4.6): queue the rest; a worker runs, one after the other, the batches that may go, the oldest first.
-        # TODO(4.2): pad each batch on the left, mask the pads, call generate once, and cut each row.
-        # TODO(4.3): wait for the result without blocking the event loop.
-        raise NotImplementedError("TODO 4.3: add_request")
+        # TODO(4.2): queue the request. Run each batch: pad on the left, mask the pads, call generate, cut each row.
+        # TODO(4.3): await the result without blocking the event loop; have its caller woken on the caller's own loop.
+        # TODO(4.4, 4.5, 4.6): before each batch, look at all that wait; run the one that may go and is oldest.
+        # TODO(4.7): refuse what cannot be valid; hand an error of generate to the callers of its batch.
+        # TODO(4.8): refuse what would be one too many.
+        raise NotImplementedError("TODO 4.2: add_request")
 
     def shutdown(self) -> None:
-        """Takes no more requests, serves what waits, and returns when that is done; later calls change nothing."""
-        # TODO(4.9): wake the worker, and wait for its end.
+        """Takes no more requests, serves all that wait, and returns when that is done, however often it is called."""
+        # TODO(4.9): refuse what comes from now on, let what waits go at once, and wait for the worker's end.
         raise NotImplementedError("TODO 4.9: shutdown")
 
 
 async def test_dynamic_batcher() -> None:
     """Your own test of DynamicBatcher: passes on right code, fails on each slip listed above."""
-    # TODO(4.10): ask for several things at once, and compare with what the model gives each alone.
-    # TODO(4.11): make lint-clean, typed code of it all.
+    # TODO(4.10): ask for several things at once, and compare each with what the Decoder gives it alone.
+    # TODO(4.11): type what you define, and document what is public.
     raise NotImplementedError("TODO 4.10: test_dynamic_batcher")
 
 
@@ -233,17 +295,17 @@ class Decoder(nn.Module):
         """Continues each row from its last position.
 
         Args:
-            input_ids: int64 [B, L].
-            attention_mask: bool or 0/1 [B, L]; without one, everything is read.
+            input_ids: int64 [B, W].
+            attention_mask: bool or 0/1 [B, W]; without one, everything is read.
             max_new_tokens: how many tokens each row gets.
             do_sample: draws each token; otherwise takes the likeliest.
             pad_token_id: would fill rows that end early; none does here.
 
         Returns:
-            int64 [B, L + max_new_tokens].
+            int64 [B, W + max_new_tokens].
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        visible = mask.bool()  # [B, L]
+        visible = mask.bool()  # [B, W]
         caches: list[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
         tokens = input_ids  # [B, T], those that are not in the caches
         for _ in range(max_new_tokens):

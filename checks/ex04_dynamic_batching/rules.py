@@ -187,7 +187,7 @@ class Rules:
             except AssertionError as error:
                 raise Fault("4.2", str(error), "row i of a batch is output[i, pads_i : width + max_length_i]") from None
         elif type(came) is not type(wanted) or str(came) != str(wanted):
-            raise Fault("4.7", f"generate raised {wanted!r}: {request} got {came!r}, the same type and text was wanted")
+            raise Fault("4.7", f"{request}: {came!r} came as error, the same type and text as {wanted!r} were wanted")
 
     def together(self, one: Request, other: Request) -> bool:
         """Whether two requests ran in one call."""

@@ -287,7 +287,8 @@ class Stage:
                 self._fail(f"the caller of request {caller.request.name} was cancelled and did not end")
 
     def shut_down(self, on: Loop | None = None) -> None:
-        self.returned(self.do(self.batcher.shutdown, on), "shutdown()", "it waits for something that never comes")
+        why = f"it waits for what never comes, or for max_wait_time, {self.options['max_wait_time']} s"
+        self.returned(self.do(self.batcher.shutdown, on), "shutdown()", why)
 
     def hold(self, *requests: Request) -> Gate:
         gate = Gate(requests)
@@ -414,7 +415,9 @@ class Stage:
 
     def refused(self, caller: Caller, kind: type[Exception], why: str) -> None:
         """A caller got this error, and its request was not run."""
-        error = self.outcome(caller, f"{why}: {kind.__name__} was wanted at once")
+        if not self._patience.wait(caller.finished, self._number):
+            self._fail(f"{caller.request}: nothing came, {kind.__name__} was wanted at once: {self.where(caller)}", why)
+        error = self.outcome(caller)
         came = "a result" if error is None else f"{type(error).__name__} ({error})"
         assert isinstance(error, kind), f"{caller.request}: {came} came, {kind.__name__} was wanted\n{why}"
 
@@ -441,7 +444,7 @@ class Stage:
         death = f"; a thread ended with {self._deaths[0]}" if self._deaths else ""
         if not calls:
             return f"generate was not called for it{death}"
-        return f"generate has returned its batch{death}" if calls[0].returned else f"its batch still runs{death}"
+        return f"its generate has returned or raised{death}" if calls[0].returned else f"its batch still runs{death}"
 
     def _fail(self, fact: str, hint: str = "") -> None:
         kind = Hang if self._patience.is_over else AssertionError

@@ -232,7 +232,7 @@ def test_cancelled_requests_are_not_run(stage: Stage) -> None:
     stage.cancel(*callers[:3])
     gate.open()
 
-    stage.served(*callers[3:], hint="r0, r1 and r2 were cancelled while they waited")
+    stage.served(*callers[3:], hint="r0, r1 and r2 were cancelled while they waited: keep them out of calls")
     for request in requests[:3]:
         assert not stage.calls([request]), (
             f"request {request.name} was cancelled while it waited, and generate was called for it all the same"

@@ -57,7 +57,7 @@ def test_an_error_of_the_model_reaches_every_caller(stage: Stage) -> None:
             why = "every caller of the batch gets the error, and the worker has to live on"
             came = stage.outcome(caller, f"generate raised in its batch: {why}")
             assert type(came) is type(error) and str(came) == str(error), (
-                f"generate raised {error!r}: {caller.request} got {came!r}, the same type and text were wanted"
+                f"{caller.request}: {came!r} came as error, the same type and text as generate's {error!r} were wanted"
             )
         assert len(stage.calls(requests)) == 1, f"generate raised {error!r}, and was called again for the same requests"
 
@@ -154,7 +154,7 @@ def test_a_full_queue_refuses(stage: Stage) -> None:
     callers = stage.ask(*requests)
     stage.settle()
     late = stage.ask(extra)[0]
-    stage.refused(late, stage.full_queue, f"{most} requests wait, max_queue_size is {most}")
+    stage.refused(late, stage.full_queue, f"{most} requests wait, in two buckets, max_queue_size is {most}")
     gate.open()
 
     stage.served(*callers, hint=f"max_queue_size is {most}: {most} may wait beside the one that runs")

@@ -246,7 +246,7 @@ def in_order(stage: Stage, requests: list[Request], callers: list[Caller], order
         assert max(ran[i] for i in earlier) <= min(ran[i] for i in later), (
             f"prompts of {lengths} tokens came in this order and waited, in buckets of 8: "
             f"ran as {stage.batches(requests)}, {wanted} was wanted\n"
-            "of the batches that may go, the one whose oldest request has waited longest goes first"
+            "the batch that may go and whose oldest request has waited longest goes first; it takes its bucket's oldest"
         )
 
 
