@@ -15,8 +15,10 @@ from harness.model.source import todo_lines
 MARK = re.compile(r"\bFILL\b")
 LINES = 500
 # A text: the headings in their order, and how much of it people read.
-_HEADINGS = ("Steps", "Requirements", "In plain text", "Shapes", "By hand", "Conventions", "Not defined")
-_HEADINGS += ("Your own test", "Discuss", "Sources")
+_HEADINGS = (
+    *("Steps", "Requirements", "In plain text", "Shapes", "By hand", "Conventions", "Not defined"),
+    *("Your own test", "Discuss", "Sources"),
+)
 _LINES_OF_A_TEXT, _LINES_TO_THE_REQUIREMENTS_END, _COLUMNS, _TITLE, _FIRST_STEP_MINUTES = 160, 60, 100, 40, 40
 # What gives the checks that are the same in every exercise, with the requirement that they decide.
 _STOCK = ("own_test_checks", "style_checks")

@@ -66,14 +66,14 @@ def alive_after_forward(model: nn.Module, x: Tensor, *shared: Tensor) -> tuple[i
 class Biased(Unit):
     """A layer that is given two more inputs, and keeps neither for backward."""
 
-    def forward(self, x: Tensor, bias: Tensor, *, more: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, *, more: Tensor) -> Tensor:  # type: ignore[override]
         return torch.sin(self.up(x) + bias + more)
 
 
 class Sharing(Row):
     """Layers that are all given the same two tensors."""
 
-    def forward(self, x: Tensor, bias: Tensor, more: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, more: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self.layers:
             x = layer(x, bias, more=more)
         return x
