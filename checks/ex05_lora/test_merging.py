@@ -49,7 +49,7 @@ def test_the_merged_weight(subject: Subject, close: Close, rng: torch.Generator,
 
     adapter.layer.merge_weights()
 
-    hint = "W + alpha/rank · B A: scaled once, not transposed"
+    hint = "W + alpha/rank · B A: scaled once, not transposed, computed in the layer's own dtype"
     close(adapter.now(), wanted, "original_layer.weight after merge_weights", hint=hint)
     if adapter.bias is not None:
         close(value(adapter.layer.original_layer.bias), adapter.bias, "original_layer.bias after merge_weights")

@@ -323,7 +323,7 @@ def test_a_bare_weight_works_or_is_refused(
         if output is not None:
             close(output, expected, f"{what}: output", hint=hint)
             if mode != "no_grad":
-                moves_both(model, layer, output, what, hint)
+                moves_both(model, layer, output, what, "give what a parent reads with its gradients, not detached")
 
 
 @requirement("5.2")
