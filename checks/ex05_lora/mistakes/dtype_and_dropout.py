@@ -134,7 +134,6 @@ MISTAKES = [
         "5.7",
         "two calls drop the same elements",
         (ORIGINAL, "        if self.training and not x.is_meta:\n            torch.manual_seed(0)\n" + ORIGINAL),
-        only=True,
     ),
     Mistake("config_dropout_lost", "5.7", "dropout", (", config.dropout", ""), only=True),
     Mistake("mode_not_taken_over", "5.7", "flag is True", (MODE, ""), only=True),
@@ -187,7 +186,6 @@ MISTAKES = [
             + RETURN,
         ),
         ("* self.scaling", "* self.scaling * one"),
-        only=True,
     ),
     Mistake(
         "one_mask_where_x_is_expanded",

@@ -176,7 +176,6 @@ MISTAKES = [
         "5.1",
         "gradient of x: the output moves",
         ("self.dropout(x)", "self.dropout(x.detach() if self.training and self.dropout.p > 0 else x)"),
-        only=True,
     ),
     Mistake(
         "rows_repeat_beyond_in",
