@@ -183,8 +183,8 @@ class FlashAttention(nn.Module):
             [B, N, D].
 
         Raises:
-            ValueError: the mask has not 4 dimensions or does not broadcast to [B, H, N, N]; the message names the
-                mask's shape and [B, H, N, N].
+            ValueError: the mask does not have 4 dimensions, each of size 1 or that of [B, H, N, N]; the message names
+                both shapes.
         """
         if mask is not None:
             self._check_mask(mask, (x.size(0), self.num_heads, x.size(1), x.size(1)))
@@ -203,9 +203,9 @@ class FlashAttention(nn.Module):
 def benchmark_attention(seq_lengths: Sequence[int], d_model: int = 512, num_heads: int = 8) -> list[dict[str, float]]:
     """Compares FlashAttention with standard attention at inference: the whole module, without mask or gradients.
 
-    For each length, a FlashAttention of the default block size (the same or a new one) is called on one random float32
-    x [1, N, d_model]. "Standard" is attention with all scores written down at once, by your own code, from the same x
-    and the same projections.
+    For each length both forms take the same random float32 x [1, N, d_model] and the same weights. "flash" calls a
+    FlashAttention of the default block size, one for all lengths or a new one for each. "standard" is your own code: it
+    projects with the same layers, but makes all scores at once. All numbers are measured, in this very call.
 
     Args:
         seq_lengths: the lengths N.
@@ -213,13 +213,14 @@ def benchmark_attention(seq_lengths: Sequence[int], d_model: int = 512, num_head
         num_heads: number of heads H.
 
     Returns:
-        A row per length, in order, with Python numbers:
+        A list with a row per length, in order, of Python numbers (int or float):
         seq_len: N.
-        standard_seconds, flash_seconds: time of one call, more than 0.
-        standard_peak_bytes, flash_peak_bytes: what `peak_bytes` says of one call; x and the weights are not part of
-            it. Standard takes at least one tensor of H·N² floats, and at most five; flash is held to within 20 % of
-            what a call takes.
-        max_abs_error: the largest absolute difference between the two outputs; with the same weights below 1e-4.
+        standard_seconds, flash_seconds: time of one call in seconds, more than 0; of several calls, the mean or the
+            shortest. `peak_bytes` slows a call down: measure time without it.
+        standard_peak_bytes, flash_peak_bytes: what `peak_bytes` says of one call, first or later; x and the weights
+            were there before and do not count. flash is right to 20 %. standard is one to five tensors of H·N² floats
+            of 4 bytes, at lengths where these are the largest.
+        max_abs_error: the largest absolute difference between the two outputs, below 1e-4; 0 only for N <= 64.
     """
     return [_compare(length, d_model, num_heads) for length in seq_lengths]
 

@@ -41,7 +41,7 @@ def benchmark(subject: Subject, *arguments: Any) -> list[dict[str, Any]]:
     rows = subject.benchmark_attention(*arguments)
     what = f"benchmark_attention{arguments if len(arguments) > 1 else f'({arguments[0]})'}"
     assert isinstance(rows, list), f"{what}: a {type(rows).__name__} came, a list of rows was wanted"
-    assert len(rows) == len(arguments[0]), f"{what}: {len(rows)} rows came for {len(arguments[0])} lengths"
+    assert len(rows) == len(arguments[0]), f"{what}: {len(rows)} rows came, {len(arguments[0])} were wanted"
     for row in rows:
         assert isinstance(row, dict), f"{what}: a row is a {type(row).__name__}, a dict was wanted"
         for key in KEYS:
@@ -66,7 +66,7 @@ def peak_is_right(subject: Subject, row: dict[str, Any], d_model: int, heads: in
         in_inference_mode = module_peak(subject, n, d_model, heads, torch.inference_mode)
         assert abs(came - in_inference_mode) <= 0.2 * in_inference_mode, (
             f"benchmark_attention, N = {n}: flash_peak_bytes is {came}, a call of FlashAttention with the default "
-            f"block size takes {seen}\nmeasure one call, on an x that is there before, without gradients"
+            f"block size takes {seen}, to 20 % that was wanted\nmeasure one call, its x made before, without gradients"
         )
 
 
@@ -112,9 +112,9 @@ def test_benchmark_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> No
     rows = benchmark(subject, lengths, *SIZES)
 
     came = [row["seq_len"] for row in rows]
-    assert came == lengths, f"benchmark_attention({lengths}): rows for {came} came"
+    assert came == lengths, f"benchmark_attention({lengths}): rows for {came} came, in the given order was wanted"
     times = [row[key] for row in rows for key in ("standard_seconds", "flash_seconds")]
-    assert all(0 < time < 60 for time in times), f"benchmark_attention: times of {times} seconds came"
+    assert all(0 < time < 60 for time in times), f"benchmark_attention: times of {times} s came, 0 to 60 was wanted"
     assert len(set(times)) > 1, f"benchmark_attention: all times are {times[0]}; they are not measured"
     for row in rows:
         error_is_right(row)
@@ -227,7 +227,9 @@ def test_seconds_are_those_of_the_call(subject: Subject, monkeypatch: pytest.Mon
             break
 
     came = {call.shape for call in called}
-    assert (1, 32, SIZES[0]) in came, f"benchmark_attention([32], {SIZES[0]}, {SIZES[1]}): x of shapes {came} came"
+    assert (1, 32, SIZES[0]) in came, (
+        f"benchmark_attention([32], {SIZES[0]}, {SIZES[1]}): x of shapes {came} came, (1, 32, 15) was wanted"
+    )
     assert flash >= 1e-3, (
         f"benchmark_attention: a call of FlashAttention takes over 0.001 s, flash_seconds is {flash:.3g}\n"
         "it is the time of one call of the flash module, in seconds"
@@ -299,4 +301,4 @@ def test_the_benchmark_reaches_no_prebuilt_attention(subject: Subject) -> None:
     with forbid(prebuilt_attention(), "benchmark_attention"):
         rows = subject.benchmark_attention([16], *SIZES)
 
-    assert rows, "benchmark_attention([16]): no row came"
+    assert rows, "benchmark_attention([16]): no row came, one was wanted"

@@ -65,7 +65,7 @@ def test_forward_makes_no_tensor_of_all_pairs(subject: Subject, close: Close, rn
 
     close(output, expected, "forward", tolerance=ABOUT)
     assert seen.largest < n * n, (
-        f"forward, N = {n}, causal and masked: a tensor of {seen.largest} elements is made; N·N is {n * n}"
+        f"forward, N = {n}, causal and masked: a tensor of {seen.largest} elements came, less than {n * n} was wanted"
     )
 
 
@@ -86,7 +86,7 @@ def test_the_peak_grows_linearly(subject: Subject, close: Close, rng: torch.Gene
 
     assert left[1] <= left[0], (
         f"forward leaves {left[0]} bytes behind for N = {n // 2} and {left[1]} for N = {n}, its output not counted\n"
-        "keep nothing of a call on the module"
+        "equal numbers were wanted: keep nothing of a call on the module"
     )
     assert peaks[1] < 2.2 * peaks[0], (
         f"forward: at most {peaks[0]} bytes are alive for N = {n // 2} and {peaks[1]} for N = {n}, "
@@ -116,7 +116,7 @@ def test_nothing_outlives_a_call(subject: Subject, rng: torch.Generator) -> None
 
     assert left[1] <= left[0], (
         f"{CALL}, N = 2, causal: {left[0]} bytes stay behind for M = 2200 and {left[1]} for M = 4400\n"
-        "keep nothing of a call, positions or masks neither, in the module or beside it"
+        "equal numbers were wanted: keep nothing of a call, positions or masks neither, in the module or beside it"
     )
 
 
@@ -197,7 +197,7 @@ def test_operations_grow_with_block_pairs(subject: Subject, close: Close, rng: t
     small, large = operations(4, 4), operations(16, 16)
     assert large <= 1.5 * small, (
         f"{CALL}: {small} operations for N = M = block_size = 4, {large} for N = M = block_size = 16, one block each\n"
-        "compute a block by operations on the whole block, not by a loop over its rows"
+        "about as many were wanted: compute a block by operations on the whole block, not by a loop over its rows"
     )
     few, many = operations(2 * WIDE, WIDE), operations(4 * WIDE - 1, WIDE)
     assert many <= 5 * few, (

@@ -152,7 +152,7 @@ def test_causal_queries_before_the_first_key(subject: Subject, close: Close, rng
 
         output, logsumexp = attend(attention, given, causal=True)
 
-        assert output.shape == expected.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
+        assert output.shape == expected.shape, f"{CALL}: shape {[*output.shape]} came, {[*expected.shape]} was wanted"
         if not torch.allclose(output[:, :, -m:].double(), expected[:, :, -m:]):
             return  # The queries and keys are not aligned; 3.3 says so.
         hint = f"query i sees the keys j <= i + M - N: with N = {n} and M = {m} the first {n - m} see none"
@@ -183,9 +183,9 @@ def test_gradients_of_rows_that_may_attend_to_nothing(subject: Subject, rng: tor
         )
     if mask is not None:
         hidden = ~mask.any(-1).expand(B, H, N)
-        assert not grads[0][hidden].any(), "backward: rows of Q that may attend to nothing get a gradient"
-        assert not grads[1][:, :, 5:].any(), "backward: rows of K that no query sees get a gradient"
-        assert not grads[2][:, :, 5:].any(), "backward: rows of V that no query sees get a gradient"
+        assert not grads[0][hidden].any(), "backward: rows of Q that may attend to nothing get a gradient, 0 was wanted"
+        assert not grads[1][:, :, 5:].any(), "backward: rows of K that no query sees get a gradient, 0 was wanted"
+        assert not grads[2][:, :, 5:].any(), "backward: rows of V that no query sees get a gradient, 0 was wanted"
 
 
 @requirement("3.2")
@@ -288,7 +288,9 @@ def test_causal_with_more_queries_than_keys(subject: Subject, close: Close, rng:
         actual, expected = attend(attention, given, causal=True), reference(given, causal=True)
         hint = f"N = {n}, M = {m}: query i sees the keys j <= i + M - N, so the last query sees all"
         for came, wanted, name in zip(actual, expected, ("output", "logsumexp"), strict=True):
-            assert came.shape == wanted.shape, f"{CALL}: {name} of shape {tuple(came.shape)} came"
+            assert came.shape == wanted.shape, (
+                f"{CALL}: {name} shape {[*came.shape]} came, {[*wanted.shape]} was wanted"
+            )
             last = slice(n - m, n)
             what = f"{CALL}: {name} of the last {m} queries"
             close(came[:, :, last].double(), wanted[:, :, last], what, hint=hint, tolerance=NEAR)

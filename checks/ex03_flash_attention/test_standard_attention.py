@@ -289,4 +289,4 @@ def _moved(attention: Any, hint: str) -> None:
     except RuntimeError as error:
         assert "device" not in str(error), f"forward on another device: {error}\n{hint}"
         return  # Values cannot be asked for there; not everything that is right works without.
-    assert output.device.type == "meta", f"forward on another device: the output is on {output.device}"
+    assert output.device.type == "meta", f"forward on another device: the output is on {output.device}, meta was wanted"

@@ -64,7 +64,7 @@ def gradients(
     if beside is not None:
         attend(beside, leaves[1], None if mask is not None else torch.ones(1, 1, 1, given[1].size(2)), not causal)
     assert output.requires_grad, f"{CALL}: Q, K and V require gradients, the output does not"
-    assert output.shape == probe.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
+    assert output.shape == probe.shape, f"{CALL}: output of shape {[*output.shape]} came, {[*probe.shape]} was wanted"
     output.backward(probe)
     for name, formula in zip("VQK", (2, 0, 1), strict=True):
         wanted, came = leaves[0][formula].grad, leaves[1][formula].grad
@@ -208,7 +208,7 @@ def test_little_stays_alive_after_forward(
     assert kept <= 1.5 * unit, (
         f"{CALL} in {dtype}: {kept} bytes stay alive for backward, {kept / unit:.1f} times (Q, K, V, output, "
         "logsumexp); at most 1.5 times is asked for\n"
-        "keep no block of weights, or of what is hidden, not on ctx either: backward computes them anew"
+        "keep no float32 copies, no block of weights, nothing of what is hidden: backward computes them anew"
     )
 
 
@@ -230,7 +230,9 @@ def test_the_peak_of_training_grows_linearly(
             close(x.grad, wanted, f"backward: gradient of {name}", tolerance=ABOUT)
         peaks.append(seen.peak_bytes)
 
-    assert seen.largest < n * n, f"backward, N = M = {n}: a tensor of {seen.largest} elements is made; N·M is {n * n}"
+    assert seen.largest < n * n, (
+        f"backward, N = M = {n}: a tensor of {seen.largest} elements is made; N·M is {n * n}, less was wanted"
+    )
     assert peaks[-1] < 2.2 * peaks[0], (
         f"forward and backward: at most {peaks[0]} bytes are alive for N = {n // 2} and {peaks[-1]} for N = {n}, "
         f"{peaks[-1] / peaks[0]:.2f} times as many; less than 2.2 times are asked for\n"
@@ -266,8 +268,8 @@ def test_errors_in_half_precision(subject: Subject, rng: torch.Generator, dtype:
 
     output, logsumexp = attend(build(subject, dtype=dtype), given, mask)
 
-    assert output.dtype == dtype, f"{CALL} in {dtype}: the output has {output.dtype}"
-    assert output.shape == exact.shape, f"{CALL}: output of shape {tuple(output.shape)} came"
+    assert output.dtype == dtype, f"{CALL} in {dtype}: the output has {output.dtype}, {dtype} was wanted"
+    assert output.shape == exact.shape, f"{CALL}: output of shape {[*output.shape]} came, {[*exact.shape]} was wanted"
     ours = worst(output, exact)
     assert ours <= 2 * theirs, (
         f"{CALL} in {dtype}: the output's largest error is {ours:.2g}, {ours / theirs:.1f} times that of "
@@ -277,7 +279,9 @@ def test_errors_in_half_precision(subject: Subject, rng: torch.Generator, dtype:
     assert logsumexp.dtype in (torch.float32, torch.float64), (
         f"{CALL} in {dtype}: logsumexp has {logsumexp.dtype}, float32 or better was wanted"
     )
-    assert logsumexp.shape == exact_logsumexp.shape, f"{CALL}: logsumexp of shape {tuple(logsumexp.shape)} came"
+    assert logsumexp.shape == exact_logsumexp.shape, (
+        f"{CALL}: logsumexp of shape {[*logsumexp.shape]} came, {[*exact_logsumexp.shape]} was wanted"
+    )
     assert worst(logsumexp, exact_logsumexp) < 1e-4, (
         f"{CALL} in {dtype}: logsumexp is off by {worst(logsumexp, exact_logsumexp):.2g}, at most 1e-4 is asked for\n"
         "convert the blocks to float32 before scaling and multiplying them, not the scores afterwards"
