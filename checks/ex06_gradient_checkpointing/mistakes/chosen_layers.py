@@ -76,7 +76,7 @@ MISTAKES = [
     Mistake(
         "sequential_wrapped",
         "6.1",
-        "layers.0",
+        "layers.up",
         (IS_LIST, "        is_list = isinstance(child, nn.ModuleList)\n"),
         only=True,
     ),

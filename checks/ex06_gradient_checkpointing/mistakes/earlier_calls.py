@@ -281,7 +281,6 @@ MISTAKES = [
             "_detached(x)), (args",
             "_detached(x.float().double().requires_grad_(x.requires_grad) if x.dtype == torch.float64 else x)), (args",
         ),
-        only=True,
     ),
     Mistake(
         "masks_kept_in_half",

@@ -69,7 +69,7 @@ MISTAKES = [
     Mistake(
         "kwargs_dropped", "6.4", "keyword arguments", (AGAIN, "            self.function(*self.args)\n"), only=True
     ),
-    Mistake("kwargs_dropped_in_both", "6.4", "output", (RECOMPUTED, RECOMPUTED.replace(", **kwargs", "")), only=True),
+    Mistake("kwargs_dropped_in_both", "6.4", "output", (RECOMPUTED, RECOMPUTED.replace(", **kwargs", ""))),
     Mistake(
         "kwargs_without_gradient",
         "6.4",
