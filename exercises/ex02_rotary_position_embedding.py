@@ -7,10 +7,10 @@ You put it into an attention layer, and compare it with the older sinusoidal emb
 
 Steps
 1. The rotation (40 min): 2.1, 2.2, 2.6
-2. Attention (30 min): 2.4
+2. Attention (35 min): 2.4
 3. The comparison (20 min): 2.5
-4. Lengths, precision, bad input (50 min): 2.3, 2.7, 2.8
-5. Your own test, and style (30 min): 2.9, 2.10
+4. Lengths, precision, bad input (55 min): 2.3, 2.7, 2.8
+5. Your own test, and style (40 min): 2.9, 2.10
 
 Requirements
 2.1 (correctness) Rotate queries and keys: `forward` turns every pair by its angle, to 2e-5 at
@@ -21,15 +21,15 @@ Requirements
     for every base above 0 and every even dim.
 2.3 (efficiency) Handle variable lengths efficiently: you keep tables of cosines and sines.
     - Lengths and dtypes come in any order, also after a move to another device (meta, too).
-      Each call gives what a fresh module gives.
+      Each call gives what a fresh module gives, as "How near" asks.
     - Positions below the largest seq_len so far cost no cosine, sine, tangent, `polar`, complex
       exponential or complex power again, in torch or in Python, while the device is the same.
-    - A call for more positions may make the whole table anew, and ahead.
-      So may the first call after a cast: any `.to(dtype)`, even one that changes nothing.
+    - A call for more positions may make the whole table anew, and ahead. The first call after
+      any `.to(dtype)`, even one that changes nothing, may make it anew too.
     - Nothing in the state_dict depends on positions: it loads into a module with another
       max_position_embeddings, or one that has seen other lengths.
     - Between calls a module keeps nothing but its parameters and what this text names;
-      no input, no mask, no result. Named are the tables, and Python numbers and flags.
+      no input, no mask, no result. Named are tables, also of frequencies, numbers and flags.
 2.4 (correctness) Be compatible with multi-head attention: the layer equals the formula below.
     Queries and keys turn, values do not.
     - Masks are causal, padding or any other, one per head too. Padded rows may hold 1e6.
@@ -37,7 +37,7 @@ Requirements
     - A fully masked row of a head has zero weights, and gradients stay finite.
       Where a row is masked in all heads, its output is o_proj's bias.
     - Weights may change between calls, in place, by loading or by a cast;
-      the next call uses the new ones. So it does for `.data`, and for a mask changed in place.
+      the next call uses the new ones, edits of `.data` too, and a mask as it is then.
     - Inputs are never written to, not even to be restored.
 2.5 (correctness) Compare RoPE with sinusoidal embeddings: you measure how a shift changes scores.
     Equal arguments give equal results, whatever a caller did to earlier ones.
@@ -55,9 +55,9 @@ Requirements
     - a mask of a bad shape: its shape and the scores', as Python prints them (`2, 1, 1, 5`)
 2.9 (correctness) Write your own test: `test_rope` passes on right code, whoever wrote it,
     and fails on each slip below.
-2.10 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring for each public class
-    and function, empty ones do not count) and mypy (typed definitions, not --strict) find nothing.
-    It earns once half of the other requirements do.
+2.10 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
+    each public class and function) and mypy (typed definitions, not --strict) find nothing.
+    It counts once at least half of the other requirements are earned.
 
 In plain text
     angle(p, i)   = p · base^(-2i/Dh)      position p, pair i = 0 … Dh/2 - 1
@@ -91,25 +91,25 @@ By hand
     ValueError             3   2         3 rows do not fit below 2
 
 Conventions
-- Component i is paired with i + dim/2, as in LLaMA and GPT-NeoX; the paper pairs neighbours.
-- Turns are counter-clockwise, and positions count from 0.
-- seq_len counts positions up to and including x's last row, as with a key-value cache; None is L.
+- Component i is paired with i + dim/2, as in LLaMA and GPT-NeoX; the paper pairs neighbours. So
+  both halves of `apply_rotary_pos_emb`'s cos are equal, and both halves of its sin.
+- Turns are counter-clockwise. Positions count from 0; seq_len counts them up to and including x's
+  last row, as with a key-value cache; None is L.
 - max_position_embeddings says what to expect; it is no limit.
 - A mask is boolean or 0/1 in uint8, int32, int64, float32 or float64; true or 1 means "may attend".
 - A mask has 4 dimensions and broadcasts to [B, H, L, L] without enlarging it: padding is
   [B, 1, 1, L], and [B, L] is refused even where B = L would let it pass for [L, L].
-- You may use `F.scaled_dot_product_attention` here.
-- In `apply_rotary_pos_emb` both halves of cos are equal, and both halves of sin.
-- Nothing is computed below the input's dtype.
-- Results have x's dtype, whatever the mask's is.
+  You may use `F.scaled_dot_product_attention`.
+- Nothing is computed below the input's dtype. Results have x's dtype, whatever the mask's is.
 - Tables and their angles alone may be float32 for a float64 x; they are never below float32,
-  whatever x or the module is cast to: bfloat16 cannot tell position 4000 from 4001.
-- A half-precision rotation is rounded once, at the end.
+  whatever x or the module is cast to: bfloat16 cannot tell position 4000 from 4001. The
+  rotation is rounded to half precision once, at the end.
 - `compare_position_embeddings` draws
   `query, key = torch.randn(2, dim, generator=torch.Generator().manual_seed(0))`, puts them at
   every (i, j) below seq_len and at (i + shift, j + shift), and returns the largest absolute change
-  of the dot product over all pairs, in unrounded Python floats: turned ("rope", at most 1e-3,
-  but not 0 from seq_len 9 on) and with the sinusoidal embedding added ("sinusoidal", to 1e-3).
+  of the dot product over all pairs, in unrounded Python floats: turned ("rope": rounding alone,
+  at most 1e-3, yet above 0 from seq_len 9 on) and with the sinusoidal embedding added
+  ("sinusoidal", to 1e-3).
 - A submission is one file on torch and the standard library.
 - How near: a rotation may be off by this times the length of the pair, all else by this times
   (1 + |right value|); in 2.4 the right value takes the turns from your rotary_emb.
@@ -126,18 +126,19 @@ Conventions
 
 Not defined
 - What has a `-` in the table, and what a call under autocast itself returns.
-- Sizes of 0, NaN, infinity or integers in x; a dim, num_heads or base of 0 or less.
-- Attention whose weights differ from x in dtype or device; gradients of gradients.
-- A comparison with an odd dim, seq_len or shift below 1, or another default dtype.
-- Copying, pickling or compiling a module, or moving it back from meta.
+- Sizes of 0, NaN, infinity or integers in x; a dim, num_heads or base of 0 or less; gradients of
+  gradients; attention whose weights differ from x in dtype or device.
+- A comparison with an odd dim, seq_len or shift below 1, or another default dtype; copying,
+  pickling or compiling a module, or moving it back from meta.
 
 Your own test (2.9) runs with other code, right and wrong, in place of all classes and functions.
 It sets its own seed and takes at most 1 s.
 You may call, read and fill q_proj, k_proj, v_proj and o_proj (nn.Linear), and call rotary_emb.
 Rely on no helper of yours, on no hook, buffer or dtype of a table, and not on how often rotary_emb
-is called; do not replace it. Right code may be off by 2e-5, and sinusoidal is float32 or float64.
-Attention hides its queries and keys: compute the formula from its projections, and compare.
-The test has to fail on each of these slips:
+is called; do not replace it. Allow 1e-4 for a rotation and 1e-3 for attention. The sinusoidal
+embedding may be float64.
+Attention hides q and k: compute the formula from its projections. It has to fail on each of these
+slips:
 - identity: forward returns x as it came
 - sin_and_cos_swapped: the sine is used for the cosine and the cosine for the sine
 - other_direction: pairs turn clockwise

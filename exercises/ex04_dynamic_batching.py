@@ -7,15 +7,16 @@ padding, and the worker that runs one batch after the other.
 
 Steps
 1. Batches (40 min): 4.1, 4.2
-2. Callers (20 min): 4.3
-3. Time and order (45 min): 4.4, 4.5, 4.6
-4. Faults, full queue, shutdown (45 min): 4.7, 4.8, 4.9
-5. Your own test, and style (40 min): 4.10, 4.11
+2. Callers (25 min): 4.3
+3. Time and order (40 min): 4.4, 4.5, 4.6
+4. Faults, full queue, shutdown (40 min): 4.7, 4.8, 4.9
+5. Your own test, and style (45 min): 4.10, 4.11
+Step 1 needs a first worker thread and a way to wake a caller: read 4.3 too.
 
 Requirements
 4.1 (efficiency) Batch similar lengths together: requests of one length bucket share a call of
-    `generate`; two buckets never do. Where the mix of 4.6 comes in full batches, all calls together
-    get fewer than 1.3 positions (pads included) per prompt token.
+    `generate`; two buckets never do. With full batches of 4.6's mix, the sum of B·W over all calls
+    is below 1.3 times the number of prompt tokens.
 4.2 (correctness) Handle padding: a caller gets what its request gets alone, whatever shares the
     batch: its prompt, then exactly max_length new tokens, greedily chosen.
     - Pads stand on the left, and are never attended to.
@@ -27,8 +28,8 @@ Requirements
     - You can build the batcher inside or outside an event loop; it outlives its callers' loops.
 4.4 (efficiency) Use the device well: a batch is one call of `generate`, with one row per request
     and their largest max_length as max_new_tokens; never two calls at a time.
-    - A full batch goes at once, also past an older request that may not go yet ("In plain text"
-      says what these words mean).
+    - A full batch goes as soon as no call runs, also past an older request that may not go yet
+      ("In plain text" says what these words mean).
     - Once the cancelled caller of a waiting request has ended, the request is in no call, fills no
       batch and makes no call longer.
 4.5 (correctness) Keep to configurable limits: a batch has at most max_batch_size requests. One that
@@ -40,7 +41,7 @@ Requirements
 4.7 (robustness) Survive faults: a fault costs its own requests only.
     - input_tokens that are not int64 [1, L] with L >= 1, and max_length < 1, get ValueError.
     - If `generate` raises, each caller of that batch gets an error of the same type and text, also
-      if the type's __init__ makes the text. The batch is not tried again; the next one works.
+      if the type's __init__ makes the text: hand on the error itself. The next batch works.
     - A caller that is cancelled, or whose loop closes as under asyncio.run, harms no other caller.
 4.8 (robustness) Push back: a request that would make more than max_queue_size wait gets
     QueueFullError at once. All that wait count, of any bucket and loop; those that run do not.
@@ -53,9 +54,9 @@ Requirements
     - The batcher's threads have ended when it returns, or end right after.
 4.10 (correctness) Write your own test: `test_dynamic_batcher` passes on right code, whoever wrote
     it, and fails on each of the slips listed below.
-4.11 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring for each public class
-    and function, empty ones do not count) and mypy (typed definitions, not --strict) find nothing.
-    It earns once half of the other requirements do.
+4.11 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
+    each public class and function) and mypy (typed definitions, not --strict) find nothing.
+    It counts once at least half of the other requirements are earned.
 
 In plain text
     bucket(L) = ⌈L / length_tolerance⌉ · length_tolerance     with 32: 1 … 32 -> 32, 33 … 64 -> 64
@@ -116,23 +117,22 @@ Not defined
   that is closed before its callers have ended
 - when batches take requests that come in one turn of an event loop: all may wait first, a full
   batch too; the order of those that come from two loops at the same moment
-- which refusal comes first where several apply; refusals beyond those listed
-- pads beyond the longest prompt, up to the bucket's edge; whether prompts are copied, results are
-  views, or callers share one error
-- out of `generate`: StopIteration, what is no Exception, and what asyncio.wrap_future turns into
-  another type (concurrent.futures.CancelledError)
+- which refusal comes first where several apply; others than those listed; pads up to the bucket's
+  edge; whether prompts are copied, results are views, or callers share one error
+- out of `generate`: StopIteration, concurrent.futures.CancelledError, what is no Exception
 - a model whose `generate` is replaced, which writes to its inputs, or which uses its output again
-- devices other than the CPU; an infinite or negative max_wait_time; any other limit below 1
-- a batcher that is never shut down; shutdown called by `generate`
+- devices other than the CPU; an infinite or negative max_wait_time; any other limit below 1; a
+  batcher that is never shut down, or that `generate` shuts down
 
 Your own test (4.10) runs on other code, right and wrong, in place of your BatchRequest,
 DynamicBatcher and QueueFullError. It may use DynamicBatcher and QueueFullError as this text has
-them, the given Decoder, and models and helpers in this file; not BatchRequest's fields, threads, or
-what is not defined. It sets its own seed and takes at most 1 s. How to see
+them, the given Decoder, and models and helpers in this file; no field of BatchRequest, no thread,
+nothing that is not defined. It sets its own seed, and takes at most 1 s on right code. How to see
 - what a request gets alone: call the Decoder's `generate` with its prompt
 - who shares a call: give the batcher a model that notes the shape of input_ids and calls a Decoder
-- a queue: hold `generate` back with a threading.Event; what you ask for meanwhile waits. Or start
-  tasks, `await asyncio.sleep(0)` so that each begins, and call shutdown, which serves them
+- a queue: hold `generate` back with a threading.Event; once your model has noted the call, what
+  you ask for waits. Where no batch gets full, you may also start tasks, `await asyncio.sleep(0)` so
+  that each begins, and call shutdown, which serves them
 - time: measure no short times; with max_wait_time=60 a batch that is not full stays
 It has to fail (or hang) on each of these slips:
 - right_padding: the padding goes on the right

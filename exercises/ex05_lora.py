@@ -6,10 +6,10 @@ is rank·(in + out) numbers, not out·in. Once training is over, B A can be adde
 
 Steps
 1. The layer, put into a model (40 min): 5.1, 5.3, 5.4
-2. Any layer of any model (45 min): 5.2, 5.7
+2. Any layer of any model (55 min): 5.2, 5.7
 3. Merging (30 min): 5.5
-4. Saving and comparing (40 min): 5.6, 5.8
-5. Your own test, and style (30 min): 5.9, 5.10
+4. Saving and comparing (30 min): 5.6, 5.8
+5. Your own test, and style (40 min): 5.9, 5.10
 
 Requirements
 5.1 (correctness) Support different rank values: any rank and any alpha give the formula's output.
@@ -18,7 +18,7 @@ Requirements
     - x, A and B get the formula's gradients, in training and in eval. The first step of gradient
       descent moves B, the second moves every row of A.
     - Weights may change between calls, in place, by loading or by a cast; the next call uses the
-      new ones. So it does after a change by `.data`.
+      new ones, edits of `.data` too.
     - A rank below 1 raises ValueError, from `apply_lora_to_model` at the latest.
 5.2 (correctness) Adapt any linear layer: an `nn.Linear`, subclasses too, with or without bias.
     - Exactly the layers that match a target are adapted, at any depth, as the config says.
@@ -52,12 +52,12 @@ Requirements
       which; the next call drops others.
 5.8 (correctness) Save and load the adapter alone: `load_state_dict(saved, strict=False)` into a
     freshly adapted model meets no unexpected key, and restores A, B and the output.
-    You save copies of every A and B, bit for bit, merged or not, trainable or not; nothing else.
+    You save copies of every A and B, bit for bit, merged or not, frozen or not; nothing else.
 5.9 (correctness) Write your own test: `test_lora` passes on right code, whoever wrote it, and fails
     on each of the slips listed below.
-5.10 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring for each public class
-    and function, empty ones do not count) and mypy (typed definitions, not --strict) find nothing.
-    It earns once half of the other requirements do.
+5.10 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
+    each public class and function) and mypy (typed definitions, not --strict) find nothing.
+    It counts once at least half of the other requirements are earned.
 
 In plain text
     output        = x Wᵀ + bias + drop(x) Aᵀ Bᵀ · alpha/rank
@@ -90,27 +90,27 @@ By hand
 
 Conventions
 - A target matches a linear layer if it equals the last part of its dotted path, or the whole path.
-- Modules of other kinds never match, nor do containers; a registered None is passed over.
-- An idle target beside others is fine, and an empty list matches nothing.
+- Modules of other kinds never match. An idle target or a registered None is passed over.
 - `apply_lora_to_model` puts a LoRALinear in the place of each matched layer, in the model itself,
   each with an A and a B of its own, and leaves the config as it is.
 - A layer under several matching names, or in a block used twice, gets one adapter in all places.
 - A parameter or layer of the base that is called lora_A or adapter stays frozen and is not saved.
-- `original_layer` is the layer that was given, not a copy.
-- `lora_A` and `lora_B` are the trained numbers themselves; writing to them changes the layer.
+- `original_layer` is the layer that was given; `lora_A` and `lora_B` are the trained numbers
+  themselves, and writing to them changes the layer.
 - They stay the same parameters for good: an optimizer built before a merge works after it.
 - While merged, `original_layer.weight` is the merged weight in the layer's dtype, not trainable.
-- The bias, A and B stay as they are, A and B stay trainable, and x gets its gradient.
+- Meanwhile bias, A and B stay as they are, A and B keep requires_grad, and x alone gets a gradient.
 - `merge_weights` and `unmerge_weights` alone merge and unmerge, train() and eval() do not; they
   leave the training flag as it is. Two layers that share one W merge apart.
 - Some parents read a layer's weight and bias and never call it: `nn.MultiheadAttention` those of
   out_proj, `nn.TransformerEncoderLayer` in eval those of linear1 and linear2, or a model's own.
   An adapter that such a parent ignores would train nothing, and nobody would know. Either
-  - it works, in training and in eval, merged or not, with gradients for A and B; or
+  - it works in training and eval, merged or not, unmerged with gradients for A and B (a `weight`
+    property that gives the merged weight does); or
   - TypeError comes, from `apply_lora_to_model`, or from every forward that would leave it out:
     an encoder layer may work in training and raise in eval.
 - Between calls a module keeps nothing but its parameters and what this text names; no input, no
-  mask, no result. Named is W while merged. A call that failed leaves nothing behind.
+  mask, no result. Named is W, while merged. A call that failed leaves nothing behind.
 - How near, times 1 + |right value|, for x around 1: float64 1e-9, under autocast too; float32 5e-6;
   float16 8e-3; bfloat16, and all but float64 under autocast, 5e-2.
 - `trainable_parameters` counts numbers; the bytes of a tensor are its elements times their size.
@@ -127,13 +127,13 @@ Not defined
   output's dtype under autocast; an x of another dtype than the layer's
 - whether A's rows differ where in = 1; dropout where a parent reads the weight; a LoRALinear that
   you make yourself with rank 0; whether it freezes its layer before `apply_lora_to_model` does
-- a .grad from before; a dropout below 0 or above 1; steps below 1
+- a .grad from before; a dropout outside 0 … 1; steps below 1
 - names of parameters, keys of a state_dict, further attributes and helpers
 
 Your own test (5.9) runs on other code, right and wrong, in place of your classes and functions.
 It may use these, their documented attributes, the given models, torch and helpers of the test; not
 names of parameters or keys. A LoRALinear may itself be an nn.Linear. It sets its own seed and takes
-at most 1 s. How to see
+at most 1 s, first imports not counted. How to see
 - the adapter: B is zero at the start; fill lora_B in place under torch.no_grad()
 - rounding: clone the weight before you merge, and compare by torch.equal after you unmerge
 - what is trained or saved: count its numbers

@@ -7,10 +7,10 @@ You write it on top of autograd, wrap chosen layers with it, and measure what it
 
 Steps
 1. One layer, computed twice (40 min): 6.2, 6.10
-2. The layers of any model (30 min): 6.1
-3. Any call, exact gradients (45 min): 6.3, 6.4, 6.7
-4. Memory and training (30 min): 6.5, 6.6
-5. Your own test, and style (30 min): 6.8, 6.9
+2. The layers of any model (35 min): 6.1
+3. Any call, exact gradients (75 min): 6.3, 6.4, 6.7
+4. Memory and training (35 min): 6.5, 6.6
+5. Your own test, and style (40 min): 6.8, 6.9
 
 Requirements
 6.1 (correctness) Selective checkpointing of layers: `apply_checkpointing` wraps the layers number
@@ -53,9 +53,9 @@ Requirements
       autocast lowers only what it lowers in the plain model.
 6.8 (correctness) Write your own test: `test_gradient_checkpointing` passes on right code, whoever
     wrote it, and fails on each of the slips listed below.
-6.9 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring for each public class
-    and function, empty ones do not count) and mypy (typed definitions, not --strict) find nothing.
-    It earns once half of the other requirements do.
+6.9 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
+    each public class and function) and mypy (typed definitions, not --strict) find nothing.
+    It counts once at least half of the other requirements are earned.
 6.10 (correctness) Write it from scratch: nothing of `torch.utils.checkpoint`, the standard tool,
     is reached, neither in forward nor in backward.
 
@@ -71,7 +71,7 @@ In plain text
       match, any other module             a layer
       element that is an nn.ModuleList    its elements are layers
       any other element                   a layer, an nn.Sequential too
-    Elements may have any name, "norm" too. Subclasses count as their base. A layer holds no layers.
+    Elements may have any name, "norm" too. Subclasses count as their base. No layer holds layers.
 
 Shapes
     B batch, L positions, V vocabulary; w f's parameters; bytes of a layer: i input, a all inside
@@ -102,8 +102,8 @@ Conventions
   ones. They may also be new objects (assign=True), shared between layers, frozen, or thawed later.
 - Between calls a module keeps nothing but its parameters and what this text names; no input, no
   mask, no result. What a call keeps for its backward hangs on its output.
-- `checkpoint` recomputes whenever it is called, which is with a module, in training, with gradients
-  enabled; whether to call it is the wrapper's question.
+- `checkpoint` asks nothing: it is only called with a module, in training, with gradients enabled.
+  The wrapper decides.
 - A step is as good after calls in eval or without gradients, and after one that failed, which
   leaves nothing switched on.
 - An output carries a gradient where the plain module's does. Where none of the plain module's
@@ -112,7 +112,7 @@ Conventions
   its key is its query. Two that share memory are two: x and x.detach().
 - A layer may be called several times before backward, and is entered twice for each call. Other
   counts are right too: any in a second backward, twice or more inside two wrappers, once or twice
-  where backward needs nothing (all weights frozen). Buffers (BatchNorm) may be written twice.
+  where backward needs nothing (frozen weights, or x + b). BatchNorm's buffers may be written twice.
 - Memory is the bytes of storages made in `func`, 1 MiB = 2^20 bytes: a view costs nothing, nor
   does a tensor from before, nor what is written into it (out=).
 
@@ -122,8 +122,8 @@ Not defined
 - weights or modes that change between forward and backward; torch.autograd.grad,
   backward(inputs=…), double backward; code that writes in place to a layer's input or output
 - whether an output without gradient (y.detach(), a buffer) carries one beside others that do
-- names in named_parameters; further attributes of a wrapper; a state_dict's _metadata; the
-  wrapper's own part in the key that load_state_dict's error names (layers.0.module.weight)
+- names in named_parameters; further attributes of a wrapper (nn.TransformerEncoder reads some);
+  Python's random; a state_dict's _metadata; the wrapper's part in the key that an error names
 - tensors in other containers (namedtuple); CUDA; a peak that torch.profiler contradicts
 
 Your own test (6.8) runs on other code, right and wrong, in place of your `checkpoint`,

@@ -5,10 +5,10 @@ each in its own slice of the features, so that one layer follows several relatio
 You write this layer, the core of every transformer, from matrix products and a softmax.
 
 Steps
-1. Attention without masks (35 min): 1.1, 1.6
-2. Masks, roles and dropout (40 min): 1.2, 1.4, 1.5, 1.8
-3. Memory and half precision (40 min): 1.3, 1.7
-4. Your own test, and style (35 min): 1.9, 1.10
+1. Attention without masks (40 min): 1.1, 1.6
+2. Masks, roles and dropout (45 min): 1.2, 1.4, 1.5, 1.8
+3. Memory and half precision (50 min): 1.3, 1.7
+4. Your own test, and style (40 min): 1.9, 1.10
 
 Requirements
 1.1 (correctness) Support variable sequence lengths: each call may have another B, Lq and Lk,
@@ -17,7 +17,7 @@ Requirements
     - Masks may differ per batch row, head, query and key, and change in place between calls.
     - A key that is masked for all queries changes nothing, even where key and value hold ±1e6
       (in float32 and float64). It and its value get a gradient of exactly 0.
-    - A fully masked row (no key allowed) has zero weights, in one head too. No gradient is NaN.
+    - A fully masked row, also of one head alone, has zero weights. No gradient is NaN.
     - `forward` refuses a mask of a bad shape: a ValueError names the mask's shape and the scores'.
       The next call works as usual.
     - A d_model that num_heads does not divide is a ValueError that names both numbers.
@@ -42,22 +42,22 @@ Requirements
     `nn.MultiheadAttention` with the same parameters, in float64 to 1e-9, in training and in eval.
     - Nothing is computed below the input's dtype.
     - Weights may change between calls, in place, by loading or by a cast; the next call uses the
-      new ones. So it does after an edit of `.data`, or with a layer replaced.
+      new ones. So it does after an edit of `.data`, or with a layer replaced by another nn.Linear.
     - Earlier calls change nothing, in any mode, with gradients or without; nor do other modules.
 1.7 (robustness) Work in float16, bfloat16 and autocast: with and without a mask.
     - Inputs of unit scale, layers as nn.Linear initialises them: output and weights are within
       5e-3 (float16) or 5e-2 (bfloat16) of the formula in float64, over 4096 keys too.
-    - The same with inputs 6 times as large, or all near 9 or -9: output, weights and gradients are
-      finite, and the weights of a row sum to 1 within 2e-2.
+    - Inputs 6 times as large, or all near 9 or -9: output, weights and gradients are finite, and
+      the weights of a row sum to 1 within 2e-2.
     - Scores around ±100 in float32 and ±1000 in float64 still give the formula's result.
     - The module may be cast between calls, or moved to another device, meta too.
 1.8 (correctness) Write it from scratch: no prebuilt attention is reached, in any mode or dtype
     (F.scaled_dot_product_attention, nn.MultiheadAttention, flex_attention, and their kernels).
 1.9 (correctness) Write your own test: `test_multihead_attention` passes on right code, whoever
     wrote it, and fails on each of the slips listed below.
-1.10 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring for each public class
-    and function, empty ones do not count) and mypy (typed definitions, not --strict) find nothing.
-    It earns once half of the other requirements do.
+1.10 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
+    each public class and function) and mypy (typed definitions, not --strict) find nothing.
+    It counts once at least half of the other requirements are earned.
 
 In plain text
     q, k, v    = q_linear(query), k_linear(key), v_linear(value)
@@ -105,13 +105,14 @@ Conventions
 - "Within t" means |came - wanted| ≤ t · (1 + |wanted|). Where no number stands, t is 1e-5 in
   float64 and 2e-5 in float32; in float32 it is 2e-3 for gradients and for scores around ±100.
 - Inputs that share memory are inputs of their own: x and x.detach() get a gradient each.
-- The 5 and the 4 of 1.3 count bytes that a call makes: the returned weights too, and a boolean
-  tensor as a quarter of a float32 one. Inputs, the caller's mask, parameters, views and tensors
-  smaller than the scores are free.
+- The 5 and the 4 of 1.3 count bytes that a call makes: the returned weights too (autograd holds
+  them), and a boolean tensor as a quarter of a float32 one. Inputs, the caller's mask, parameters,
+  views and tensors smaller than the scores are free.
 - 1.3's sizes apply where H·Lq > 3·D, H·Lk > 3·D and B·H·Lq·Lk > 3·D²: scores are largest there.
 - A module may keep numbers, flags and, in all, less than 4·D bytes of constant tensors.
-- Nothing else is kept anywhere (1.3): no attribute, closure or cache of the file, no exception of
-  a refused call (it holds the inputs). Reference cycles may wait for the garbage collector.
+- Nothing else is kept anywhere (1.3): no attribute, closure or cache of the file, no exception
+  of a refused call, since its frames hold the inputs. Reference cycles may wait for the
+  garbage collector.
 - The given layers stay plain nn.Linear under their names, without hooks.
 - A submission is one file on torch and the standard library.
 
@@ -120,6 +121,7 @@ Not defined
 - masks with other values or dtypes; masked keys of ±1e6 in half precision, of inf or NaN
 - `layer.training` and `layer.dropout.training` that differ; which weights a seed drops
 - what `apply_mask` makes of a fully masked row; whether `compute_attention_scores` writes to q or k
+- weights that change inside one autocast region, where torch caches its casts of them
 - whether `forward` calls these two; how exact gradients are in half precision
 - double backward, torch.compile, copies of a module; speed
 

@@ -18,7 +18,7 @@ Requirements
 3.1 (efficiency) Keep memory O(n), not O(n²): at inference you hold one block of scores at a time.
     - No tensor has more than 8·block_size² elements per batch row and head, or (Dh + 2)·N if that
       is more. This goes for scores, masks, positions and changed copies of K and V, for N = 1 too.
-      Views are free, and so are float32 casts of all of Q, K and V.
+      Views are free, and so are float32 casts of Q, K and V, whole or in blocks.
     - At twice N and M the peak is less than 2.2 times as high. It is all that a call has alive at
       once, so many small tensors count together.
 3.2 (robustness) Maintain numerical stability: results are right and gradients finite with
@@ -34,17 +34,17 @@ Requirements
 3.5 (efficiency) Be faster on long sequences: you leave out what causal hides, and loop over blocks
     alone. What counts is forward without gradients; for seconds there is `make bench EX=3`.
     - At N = M = 16 blocks causal computes at most 0.65 of the exponentials of full attention, with
-      any mask or none. These are the numbers that exp, exp2, expm1, softmax and log_softmax
-      return, rescaling too; logsumexp is free. In code without them every number counts.
+      any mask or none. Counted are the elements that exp, exp2, expm1, softmax and log_softmax
+      return, for rescaling too; logsumexp is free. Without any of these, all results count.
     - Operations are calls of torch, each one whatever its size; views count. They grow no faster
       than the pairs of blocks, ⌈N/block_size⌉·⌈M/block_size⌉, and not with block_size.
 3.6 (efficiency) Train in O(n) memory too: Q, K and V, and so x and the weights, get the gradients
     of standard attention.
-    - So they do if only some of them need one, after other calls, in eval, and in a second
-      backward (retain_graph=True). dO, the output's gradient, is an input with any strides.
-    - Of what `flash_attention_forward` makes, output and logsumexp included, at most 1.5 times the
-      bytes of (Q, K, V, output, logsumexp) stay alive for backward: no float32 copies.
-    - In forward and backward together no tensor has N·M elements, and the peak grows as in 3.1.
+    - Gradients are right also if only some of them need one, after other calls, in eval, and in a
+      second backward (retain_graph=True). dO, the output's gradient, is an input with any strides.
+    - New tensors that stay alive for backward, output and logsumexp included, have at most 1.5
+      times the bytes of (Q, K, V, output, logsumexp): no float32 copies.
+    - For N and M above Dh and block_size no tensor has N·M elements; the peak grows as in 3.1.
 3.7 (robustness) Work in bfloat16 and float16: you cast Q, K and V, in blocks or whole, to float32,
     then scale and multiply. Scores, maximum, sum and accumulator are float32, in backward too.
     - On random Q, K and V (scores up to about 10, 20 blocks of keys, with a mask or without) the
@@ -55,9 +55,9 @@ Requirements
 3.9 (correctness) From scratch: no prebuilt attention is reached, in any mode or dtype
     (F.scaled_dot_product_attention, nn.MultiheadAttention, flex_attention, and their kernels), nor
     in the benchmark. softmax is free.
-3.10 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring for each public class
-    and function, empty ones do not count) and mypy (typed definitions, not --strict) find nothing.
-    It earns once half of the other requirements do.
+3.10 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
+    each public class and function) and mypy (typed definitions, not --strict) find nothing.
+    It counts once at least half of the other requirements are earned.
 
 In plain text
     For one query q and its blocks of keys j = 1, 2, …: scores s_j = q K_jᵀ / √Dh, hidden ones -inf
@@ -112,12 +112,13 @@ Conventions
 - Between calls a module keeps nothing but its parameters and what this text names; no input, no
   mask, no result. Beside the module nothing that grows with N or M stays alive either (3.1).
 - Weights may change between calls, in place, by loading or by a cast; the next call uses the new
-  ones. So it does for `.data`, for a new nn.Linear as k_proj, and for a mask changed in place.
+  ones, edits of `.data`, a new nn.Linear as k_proj and a mask changed in place too.
 - A first call in another dtype, under no_grad or in inference_mode does no harm to later ones.
 - Tensors that you make are on the inputs' device. Positions are whole numbers: bfloat16 counts to
   256 only, float16 to 2048.
 - A submission is one file on torch and the standard library.
-- How near: a result may be off by this times (1 + |right value|). Large are the scores of 3.2.
+- How near: a result may be off by this times (1 + |right value|). In
+  brackets: what 3.7 asks for. Large scores are those of 3.2.
                                      float32   float64           half precision
     output, logsumexp                1e-5      1e-5 (3.7: 1e-9)  5e-2, logsumexp 1e-4
     gradients                        1e-5      1e-5 (3.7: 1e-9)  5e-2
