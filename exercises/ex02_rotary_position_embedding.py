@@ -132,13 +132,12 @@ Not defined
   pickling or compiling a module, or moving it back from meta.
 
 Your own test (2.9) runs with other code, right and wrong, in place of all classes and functions.
-It sets its own seed and takes at most 1 s.
-You may call, read and fill q_proj, k_proj, v_proj and o_proj (nn.Linear), and call rotary_emb.
-Rely on no helper of yours, on no hook, buffer or dtype of a table, and not on how often rotary_emb
-is called; do not replace it. Allow 1e-4 for a rotation and 1e-3 for attention. The sinusoidal
-embedding may be float64.
-Attention hides q and k: compute the formula from its projections. It has to fail on each of these
-slips:
+It sets its own seed and takes at most 1 s. You may call, read and fill q_proj, k_proj, v_proj and
+o_proj (nn.Linear), and call rotary_emb. Rely on no helper of yours, no hook, buffer or dtype of a
+table, nor on how often rotary_emb is called; do not replace it. Allow 1e-4 for a rotation and 1e-3
+for attention. The sinusoidal embedding may be float64.
+Attention hides q and k: compute the formula from its projections.
+It has to fail on each of these slips:
 - identity: forward returns x as it came
 - sin_and_cos_swapped: the sine is used for the cosine and the cosine for the sine
 - other_direction: pairs turn clockwise
