@@ -44,7 +44,7 @@ def test_a_new_exercise_says_what_to_fill(workspace: Workspace) -> None:
     )
     assert said.returncode == 2, said.stdout
     for line in (
-        rf"checks/{name}/starter\.py:\d+: to fill: FILL: the problem, in two or three sentences\.",
+        rf"checks/{name}/starter\.py:\d+: to fill: FILL: the problem, in two or three sentences, .*",
         rf"checks/{name}/starter\.py:\d+: to fill: # TODO\(12\.1, 12\.3\): FILL what to do, in the imperative\.",
         rf"answers/{name}\.py:\d+: to fill: return x  # FILL: the answer; everything outside bodies .*",
         rf"checks/{name}/test_solve\.py:\d+: to fill: .*FILL: computed by hand",

@@ -7,10 +7,12 @@ Steps
 2. Your own test (15 min): 99.2, 99.3
 
 Requirements
-99.1 (correctness) FILL a title of 40 characters: FILL the criterion in one to three sentences, with its numbers.
-99.2 (correctness) Write your own test: `test_solve` passes on right code and fails on each of the slips listed below.
-99.3 (readability) Reads well: ruff (E, F, W, B, lines up to 120; a docstring for each class and function that you
-    add) and mypy (typed definitions) find nothing. It earns once half of the other requirements do.
+99.1 (correctness) FILL a title of 40 characters: FILL the criterion, with its numbers.
+99.2 (correctness) Write your own test: `test_solve` passes on right code, whoever wrote it, and
+    fails on each of the slips listed below.
+99.3 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
+    each public class and function) and mypy (typed definitions, not --strict) find nothing.
+    It counts once at least half of the other requirements are earned.
 
 In plain text
     FILL: the formula
@@ -23,12 +25,14 @@ By hand
 
 Conventions
 - FILL: where people differ, what holds here
+- A submission is one file on torch and the standard library.
 
 Not defined
 - FILL: what no check looks at
 
-Your own test (99.2) is run with other implementations put in place of `solve`. It uses contract names only, sets its
-own seed, takes at most 1 s, and has to fail on each of these slips:
+Your own test (99.2) runs on other code, right and wrong, in place of `solve`. It may use `solve`,
+torch and helpers of the test. It sets its own seed and takes at most 1 s.
+It has to fail on each of these slips:
 - zeros: FILL what this wrong code does; the mistakes hold it under the same name
 
 Discuss

@@ -8,8 +8,8 @@ Steps
 
 Requirements
 42.1 (correctness) Double: `double` returns twice its input, in the input's dtype.
-42.2 (correctness) Write your own test: `test_double` passes on right code and fails on each of the slips listed below.
-42.3 (readability) Reads well: ruff and mypy find nothing. Counts once half of the other requirements are earned.
+42.2 (correctness) Write your own test: `test_double` passes on right code, and fails on each slip.
+42.3 (readability) Reads well: ruff and mypy find nothing.
 
 In plain text
     double(x) = x + x
