@@ -2,12 +2,14 @@
 
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness.model.results import Hang
 from harness.testing import Close, DispatchMode, Subject, is_tensor, refuses, seed
 
 B, H, L, DH = 2, 3, 5, 10
@@ -59,6 +61,32 @@ def named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@contextmanager
+def also(hint: Callable[[], str]) -> Iterator[None]:
+    """Adds to a comparison that fails what `hint` finds out then, if anything."""
+    try:
+        yield
+    except Hang:
+        raise
+    except AssertionError as error:
+        try:
+            more = hint()
+        except Hang:
+            raise
+        except Exception:  # What failed may fail again in another way: then there is no more to say.
+            more = ""
+        if not more:
+            raise
+        raise AssertionError(f"{error}\n{more}") from error
+
+
+def alike(came: Tensor, other: Tensor, tolerance: float = ROUGH) -> bool:
+    """One result is as near to another as a right one has to be."""
+    if came.shape != other.shape:
+        return False
+    return bool(torch.isclose(came.double(), other.double(), tolerance, tolerance).all())
+
+
 def agree(
     close: Close,
     rope: Any,
@@ -69,16 +97,48 @@ def agree(
     tolerance: float = ROUGH,
     base: float = 10000.0,
     inside: "Turns | None" = None,
+    expected_positions: int | None = None,
 ) -> None:
-    """forward, called `inside` a probe, turns every pair of x by its angle, in whatever dtype the result comes."""
+    """forward, called `inside` a probe, turns every pair of x by its angle, in whatever dtype the result comes.
+
+    With `expected_positions`, the module's max_position_embeddings, a failure says whether that is what matters.
+    """
     last = x.size(-2) if seq_len is None else seq_len
     expected = turned(x.detach(), torch.arange(last - x.size(-2), last), base)
 
     with inside or nullcontext():
         actual = rope(x) if seq_len is None else rope(x, seq_len)
 
-    what = f"forward({x.size(-2)} rows of {named(x.dtype)}{'' if seq_len is None else f', seq_len={seq_len}'})"
-    close(is_tensor(actual, what, hint).detach().double(), expected, what, tolerance=tolerance, hint=hint)
+    count = "1 row" if x.size(-2) == 1 else f"{x.size(-2)} rows"
+    what = f"forward({count} of {named(x.dtype)}{'' if seq_len is None else f', seq_len={seq_len}'})"
+    came = is_tensor(actual, what, hint).detach().double()
+    with also(lambda: _wrong_turn(rope, x.detach(), came, expected, tolerance, base, last, expected_positions)):
+        close(came, expected, what, tolerance=tolerance, hint=hint)
+
+
+def _wrong_turn(
+    rope: Any, x: Tensor, came: Tensor, expected: Tensor,
+    tolerance: float, base: float, last: int, expected_positions: int | None,
+) -> str:  # fmt: skip
+    """What a wrong result of forward is like: other positions, a fresh module, one that expects more; or nothing."""
+    length, dim = x.shape[-2:]
+    found = []
+    known = torch.arange(min(last + 65, 8192))
+    gap = (turned(x[:, :, :1].expand(-1, -1, len(known), -1), known, base) - came[:, :, :1]).abs().amax((0, 1, 3))
+    start = int(gap.argmin())
+    if start != last - length and alike(came, turned(x, torch.arange(start, start + length), base), tolerance):
+        rows = "the row" if length == 1 else "the rows"
+        found.append(f"{rows} came as at position{f' {start}' if length == 1 else f's {start} … {start + length - 1}'}")
+    if expected_positions is not None:
+        more = max(4096, 2 * last)
+        if alike(type(rope)(dim, expected_positions, base)(x, last), expected, tolerance):
+            found.append("a fresh module gives the right rows here: what is left of the calls before?")
+        elif alike(type(rope)(dim, more, base)(x, last), expected, tolerance):
+            found.append(
+                f"with max_position_embeddings={more} the same call is right: an angle depends on its position alone, "
+                "not on max_position_embeddings or the table's length"
+            )
+    return "\n".join(found)
 
 
 def shapes(module: Any) -> dict[str, Any]:
@@ -137,7 +197,7 @@ def none_seen(turns: Turns, what: str) -> None:
         if count
     ]
     hint = "keep cosines and sines for all positions so far: a shorter call takes a slice, another dtype the same table"
-    assert not seen, f"{what}: computes {' and '.join(seen)} again\n{hint}"
+    assert not seen, f"{what}: computes {' and '.join(seen)} again, none was wanted\n{hint}"
 
 
 def build(subject: Subject, max_position_embeddings: int = 64, d_model: int = D, heads: int = H) -> Any:
@@ -174,12 +234,13 @@ def let_go(kept: dict[str, Any], what: str) -> None:
     assert not alive, f"{what}: {' and '.join(alive)} stays alive after the call; what a module keeps is its tables"
 
 
-def refuses_mask(attention: Any, x: Tensor, shape: tuple[int, ...], heads: int = H) -> None:
+def refuses_mask(attention: Any, x: Tensor, shape: tuple[int, ...], heads: int = H, hint: str = "") -> None:
     """The layer refuses a mask of this shape, with the mask's shape and that of the scores."""
     scores = (x.size(0), heads, x.size(1), x.size(1))
-    what = f"attention with a mask of shape {shape} for scores of shape {scores}"
+    what = f"forward(x, a mask of shape {shape}), with scores of shape {scores}"
     printed = (", ".join(map(str, sizes)) for sizes in (shape, scores))
-    refuses(ValueError, lambda: attention(x, torch.ones(shape)), what, *printed)
+    with also(lambda: hint):
+        refuses(ValueError, lambda: attention(x, torch.ones(shape)), what, *printed)
 
 
 def weights_of(attention: Any) -> dict[str, Tensor]:
@@ -228,4 +289,23 @@ def attends(
 
     output = attention(x) if mask is None else attention(x, mask)
 
-    close(output, expected, "attention(x)" if mask is None else "attention(x, mask)", tolerance=tolerance, hint=hint)
+    what = "attention(x)" if mask is None else "attention(x, mask)"
+    with also(lambda: wrong_attention(attention, x, mask, output, heads)):
+        close(output, expected, what, tolerance=tolerance, hint=hint)
+
+
+def wrong_attention(attention: Any, x: Tensor, mask: Tensor | None, output: Tensor, heads: int = H) -> str:
+    """What a wrong output is like: wrong turns, a mask that is not applied or the other way round; or nothing."""
+    x, output = x.detach(), output.detach()
+    q = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    if not alike(attention.rotary_emb(q), turned(q, torch.arange(x.size(1)))):
+        return f"its rotary_emb does not turn {x.size(1)} rows right: look there first"
+    if mask is None:
+        return ""
+    plain = attention(x)
+    if not alike(plain, formula(attention, x, heads=heads)):
+        return "attention(x) is wrong without a mask too"
+    if alike(output, plain):
+        return "the output is the same without the mask: is it applied?"
+    inverted = alike(output, formula(attention, x, mask == 0, heads=heads))
+    return "the output is the same as with the mask inverted: true means may attend" if inverted else ""

@@ -29,7 +29,8 @@ def test_a_small_seq_len_is_refused(subject: Subject, rng: torch.Generator) -> N
     rope, x = subject.RotaryPositionEmbedding(DH), rows(rng, 17)
 
     for seq_len in (13, 16, 0, -3, 13, 16, 0, -3):  # What was refused once is refused again.
-        refuses(ValueError, partial(rope, x, seq_len=seq_len), f"forward(17 rows, seq_len={seq_len})", seq_len, 17)
+        what = f"RotaryPositionEmbedding.forward(17 rows, seq_len={seq_len})"
+        refuses(ValueError, partial(rope, x, seq_len=seq_len), what, seq_len, 17)
 
 
 @requirement("2.8")
@@ -38,7 +39,8 @@ def test_a_small_seq_len_is_refused_later_too(subject: Subject, rng: torch.Gener
     rope = subject.RotaryPositionEmbedding(DH)
     rope(rows(rng, 23))
 
-    refuses(ValueError, lambda: rope(rows(rng, 17), 13), "forward(17 rows, seq_len=13)", 13, 17)
+    what = "RotaryPositionEmbedding.forward(17 rows, seq_len=13) after a call with 23 rows"
+    refuses(ValueError, lambda: rope(rows(rng, 17), 13), what, 13, 17)
 
 
 @requirement("2.8")
@@ -94,8 +96,9 @@ def test_a_mask_that_was_good_is_refused_where_it_does_not_fit(subject: Subject,
     attention, x = build(subject), some_x(rng)
     attention(x, torch.ones(B, 1, 1, L))
 
-    refuses_mask(attention, x[:1], (B, 1, 1, L))
-    refuses_mask(attention, x[:, :-1], (B, 1, 1, L))
+    hint = "this shape fitted an earlier call, not this one"
+    refuses_mask(attention, x[:1], (B, 1, 1, L), hint=hint)
+    refuses_mask(attention, x[:, :-1], (B, 1, 1, L), hint=hint)
 
 
 @requirement("2.8")

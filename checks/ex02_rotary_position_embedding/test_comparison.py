@@ -113,10 +113,11 @@ def test_comparison_is_measured(subject: Subject, arguments: dict[str, int]) -> 
         f"{what}: {result!r} came, a dict with the keys 'rope' and 'sinusoidal' was wanted"
     )
     for name, value in result.items():
-        assert type(value) in (int, float), f"{what}: {name} is a {type(value).__name__}, a Python float was wanted"
+        assert type(value) in (int, float), f"{what}: {name}: a {type(value).__name__} came, a Python float was wanted"
     assert abs(result["sinusoidal"] - expected) <= 1e-3, (
         f"{what}: sinusoidal {result['sinusoidal']:.4f} came, {expected:.4f} was wanted\n"
         "the largest absolute change of (query + table[i]) · (key + table[j]) over all pairs, if i and j move by shift"
+        + (f"\nseq_len=1: only the pair (0, 0) counts, against ({shift}, {shift})" if seq_len == 1 else "")
     )
     assert result["rope"] <= 1e-3, (
         f"{what}: rope {result['rope']:.4g} came, at most 1e-3 was wanted\n"
@@ -128,7 +129,8 @@ def test_comparison_is_measured(subject: Subject, arguments: dict[str, int]) -> 
         f"{what}: rope {result['rope']} came, more than 0 was wanted: float arithmetic rounds; was anything turned?"
     )
     assert result["rope"] != round(result["rope"], 12), (
-        f"{what}: rope is {result['rope']!r}, a round number; what is measured is not rounded"
+        f"{what}: rope {result['rope']!r} came, an unrounded number was wanted\n"
+        f"rope is exactly {result['rope']!r}: is it measured, and returned unrounded?"
     )
 
 

@@ -38,8 +38,9 @@ def test_decoding_gives_the_full_pass(
 
     for size in sizes:
         start, end = end, end + size
-        hint = f"positions {start} … {end - 1}, max_position_embeddings={expected_positions}"
-        agree(close, rope, x[:, :, start:end], end, hint=hint)
+        wanted = f"position {start} was" if size == 1 else f"positions {start} … {end - 1} were"
+        hint = f"{size} of {end} rows so far, max_position_embeddings={expected_positions}: {wanted} wanted"
+        agree(close, rope, x[:, :, start:end], end, hint=hint, expected_positions=expected_positions)
 
 
 @requirement("2.6")
@@ -48,8 +49,8 @@ def test_the_first_call_may_be_late(subject: Subject, close: Close, rng: torch.G
     for seq_len in (8, 9, 16, 17, 63, 5001):
         rope = subject.RotaryPositionEmbedding(DH, 8)
 
-        hint = f"the first call of a module with max_position_embeddings=8 is for position {seq_len - 1}"
-        agree(close, rope, rows(rng, 1, torch.float32), seq_len, hint=hint)
+        hint = f"one float32 row, first call, max_position_embeddings=8: position {seq_len - 1} was wanted"
+        agree(close, rope, rows(rng, 1, torch.float32), seq_len, hint=hint, expected_positions=8)
 
 
 @requirement("2.6")
@@ -57,7 +58,8 @@ def test_positions_have_no_end(subject: Subject, close: Close, rng: torch.Genera
     """A position beyond what 16 bits can count."""
     rope = subject.RotaryPositionEmbedding(2, 8)
 
-    agree(close, rope, rows(rng, 1, dim=2), 70_001, hint="max_position_embeddings=8; there is no last position")
+    hint = "max_position_embeddings=8; there is no last position: 70000 was wanted"
+    agree(close, rope, rows(rng, 1, dim=2), 70_001, hint=hint, expected_positions=8)
 
 
 @requirement("2.6")

@@ -30,9 +30,9 @@ def test_lengths_in_any_order(subject: Subject, close: Close, rng: torch.Generat
     lengths = (3, 9, 5, 23, 1, 40)
 
     for index, length in enumerate(lengths):
-        before = f"the module has served {list(lengths[:index])} rows before"
-        hint = f"max_position_embeddings={expected_positions} is no limit; {before}"
-        agree(close, rope, rows(rng, length), hint=hint)
+        before = f"the module has served {list(lengths[:index])} rows before" if index else "the module's first call"
+        hint = f"{length} rows, max_position_embeddings={expected_positions}, which is no limit; {before}"
+        agree(close, rope, rows(rng, length), hint=hint, expected_positions=expected_positions)
 
 
 @requirement("2.3")
@@ -58,7 +58,8 @@ def test_a_second_call_computes_no_cosine_again(
 
     with mode():
         rope(rows(rng, 23))
-        agree_without_turns(close, rope, rows(rng, 23), after=f"after the same call, in {mode.__name__}")
+        after = f"with max_position_embeddings={expected_positions}, called twice in {mode.__name__}"
+        agree_without_turns(close, rope, rows(rng, 23), after=after)
 
 
 @requirement("2.3")
@@ -177,7 +178,7 @@ def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Genera
     assert moved.shape == x.shape, f"forward(x) on meta: shape {tuple(moved.shape)} came, {tuple(x.shape)} was wanted"
     hint = "a module on the meta device was called before: is a cache shared between devices?"
     agree(close, subject.RotaryPositionEmbedding(DH, 4), x, hint=hint)
-    if any(True for _ in rope.buffers()):  # What is in buffers does not come back from meta.
+    if any(True for _ in (*rope.buffers(), *rope.parameters())):  # What is in them does not come back from meta.
         return
     longer = rows(rng, 300)[:1, :1]
     with autocast_on_meta():

@@ -9,7 +9,7 @@ import torch
 
 from harness.testing import Close, Subject, Where, is_tensor, requirement
 
-from .reference import DH, NEAR, ROUGH, B, H, L, agree, angles_of, rows, turned
+from .reference import DH, NEAR, ROUGH, B, H, L, agree, alike, also, angles_of, rows, turned
 
 # 2.1 the rotation
 
@@ -234,6 +234,9 @@ def test_base_is_the_third_argument(subject: Subject, close: Close) -> None:
 @requirement("2.2")
 def test_near_bases_are_told_apart(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A module turns by its own base, after one of nearly the same base was called."""
-    for base in (2.4, 2.2):
-        hint = "modules of bases 2.4 and 2.2 are called after each other: what do they share?"
-        agree(close, subject.RotaryPositionEmbedding(DH, 16, base), rows(rng, L), hint=hint, base=base)
+    agree(close, subject.RotaryPositionEmbedding(DH, 16, 2.4), rows(rng, L), hint="its base is 2.4", base=2.4)
+    rope, x = subject.RotaryPositionEmbedding(DH, 16, 2.2), rows(rng, L)
+
+    shared = "it turns by base 2.4, that of the module called before: what do they share?"
+    with also(lambda: shared if alike(rope(x), turned(x, torch.arange(L), 2.4)) else ""):
+        agree(close, rope, x, hint="its base is 2.2", base=2.2)

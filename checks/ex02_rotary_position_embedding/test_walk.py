@@ -31,7 +31,11 @@ close = Close(ROUGH)
 _all = torch.Tensor.all  # Bound before any submission is loaded.
 GRADIENT = 5e-2  # of half precision: its products are rounded to it
 
-MODES = {"": torch.enable_grad, "under no_grad": torch.no_grad, "in inference_mode": torch.inference_mode}
+MODES = {
+    "": torch.enable_grad,
+    "under no_grad": torch.no_grad,
+    "in inference_mode, after a call for two more positions": torch.inference_mode,
+}
 LAYOUTS = {
     "": "",
     "x is [B, L, H, Dh].transpose(1, 2)": "transposed",
@@ -122,7 +126,16 @@ class Turning(Walk):
             {"": torch.float64, "x is float32": torch.float32, "x is bfloat16": HALF[1], "x is float16": HALF[0]},
             rate=0.6,
         ),
-        Aspect("refused", "2.8", {"": None, "after a seq_len of L - 1": 1, "after one of -L": 0}, rate=0.2),
+        Aspect(
+            "refused",
+            "2.8",
+            {
+                "": None,
+                "after a call with seq_len=L - 1, which was refused": 1,
+                "after a call with seq_len=-1, which was refused": 0,
+            },
+            rate=0.2,
+        ),
         Aspect(
             "first",
             "2.6",
@@ -188,7 +201,8 @@ class Turning(Walk):
         assert result.dtype == dtype or step["method"] == "rotate_half", (
             f"{what}: {named(result.dtype)} came, {named(dtype)} was wanted\ncast the result, not the table"
         )
-        same(result, x, angles, what, exactness(step, 1.01 * ROUNDING.get(dtype, 0.0)))
+        known = ", max_position_embeddings=6" if step["method"] == "forward" else ""
+        same(result, x, angles, what + known, exactness(step, 1.01 * ROUNDING.get(dtype, 0.0)))
         if counted:
             none_seen(counted, f"{what} after a call up to position {seen - 1}")
         if step["counted"] and rope is state.rope:
@@ -230,7 +244,7 @@ class Turning(Walk):
             state.subject.RotaryPositionEmbedding(12, 6, step["beside"])(x[..., :1].expand(*x.shape[:3], 12))
         if (rows := step["refused"]) is not None:
             seq_len = rows * length - 1
-            what = f"forward({length} rows, seq_len={seq_len})"
+            what = f"RotaryPositionEmbedding.forward({length} rows, seq_len={seq_len})"
             with step["mode"]():
                 refuses(ValueError, lambda: rope(x[:, :, 2:], seq_len), what, seq_len, length)
         return seen

@@ -28,7 +28,11 @@ close = Close(ROUGH)
 _all = torch.Tensor.all  # Bound before any submission is loaded.
 
 IN_HALF = 0.1
-MODES = {"": torch.enable_grad, "under no_grad": torch.no_grad, "in inference_mode": torch.inference_mode}
+MODES = {
+    "": torch.enable_grad,
+    "under no_grad": torch.no_grad,
+    "in inference_mode, after the same call outside": torch.inference_mode,
+}
 
 
 @dataclass
@@ -195,10 +199,10 @@ class Attending(Walk):
             "2.8",
             {
                 "": "",
-                "after a [B, L] mask": "BL",
-                "after a [B, 1, 1, L + 1] mask": "B11+",
-                "after a [B + 1, 1, 1, L] mask": "+11L",
-                "after an [L, L] mask": "LL",
+                "after a [B, L] mask, which was refused": "BL",
+                "after a [B, 1, 1, L + 1] mask, which was refused": "B11+",
+                "after a [B + 1, 1, 1, L] mask, which was refused": "+11L",
+                "after an [L, L] mask, which was refused": "LL",
             },
             rate=0.2,
         ),

@@ -33,33 +33,33 @@ MISTAKES = [
     Mistake(
         "key_not_rotated",
         "2.4",
-        "both turn",
+        "turn once each",
         (K, K.replace("self.rotary_emb(self._split_heads(self.k_proj(x)))", "self._split_heads(self.k_proj(x))")),
         only=True,
     ),
     Mistake(
         "query_not_rotated",
         "2.4",
-        "both turn",
+        "turn once each",
         (Q, Q.replace("self.rotary_emb(self._split_heads(self.q_proj(x)))", "self._split_heads(self.q_proj(x))")),
     ),
     Mistake(
         "nothing_rotated",
         "2.4",
-        "softmax(rope(q)",
+        "positions do not count",
         (Q, Q.replace("self.rotary_emb(", "(")),
         (K, K.replace("self.rotary_emb(", "(")),
     ),
     Mistake(
         "value_rotated",
         "2.4",
-        "values not turned",
+        "no turn",
         (V, V.replace("self._split_heads(self.v_proj(x))", "self.rotary_emb(self._split_heads(self.v_proj(x)))")),
     ),
     Mistake(
         "rotated_before_the_heads_are_split",
         "2.4",
-        "attention(x)",
+        "positions do not count",
         (
             Q,
             "        q = self._split_heads("
@@ -71,15 +71,15 @@ MISTAKES = [
             "self.rotary_emb(self.k_proj(x).unflatten(-1, (self.num_heads, -1))).flatten(2))\n",
         ),
     ),
-    Mistake("rotated_twice", "2.4", "both turn", (K, K + "        k = self.rotary_emb(k)\n")),
+    Mistake("rotated_twice", "2.4", "turn once each", (K, K + "        k = self.rotary_emb(k)\n")),
     Mistake(
         "no_transpose",
         "2.4",
-        "split and joined",
+        "follow the values",
         (SPLIT, "        return x.reshape(x.size(0), self.num_heads, x.size(1), -1)\n"),
     ),
     Mistake(
-        "no_transpose_back", "2.4", "split and joined", (OUT, "        return self.o_proj(context.reshape(x.shape))\n")
+        "no_transpose_back", "2.4", "follow the values", (OUT, "        return self.o_proj(context.reshape(x.shape))\n")
     ),
     Mistake("no_scale", "2.4", "√Dh", (ATTEND, ATTEND.replace("attn_mask=mask", "attn_mask=mask, scale=1.0"))),
     Mistake(
@@ -106,9 +106,9 @@ MISTAKES = [
         "attention(x)",
         (OUT, "        return context.transpose(1, 2).flatten(start_dim=2) @ self.o_proj.weight.mT\n"),
     ),
-    Mistake("values_from_the_key_projection", "2.4", "attention(x)", (V, V.replace("v_proj", "k_proj"))),
-    Mistake("inverted_mask", "2.4", "attention(x, mask)", (TO_BOOL, "            mask = ~mask.bool()\n")),
-    Mistake("mask_ignored", "2.4", "attention(x, mask)", (TO_BOOL, "            mask = None\n")),
+    Mistake("values_from_the_key_projection", "2.4", "value = key", (V, V.replace("v_proj", "k_proj"))),
+    Mistake("inverted_mask", "2.4", "mask inverted", (TO_BOOL, "            mask = ~mask.bool()\n")),
+    Mistake("mask_ignored", "2.4", "the same without the mask", (TO_BOOL, "            mask = None\n")),
     Mistake("mask_added", "2.4", "attention(x, mask)", (TO_BOOL, "            mask = mask.to(x.dtype)\n")),
     Mistake("only_bool_masks", "2.4", "mask", (TO_BOOL, "            pass\n")),
     Mistake(

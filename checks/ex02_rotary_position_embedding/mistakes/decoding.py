@@ -107,7 +107,7 @@ MISTAKES = [
     Mistake(
         "interpolated_beyond_the_expected",
         "2.6",
-        "max_position_embeddings",
+        "depends on its position alone",
         (INIT, WITH_LIMIT),
         (ARANGE, ARANGE + "        positions = positions * min(1.0, getattr(self, '_limit', rows) / max(rows, 1))\n"),
     ),

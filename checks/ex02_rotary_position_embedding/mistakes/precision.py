@@ -132,7 +132,7 @@ MISTAKES = [
     Mistake(
         "graph_kept_in_the_table",
         "2.7",
-        "second",
+        "carries a gradient",
         (
             INIT,
             """\

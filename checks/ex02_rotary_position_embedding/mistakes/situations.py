@@ -203,7 +203,7 @@ MISTAKES = [
     Mistake(
         "a_single_float32_row_stands_at_0",
         "2.6",
-        "max_position_embeddings=8",
+        "came as at position 0",
         (
             LENGTH,
             LENGTH
@@ -253,7 +253,7 @@ MISTAKES = [
     Mistake(
         "comparison_of_one_position_fails",
         "2.5",
-        "seq_len=1",
+        "only the pair (0, 0)",
         (CHANGE, CHANGE.replace("[:seq_len, :seq_len]", "[:max(seq_len, 2), :max(seq_len, 2)]")),
         only=True,
     ),

@@ -97,7 +97,7 @@ MISTAKES = [
     Mistake(
         "rows_remembered_by_length",
         "2.6",
-        "positions",
+        "as at position",
         (INIT, INIT + "        self._rows: dict = {}\n"),
         (
             TURN,
@@ -128,7 +128,7 @@ MISTAKES = [
     Mistake(
         "a_mask_that_was_good_is_not_refused",
         "2.8",
-        "was wanted",
+        "fitted an earlier call",
         (HEADS, HEADS + "        self._good: set = set()\n"),
         (
             CHECK,
@@ -158,7 +158,7 @@ MISTAKES = [
     Mistake(
         "a_refused_seq_len_counts",
         "2.8",
-        "after one of -L",
+        "seq_len=-1, which was refused",
         (INIT, INIT + "        self._shift = 0\n"),
         (
             SMALL,
