@@ -24,16 +24,17 @@ def todo_lines(text: str) -> dict[str, int]:
 
 
 def place_of(requirement: str, message: str, text: str, starter: str) -> int:
-    """The line of a learner's `text` to look at: the definition that the message begins with ("forward: …") if a TODO
-    of the requirement stands in it in the starter; else such a TODO that is left; else the first definition in which
-    one stood; else the one that the message begins with; else line 1.
+    """The line of a learner's `text` to look at: the definition that the message begins with ("forward: …" or
+    "Layer.forward: …") if a TODO of the requirement stands in it in the starter; else such a TODO that is left; else
+    the first definition in which one stood; else the one that the message begins with; else line 1.
     """
     try:
         definitions = {path: first for path, first, _ in reversed(_definitions(text))}
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         definitions = {}
-    named = re.match(r"\w*", message)
-    called = [path for path in definitions if named and path.rpartition(".")[2] == named[0]]
+    words = re.match(r"[\w.]*", message)
+    named = words[0] if words else ""
+    called = [path for path in definitions if named in (path, path.rpartition(".")[2])]
     asked = [path for path in _with_todo(starter, requirement) if path in definitions]
     both = [path for path in called if path in asked]
     if not both and (line := todo_lines(text).get(requirement)) is not None:
