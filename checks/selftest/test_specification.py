@@ -72,7 +72,7 @@ def test_a_failures_place_is_what_the_message_names_or_the_todo() -> None:
     assert place_of("7.1", "other: 3 came", STARTER, STARTER) == definition + 2
     assert place_of("7.1", "other: 3 came", solved, STARTER) == definition
     assert place_of("7.1", "", "x = 1\n", STARTER) == 1
-    layers = "".join(f"class {name}:\n    def forward(self):\n        # TODO(7.1)\n" for name in "AB")
+    layers = "".join(f"class {name}:\n    def forward(self):\n        pass  # TODO(7.1)\n" for name in "AB")
     assert [place_of("7.1", f"{name}.forward(): 3 came", layers, layers) for name in "AB"] == [2, 5]
     assert place_of("7.1", "", "def broken(:\n", STARTER) == 1
 
