@@ -1,14 +1,16 @@
 """The sizes, modules and inputs of ex01's checks, the formula, nn.MultiheadAttention, and asserts that compare."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from harness.testing import Close, Subject, Where, fill, is_tensor, plain, seed, untouched
+from harness.testing import Close, Subject, Where, fill, is_tensor, plain, refuses, seed, untouched
 
 B, H, LQ, LK, D = 2, 3, 5, 7, 12
+FOLLOWS = "the weights agree: look at what follows them: the values, the joining of heads, output_linear"
 # What float64 deserves, judged in 1.6 alone; and what all others compare at, so that a step in float32 costs one.
 PRECISE, VALUES = 1e-9, 1e-5
 
@@ -55,14 +57,120 @@ def agree(
     hint: str = "",
     heads: int = H,
     tolerance: float = VALUES,
+    rule: str = "",
 ) -> None:
-    """The module's output and weights equal the formula's."""
+    """The module's output and weights equal the formula's; `rule` is a hint where the weights do not."""
     output, weights = reference(attention, *given, mask=mask, heads=heads)
 
     actual = unpack(attention(*given) if mask is None else attention(*given, mask))
 
-    close(actual[1], weights.to(given[0].dtype), "forward: weights", hint=hint, tolerance=tolerance)
-    close(actual[0], output.to(given[0].dtype), "forward: output", hint=hint, tolerance=tolerance)
+    expected = output.to(given[0].dtype), weights.to(given[0].dtype)
+    same(close, actual, expected, Asked(attention, given, mask, heads), tolerance, hint=hint, rule=rule)
+
+
+class Asked(NamedTuple):
+    """What forward was given, for what a message says beside the values."""
+
+    attention: Any
+    given: Sequence[Tensor]
+    mask: Tensor | None = None
+    heads: int = H
+
+    def clues_of_weights(self, came: Tensor, wanted: Tensor, limit: float) -> Iterator[str]:
+        """What the weights that came are as, where they are as under a known slip."""
+        (query, key, value), mask = self.given, self.mask
+        if not _alike(came, wanted):
+            return
+        if mask is not None:
+            plain = self._formula(query, key, value, None)[1]
+            allowed = (mask != 0).expand(came.shape)
+            if _near(came, plain, limit):
+                yield "the weights are as without a mask"
+            elif _near(came, plain * allowed, limit):
+                sums = came.double().sum(-1)[allowed.any(-1)]
+                farthest = sums[(sums - 1).abs().argmax()].item()
+                yield f"allowed weights are as without a mask: a row sums to {farthest:.2f}, 1 was wanted"
+            elif _near(came, self._formula(query, key, value, mask == 0)[1], limit):
+                yield "the weights are as with the inverted mask: true or 1 means may attend"
+        for slip, q, k in (("key = query", query, query), ("query = key", key, key), ("key = value", query, value)):
+            fits = q.shape == query.shape and k.shape == key.shape
+            if fits and _near(came, self._formula(q, k, value, mask)[1], limit):
+                yield f"the weights are as with {slip}"
+                return
+
+    def clues_of_output(self, came: Tensor, wanted: Tensor, limit: float) -> Iterator[str]:
+        """That the weights agree, and what the output that came is as, where it is as under a known slip."""
+        yield FOLLOWS
+        query, key, value = self.given
+        if not _alike(came, wanted):
+            return
+        if not came.any():
+            yield "every output value is 0"
+        for name, other in (("key", key), ("query", query)):
+            if other.shape == value.shape and _near(came, self._formula(query, key, other, self.mask)[0], limit):
+                yield f"the output is the same as with value = {name}"
+                return
+
+    def _formula(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return reference(self.attention, query, key, value, mask=mask, heads=self.heads)
+
+
+def same(
+    close: Close,
+    came: tuple[Tensor, Tensor],
+    wanted: tuple[Tensor, Tensor],
+    asked: Asked,
+    tolerance: float | None = None,
+    what: str = "forward",
+    hint: str = "",
+    rule: str = "",
+) -> None:
+    """Weights and output equal those wanted. Only where they do not, it is computed what else they are."""
+    limit = close.tolerance if tolerance is None else tolerance
+    for place, name, found, first in (
+        (1, "weights", asked.clues_of_weights, (hint, rule)),
+        (0, "output", asked.clues_of_output, (hint,)),
+    ):
+        try:
+            close(came[place], wanted[place], f"{what}: {name}", tolerance=limit)
+        except AssertionError as error:
+            with torch.no_grad():
+                actual, expected = came[place].detach(), wanted[place].detach()
+                clues = [*first, *found(actual, expected, limit), *_small(actual, expected, limit)]
+            raise AssertionError("\n".join(line for line in (str(error), *clues) if line)) from None
+
+
+def _alike(came: Tensor, wanted: Tensor) -> bool:
+    """Whether values are all that may differ."""
+    return all(getattr(came, name) == getattr(wanted, name) for name in ("shape", "dtype", "device", "layout"))
+
+
+def _near(came: Tensor, other: Tensor, limit: float) -> bool:
+    return bool(torch.isclose(came.double(), other.detach().double(), rtol=limit, atol=limit).all())
+
+
+def _small(came: Tensor, wanted: Tensor, limit: float) -> Iterator[str]:
+    precise = wanted.dtype == torch.float64 and limit <= VALUES
+    if precise and _alike(came, wanted) and (came - wanted).abs().max() < 1e-2:
+        yield "no difference reaches 1e-2: is a step computed in a lower precision?"
+
+
+def refuses_mask(call: Callable[[], Any], what: str, *contents: str) -> None:
+    """The call raises a ValueError whose message holds `contents`."""
+    try:
+        refuses(ValueError, call, what, *contents)
+    except AssertionError as error:
+        frames = traceback.extract_tb(error.__cause__.__traceback__) if error.__cause__ is not None else []
+        if not frames or (frames[-1].line or "").startswith(("raise", "assert")):
+            raise
+        # Without the line that failed: what is missing is missing before it.
+        raise AssertionError(f"{error}\nthe mask was not refused; the call went on and failed later") from None
+
+
+def carries(x: Tensor, what: str) -> Tensor:
+    """A tensor, if it carries gradient."""
+    assert x.requires_grad, f"{what} came without gradient; output and weights must carry gradient"
+    return x
 
 
 def unpack(result: Any) -> tuple[Tensor, Tensor]:
@@ -106,8 +214,8 @@ def agrees_with_pytorch(
     actual, grads = run(lambda *x: attention(*x, *more), given, probes)
 
     close = Close(max(close.tolerance, tolerance))
-    close(actual[1], expected[1], "forward: weights")
-    close(actual[0], expected[0], "forward: output")
+    hint = "query and key are different tensors of one length here" if lq == lk else ""
+    same(close, actual, expected, Asked(attention, given, more[0] if more else None), hint=hint)
     hint = "forward agrees, its gradient does not: is something detached?"
     for name, came, wanted in zip(("query", "key", "value"), grads, expected_grads, strict=True):
         close(came, wanted, f"backward: gradient of {name}", hint=hint)
@@ -138,7 +246,8 @@ def run(
     """Calls a module, differentiates a sum over output and weights; returns both and the inputs' gradients."""
     leaves = [x.clone().requires_grad_() for x in given]
     output, weights = unpack(module(*leaves))
-    assert output.requires_grad and weights.requires_grad, "forward: output and weights must carry gradient"
+    carries(output, "forward: output")
+    carries(weights, "forward: weights")
     assert output.shape == probes[0].shape and weights.shape == probes[1].shape, (
         f"forward: shapes {tuple(output.shape)} and {tuple(weights.shape)} came, "
         f"{tuple(probes[0].shape)} and {tuple(probes[1].shape)} were wanted"
@@ -184,6 +293,20 @@ def dropped(want: Tensor, came: Tensor, rate: float) -> Tensor:
     if (count := int(sure.sum())) >= 64:
         share = 1 - int((sure & kept).sum()) / count
         assert abs(share - rate) < 6 * (rate * (1 - rate) / count) ** 0.5 + 0.02, (
-            f"forward in training: {share:.2f} of the weights are dropped, {rate} was wanted"
+            f"forward in training: {share:.2g} of the weights returned are dropped, {rate} was wanted{as_a_whole(kept)}"
         )
     return want * kept / (1 - rate)
+
+
+def as_a_whole(kept: Tensor) -> str:
+    """A line that names what of the weights [B, H, Lq, Lk] is dropped or kept as a whole, if something is."""
+    if bool((kept == kept[:1, :1, :1, :1]).all()):
+        return ""
+    for name, first in (
+        ("head", kept[..., :1, :1]),
+        ("query's row", kept[..., :1]),
+        ("key's column", kept[..., :1, :]),
+    ):
+        if first.shape != kept.shape and bool((kept == first).all()):
+            return f"\neach {name} is dropped or kept as a whole"
+    return ""

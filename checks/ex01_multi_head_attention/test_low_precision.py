@@ -1,6 +1,7 @@
 """Low precision (1.7): float16, bfloat16 and autocast, modules that are cast or moved between calls."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from harness.testing import Close, Subject, requirement
 
-from .reference import LK, LQ, B, H, agree, build, inputs, reference, some_mask, unpack
+from .reference import LK, LQ, Asked, B, H, agree, build, carries, inputs, reference, same, some_mask, unpack
 
 
 @requirement("1.7")
@@ -45,22 +46,30 @@ def test_many_keys_in_half_precision(
 def test_half_precision_stays_finite(subject: Subject, rng: torch.Generator, dtype: torch.dtype) -> None:
     """Inputs 6 times as large overflow nothing, forward and backward; scores of one sign neither."""
     attention, hidden = build(subject).to(dtype), half_mask(rng)
+    signed = hidden.clone()
 
-    for kind, mask in (("plain", None), ("masked", hidden), ("one sign", hidden.clone())):
+    for kind, mask in (
+        ("of scale 6, no mask", None),
+        ("of scale 6, with a mask that hides a whole row", hidden),
+        ("of scale 6, query and key all 9 or -9, with a mask that hides whole rows", signed),
+    ):
         query, key, value = (6 * x for x in inputs(rng))
-        if kind == "one sign" and mask is not None:
-            query[:], key[:], mask[:, 0, 3] = 9, 9, False
+        if mask is signed:
+            query[:], key[:], signed[:, 0, 3] = 9, 9, False
             key[1] = -9
         given = [x.to(dtype).requires_grad_() for x in (query, key, value)]
 
         output, weights = unpack(attention(*given) if mask is None else attention(*given, mask))
-        output.sum().backward()
+        what = f"forward in {dtype}, inputs {kind}"
+        carries(output, f"{what}: output").sum().backward()
 
-        what = f"forward in {dtype}, inputs of scale 6, {kind}"
         grads = {"query.grad": given[0].grad, "value.grad": given[2].grad}
         for name, x in {"output": output, "weights": weights, **grads}.items():
-            assert x is not None and x.isfinite().all(), f"{what}: {name} is not finite"
-            assert x.dtype == dtype, f"{what}: {name} has {x.dtype}"
+            assert x is not None, f"{what}: {name} is None, a tensor was wanted"
+            assert x.isfinite().all(), f"{what}: {name} is not finite" + (
+                "" if mask is None else finite_without(attention, given, name)
+            )
+            assert x.dtype == dtype, f"{what}: {name} of {x.dtype} came, {dtype} was wanted"
         total = weights.detach().float().sum(-1)
         live = total if mask is None else total[mask.expand(B, H, LQ, LK).any(-1)]
         farthest = live.flatten()[(live - 1).abs().argmax()]
@@ -84,10 +93,13 @@ def test_autocast(subject: Subject, close: Close, rng: torch.Generator, dtype: t
             large_ones = unpack(attention(*(6 * x for x in given), *more))
 
         what = f"forward{what} under autocast to {dtype}"
-        for name, came, wanted in zip(("output", "weights"), actual, expected, strict=True):
-            assert came.dtype in (dtype, torch.float32), f"{what}: {name} has {came.dtype}"
-            close(came.double(), wanted, f"{what}: {name}", tolerance=tolerance)
-        assert all(x.isfinite().all() for x in large_ones), f"{what}, inputs of scale 6: not finite"
+        for name, came in zip(("output", "weights"), actual, strict=True):
+            assert came.dtype in (dtype, torch.float32), (
+                f"{what}: {name} of {came.dtype} came, {dtype} or torch.float32 was wanted"
+            )
+        doubled = actual[0].double(), actual[1].double()
+        same(close, doubled, expected, Asked(attention, given, mask), tolerance, what)
+        assert all(x.isfinite().all() for x in large_ones), f"{what}, inputs of scale 6: values are not finite"
 
 
 @requirement("1.7")
@@ -119,6 +131,18 @@ def test_a_module_may_be_moved(
 
     places = f"output on {output.device}, weights on {weights.device}"
     assert output.device.type == weights.device.type == "meta", f"forward on meta: {places}"
+
+
+def finite_without(attention: Any, given: list[Tensor], name: str) -> str:
+    """A line that says so, if the same without a mask is finite."""
+    given = [x.detach().requires_grad_() for x in given]
+    with suppress(Exception):
+        output, weights = unpack(attention(*given))
+        output.sum().backward()
+        found = {"output": output, "weights": weights, "query.grad": given[0].grad, "value.grad": given[2].grad}[name]
+        if found is not None and found.isfinite().all():
+            return "\nwithout a mask it is finite"
+    return ""
 
 
 def half_mask(rng: torch.Generator) -> Tensor:

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
-from harness.testing import Close, Subject, Trace, requirement
+from harness.testing import Close, DispatchMode, Subject, Trace, requirement
 
-from .reference import B, D, H, build, inputs, reference, some_mask, unpack
+from .reference import Asked, B, D, H, build, carries, inputs, reference, same, some_mask, unpack
 
 SMALL_MASKS = [(B, 1, 1, 25), (1, 1, 22, 25), (B, 1, 22, 25), (1, H, 1, 25), (B, 1, 22, 1)]
 ALL_MASKS: list[tuple[int, ...]] = [(), (B, 1, 1, 25), (B, H, 22, 25)]
 # What may differ between calls: dropout, training, whether a graph is made, a mask.
-CALLS: list[tuple[float, bool, Callable[[], AbstractContextManager[Any]], bool]] = [
+Call = tuple[float, bool, Callable[[], AbstractContextManager[Any]], bool]
+CALLS: list[Call] = [
     (0.5, True, nullcontext, True),
     (0.0, True, nullcontext, False),
     (0.5, False, nullcontext, True),
@@ -43,8 +44,8 @@ def large_agree(close: Close, attention: Any, given: list[Tensor], result: Any, 
         close(sums, sums.round().clamp(0, 1), "forward with a mask: sums of the weights", tolerance=1e-2)
         return
     expected_output, expected_weights = reference(attention, *given)
-    close(weights, expected_weights.float(), "forward: weights", tolerance=1e-2)
-    close(output, expected_output.float(), "forward: output", tolerance=1e-2)
+    expected = expected_output.float(), expected_weights.float()
+    same(close, (output, weights), expected, Asked(attention, given), tolerance=1e-2)
 
 
 @requirement("1.3")
@@ -60,7 +61,7 @@ def test_nothing_is_larger_than_the_scores(
     for more in ([], [some_mask((B, 1, 1, lk), rng)]):
         with Trace() as seen:
             result = attention.train()(*given, *more)
-            unpack(result)[0].sum().backward()
+            carries(unpack(result)[0], "forward in training: output").sum().backward()
             attention.eval()(*given, *more)
             with torch.inference_mode():
                 attention(*given, *more)
@@ -129,10 +130,10 @@ def test_at_most_four_scores_are_kept_for_backward(subject: Subject, close: Clos
             what = f"forward in {'training' if training else 'eval'}" + (
                 f" with a mask of shape {shape}" if shape else ""
             )
-            assert output.requires_grad, f"{what}: the output carries no gradient"
+            carries(output, f"{what}: output")
             assert kept <= 16 * scores, (
-                f"{what}: {kept / (4 * scores):.2f} tensors of the scores' size are kept for backward; at most 4 are "
-                "asked for"
+                f"{what}: {kept / (4 * scores):.2f} float32 tensors of the scores' size are kept for backward"
+                f"{kept_by_dtype(attention, [*given, *more], scores, kept)}; at most 4 are wanted"
             )
             del output
 
@@ -142,28 +143,87 @@ def test_nothing_of_the_last_call_stays_alive(subject: Subject, close: Close, rn
     """Once output and weights are gone, so is everything that forward made, wherever it hung, and the inputs too; also
     after a call that was refused.
     """
-    for dropout, training, graph, masked in CALLS:
-        given = inputs(rng, torch.float32, 22, 25)
-        if masked:
-            given.append(some_mask((B, 1, 22, 25), rng))
-        attention = build(subject, dropout=dropout).float().train(training)
-        bad = torch.ones(B, 1, 1, 24)
+    for call in CALLS:
+        left, held = stays(subject, close, rng, call)
 
-        with graph():  # A first call may make a small constant.
-            attention(*(x[:, :9].contiguous() for x in given[:3]))
-        with graph(), Trace() as seen:
-            result = attention(*given)
+        when = after(subject, close, rng, call) if left >= 4 * D or held else ""
+        assert left < 4 * D, f"forward: {left} bytes stay alive {when} and its results are gone; your code keeps them"
+        assert not held, f"forward: {held[0]} stays alive {when}; your code keeps it"
+
+
+def stays(
+    subject: Subject, close: Close, rng: torch.Generator, call: Call, refused: bool = True
+) -> tuple[int, list[str]]:
+    """The bytes and the inputs that stay alive after a call and, if `refused`, one that is refused."""
+    dropout, training, graph, masked = call
+    given = inputs(rng, torch.float32, 22, 25)
+    if masked:
+        given.append(some_mask((B, 1, 22, 25), rng))
+    attention = build(subject, dropout=dropout).float().train(training)
+    bad = torch.ones(B, 1, 1, 24)
+
+    with graph():  # A first call may make a small constant.
+        attention(*(x[:, :9].contiguous() for x in given[:3]))
+    with graph(), Trace() as seen:
+        result = attention(*given)
+        if refused:
             with suppress(Exception):  # Whether it is refused is for 1.2 to say.
                 attention(*given[:3], bad)
-        if not (training and dropout):
-            large_agree(close, attention, given[:3], result, masked)
-        del result
-        left = seen.alive_after_collection()
-        held = [weakref.ref(x.untyped_storage()) for x in given]
-        del given
-        if any(storage() is not None for storage in held):
-            gc.collect()
+    if not (training and dropout):
+        large_agree(close, attention, given[:3], result, masked)
+    del result
+    left = seen.alive_after_collection()
+    held = [weakref.ref(x.untyped_storage()) for x in given]
+    del given
+    if any(storage() is not None for storage in held):
+        gc.collect()
+    names = zip(("query", "key", "value", "mask"), held, strict=False)
+    return left, [name for name, storage in names if storage() is not None]
 
-        assert left < 4 * D, f"forward: {left} bytes stay alive after its results are gone; your code keeps them"
-        for name, storage in zip(("query", "key", "value", "mask"), held, strict=False):
-            assert storage() is None, f"forward: {name} stays alive after the call; your code keeps it"
+
+def after(subject: Subject, close: Close, rng: torch.Generator, call: Call) -> str:
+    """After which call it is that something stays alive."""
+    with suppress(Exception):
+        left, held = stays(subject, close, rng, call, refused=False)
+        if left < 4 * D and not held:
+            return "after a call whose mask was refused"
+    return "after the call"
+
+
+class Made(DispatchMode):
+    """Notes the dtype of every storage that comes of an operation, as long as it lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: weakref.WeakKeyDictionary[UntypedStorage, torch.dtype] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                self.dtypes.setdefault(x.untyped_storage(), x.dtype)
+        return result
+
+
+def kept_by_dtype(attention: Any, given: list[Tensor], scores: int, kept: int) -> str:
+    """What forward leaves for backward, by dtype: ", 4 of float32 and 1 of bool"; nothing if another call keeps other
+    things.
+    """
+    counts: dict[torch.dtype, float] = {}
+    sizes = 0
+    with suppress(Exception):
+        with Made() as made:
+            output = unpack(attention(*given))[0]
+        gc.collect()
+        theirs = [x.untyped_storage() for x in given]
+        for storage, dtype in list(made.dtypes.items()):
+            elements = storage.nbytes() // dtype.itemsize
+            if elements >= scores and all(storage is not other for other in theirs):
+                counts[dtype] = counts.get(dtype, 0) + elements / scores
+                sizes += storage.nbytes()
+        del output
+    if sizes != kept:
+        return ""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    words = [f"{count:.3g} of {str(dtype).removeprefix('torch.')}" for dtype, count in ordered]
+    return ", " + " and ".join(words)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness.testing import Aspect, Close, Step, Subject, Trace, Walk, is_tensor, refuses, seed, walk_check
+from harness.testing import Aspect, Close, Step, Subject, Trace, Walk, is_tensor, seed, walk_check
 
-from .reference import PRECISE, VALUES, B, D, H, dropped, formula, joined, unpack
+from .reference import FOLLOWS, PRECISE, VALUES, B, D, H, dropped, formula, joined, refuses_mask, unpack
 
 LAYERS = ("q_linear", "k_linear", "v_linear", "output_linear")
 NAMES = [f"{layer}.{kind}" for kind in ("weight", "bias") for layer in LAYERS]
@@ -355,7 +355,7 @@ def _refuses(held: Held, call: Call, number: int) -> None:
         shape = [*held.fitted]
     what = f"forward with a mask of shape {tuple(shape)} for scores of shape {call.scores}"
     with _autocast(call.kind):
-        refuses(ValueError, lambda: held.attention(*call.given, torch.ones(shape)), what)
+        refuses_mask(lambda: held.attention(*call.given, torch.ones(shape)), what)
 
 
 def _parts(state: State, held: Held, call: Call, step: Step) -> None:
@@ -454,7 +454,8 @@ def _same(came: Sequence[Tensor], wanted: Sequence[Tensor], kind: Kind, toleranc
     want_flat = torch.cat([x.detach().reshape(-1) for x in wanted])
     if not _close(flat, want_flat, tolerance):
         for name, x, want in reversed(list(zip(("output", "weights"), came, wanted, strict=True))):
-            Close(tolerance)(x.double(), want.detach(), f"forward: {name}")
+            hint = FOLLOWS * (name == "output")
+            Close(tolerance)(x.double(), want.detach(), f"forward: {name}", hint=hint)
 
 
 def _same_gradients(
