@@ -143,7 +143,8 @@ class Round(Rules):
             self.callers[request].cancel()
         for request in requests:
             if not self.stage.waits(self.callers[request].finished):
-                raise Fault(self.silence(), f"the caller of request {request.name} was cancelled and did not end")
+                fact = f"the caller of request {request.name} was cancelled and did not end"
+                raise Fault(self.silence(), fact, self.stage.blocks(self.callers[request]))
         self.cancelled += requests
 
     def fail(self, request: Request) -> None:

@@ -156,7 +156,8 @@ class Rules:
         what = f"{caller.request}: {error.__name__} was wanted at once"
         if not self.stage.waits(caller.finished):
             blocked = "blocked" in self.stage.where(caller)
-            raise Fault("4.3" if blocked else requirement, f"{what}, nothing came", why)
+            where = "the event loop is blocked" if blocked else "it still waits"
+            raise Fault("4.3" if blocked else requirement, f"{what}, neither that nor a result came: {where}", why)
         if isinstance(caller.error, NotImplementedError):
             raise caller.error
         if not isinstance(caller.error, error):
@@ -187,7 +188,8 @@ class Rules:
             except AssertionError as error:
                 raise Fault("4.2", str(error), "row i of a batch is output[i, pads_i : width + max_length_i]") from None
         elif type(came) is not type(wanted) or str(came) != str(wanted):
-            raise Fault("4.7", f"{request}: {came!r} came as error, the same type and text as {wanted!r} were wanted")
+            fact = "no error came, a result did" if came is None else f"{came!r} came as error"
+            raise Fault("4.7", f"{request}: {fact}, the same type and text as {wanted!r} were wanted")
 
     def together(self, one: Request, other: Request) -> bool:
         """Whether two requests ran in one call."""

@@ -21,9 +21,11 @@ from harness.testing import Close, Hang, Subject
 
 from .reference import FIRST_NAME, VOCABULARY, Bare, Call, Gate, Model, Request
 
+Why = str | Callable[[], str]  # A hint, or what finds it after a failure.
 NEVER, SOON = 60.0, 0.03
 THREADS = Path("/proc/self/task")
 TELLS = THREADS.exists()
+NOT_CALLED = "generate was not called for it"
 
 
 def others_run() -> bool:
@@ -201,6 +203,7 @@ class Stage:
         self.others = set(threading.enumerate())
         self._subject, self._close, self.rng, self._patience, self._number = subject, close, rng, patience, number
         self._loops: list[Loop] = []
+        self._stuck: set[Loop] = set()
         self._batchers: list[Any] = []
         self._callers: list[Caller] = []
         self._names = 0
@@ -231,6 +234,7 @@ class Stage:
     def forget(self) -> None:
         """What was asked for before is no longer looked at."""
         self._callers.clear()
+        self._stuck.clear()
         for seen in (self.model.calls, self.model.gates, self.model.errors):
             seen.clear()
 
@@ -284,7 +288,8 @@ class Stage:
             caller.cancel()
         for caller in callers:
             if not self._patience.wait(caller.finished, self._number):
-                self._fail(f"the caller of request {caller.request.name} was cancelled and did not end")
+                fact = f"the caller of request {caller.request.name} was cancelled and did not end"
+                self._fail(fact, self.blocks(caller))
 
     def shut_down(self, on: Loop | None = None) -> None:
         why = f"it waits for what never comes, or for max_wait_time, {self.options['max_wait_time']} s"
@@ -311,17 +316,18 @@ class Stage:
         Returns:
             Whether every event loop turned.
         """
-        turns = [threading.Event() for _ in self._loops]
-        for loop, turned in zip(self._loops, turns, strict=True):
+        turns = {loop: threading.Event() for loop in self._loops}
+        for loop, turned in turns.items():
             with suppress(RuntimeError):
                 loop.turn(turned)
-        for turned in turns:
+        for turned in turns.values():
             spent_until(turned, 0.05)
         self.be_quiet()
         if seconds:
             time.sleep(seconds)
             self.settle()
-        return all(turned.is_set() for turned in turns)
+        self._stuck |= (stuck := {loop for loop, turned in turns.items() if not turned.is_set()})
+        return not stuck
 
     @staticmethod
     def be_quiet() -> None:
@@ -349,7 +355,7 @@ class Stage:
 
     # Judging
 
-    def returned(self, job: Job, what: str, hint: str = "") -> Any:
+    def returned(self, job: Job, what: str, hint: Why = "") -> Any:
         """A job's value, once it is there."""
         if not self._patience.wait(job.finished, self._number):
             self._fail(f"{what} did not return", hint)
@@ -399,7 +405,7 @@ class Stage:
                     raise error
                 except BaseException:
                     fact = f"{caller.request}: {type(error).__name__} ({error}) came, a result was wanted"
-                    raise AssertionError(f"{fact}\n{hint}" if hint else fact) from error
+                    raise AssertionError(told(fact, hint)) from error
 
     def right(self, *callers: Caller, hint: str = "") -> None:
         """Each caller got what its request gets alone."""
@@ -413,13 +419,16 @@ class Stage:
         kind: type[Exception] = self._subject.QueueFullError
         return kind
 
-    def refused(self, caller: Caller, kind: type[Exception], why: str) -> None:
+    def refused(self, caller: Caller, kind: type[Exception], why: Why) -> None:
         """A caller got this error, and its request was not run."""
         if not self._patience.wait(caller.finished, self._number):
-            self._fail(f"{caller.request}: nothing came, {kind.__name__} was wanted at once: {self.where(caller)}", why)
+            came, where = f"still waits: neither {kind.__name__} nor a result came", self.where(caller)
+            more = "" if where == NOT_CALLED else f": {where}"
+            self._fail(f"{caller.request} {came}, {kind.__name__} was wanted at once{more}", why)
         error = self.outcome(caller)
-        came = "a result" if error is None else f"{type(error).__name__} ({error})"
-        assert isinstance(error, kind), f"{caller.request}: {came} came, {kind.__name__} was wanted\n{why}"
+        if not isinstance(error, kind):
+            came = "a result" if error is None else f"{type(error).__name__} ({error})"
+            raise AssertionError(told(f"{caller.request}: {came} came, {kind.__name__} was wanted", why))
 
     def calls(self, requests: list[Request]) -> list[Call]:
         """The calls of generate that served these requests."""
@@ -443,12 +452,17 @@ class Stage:
         calls = self.calls([caller.request])
         death = f"; a thread ended with {self._deaths[0]}" if self._deaths else ""
         if not calls:
-            return f"generate was not called for it{death}"
+            return f"{NOT_CALLED}{death}"
         return f"its generate has returned or raised{death}" if calls[0].returned else f"its batch still runs{death}"
 
-    def _fail(self, fact: str, hint: str = "") -> None:
+    def blocks(self, *callers: Caller) -> str:
+        """Says so if the event loop of one of these callers did not turn when all had to settle."""
+        stuck = [caller.request.name for caller in callers if caller.loop in self._stuck]
+        return f"the event loop of {stuck[0]}'s caller is blocked" if stuck else ""
+
+    def _fail(self, fact: str, hint: Why = "") -> None:
         kind = Hang if self._patience.is_over else AssertionError
-        raise kind(f"{fact}\n{hint}" if hint else fact)
+        raise kind(told(fact, hint))
 
     # Tidying up
 
@@ -472,6 +486,11 @@ class Stage:
     def end_loops(self) -> None:
         for loop in list(self._loops):
             self.end(loop)
+
+
+def told(fact: str, why: Why) -> str:
+    hint = why if isinstance(why, str) else why()
+    return f"{fact}\n{hint}" if hint else fact
 
 
 def mix(stage: Stage) -> list[Request]:

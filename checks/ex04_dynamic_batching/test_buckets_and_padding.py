@@ -1,10 +1,14 @@
 """Buckets (4.1) and padding (4.2): who shares a call, and that each gets what it gets alone."""
 
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
 from harness.testing import requirement
 
-from .stage import NEVER, Stage, mix
+from .reference import Request
+from .stage import NEVER, Caller, Stage, mix, told
 
 # 4.1 buckets
 
@@ -37,9 +41,9 @@ def test_one_bucket_shares_a_call(stage: Stage) -> None:
 
     stage.served(*callers)
     came = stage.batches(requests)
-    assert any({"r0", "r1"} <= set(batch) for batch in came), (
-        f"prompts of 9, 16, 12 and 10 tokens, length_tolerance 8, max_batch_size 4: ran as {came}, not in one batch\n"
-        "the prompt's length alone chooses the bucket; 9 … 16 share one"
+    assert any({"r0", "r1"} <= set(batch) for batch in came), told(
+        f"prompts of 9, 16, 12 and 10 tokens, length_tolerance 8, max_batch_size 4: ran as {came}, not in one batch",
+        stage.blocks(*callers) or "the prompt's length alone chooses the bucket; 9 … 16 share one",
     )
 
 
@@ -116,7 +120,9 @@ def test_padding_goes_on_the_left(stage: Stage) -> None:
             assert came == wanted, f"{what}: its attention_mask is {came}, {wanted} was wanted"
             pad = int(call.ids[row].min())
             assert pad >= 0, f"{what}: pads with {pad}, which is no token id; 0 is one"
-    assert any(len(call.ids) > 1 for call, _, _ in rows), "prompts of 9 and 12 tokens ran alone: nothing was padded"
+    assert any(len(call.ids) > 1 for call, _, _ in rows), told(
+        "prompts of 9 and 12 tokens ran alone: nothing was padded", stage.blocks(*callers)
+    )
     assert not any(call.sampled for call, _, _ in rows), (
         "generate got do_sample=True: results then differ from call to call"
     )
@@ -168,13 +174,21 @@ def test_request_ids_may_repeat(stage: Stage) -> None:
     """Requests with one and the same id, and with one and the same prompt, get their own results."""
     stage.start(max_batch_size=3)
 
+    earlier: list[Request] = []
     for shared in (False, True):
         requests = stage.requests(10, 12, 11)
         for request in requests:
             request.id = "same"
             request.tokens = requests[0].tokens if shared else request.tokens
         callers = stage.ask(*requests)
-        stage.right(*callers, hint="request_ids repeat here, prompts too: nothing may be kept by them")
+        try:
+            stage.right(*callers)
+        except AssertionError as error:
+            hint = "request_ids repeat here: nothing may be kept by them"
+            if shared and not any(same(caller.value, request.expected) for caller in callers for request in earlier):
+                hint = "one tensor is the prompt of several requests with different max_length: keep nothing by it"
+            raise type(error)(told(str(error), hint)) from error.__cause__
+        earlier = requests
 
 
 @requirement("4.2")
@@ -200,6 +214,32 @@ def test_one_batch_leaves_nothing_to_the_next(stage: Stage) -> None:
     stage.start(max_batch_size=3)
     first, second, third = stage.requests(15, 16, 9), stage.requests(10, 16, 12), stage.requests(1, 3, 2)
 
-    for batch in (first, first, second, third):
+    for batch, hint in (
+        (first, "in the batcher's first batch"),
+        (first, "in its second batch: the same requests again, after the model's weights have changed"),
+        (second, "in a later batch of the same batcher: other prompts in a batch as wide as one before"),
+        (third, "in a later batch of the same batcher, of shorter prompts"),
+    ):
         stage.model.state += 1
-        stage.right(*stage.ask(*batch), hint="in a later batch of the same batcher, of a model that has changed")
+        callers = stage.ask(*batch)
+        try:
+            stage.right(*callers, hint=hint)
+        except AssertionError:
+            if old := outdated(callers):
+                raise AssertionError(
+                    f"{old[0]}, again after the model's weights have changed: the old model's tokens came, those of "
+                    "the changed model were wanted\na prompt that comes again is run again"
+                ) from None
+            raise
+
+
+def outdated(callers: list[Caller]) -> list[Request]:
+    """The requests that got what the model gave before it changed last, and gives no more, once all have ended."""
+    if not all(caller.finished.is_set() for caller in callers):
+        return []
+    older = [(caller, replace(caller.request, state=caller.request.state - 1).expected) for caller in callers]
+    return [one.request for one, old in older if same(one.value, old) and not old.equal(one.request.expected)]
+
+
+def same(value: object, tensor: Tensor) -> bool:
+    return type(value) is Tensor and value.dtype == tensor.dtype and value.equal(tensor)

@@ -2,7 +2,8 @@
 
 from harness.testing import requirement
 
-from .stage import NEVER, Stage
+from .reference import Request
+from .stage import NEVER, Stage, told
 
 # 4.3 callers
 
@@ -120,8 +121,10 @@ def test_callers_on_several_event_loops(stage: Stage) -> None:
 
     stage.served(*callers, hint="each caller's future belongs to its own event loop; no loop is the batcher's only one")
     came = stage.batches(requests)
-    assert len(came) == 1, (
-        f"3 requests of one bucket waited, from 3 event loops, max_batch_size 3: ran as {came}, not in one batch"
+    assert len(came) == 1, told(
+        f"3 requests of one bucket came, from 3 event loops, while a batch ran, max_batch_size 3: ran as {came}, "
+        "not in one batch",
+        stage.blocks(*callers),
     )
 
     gate = stage.occupy()
@@ -192,9 +195,17 @@ def test_one_call_per_batch(stage: Stage) -> None:
 
     stage.served(*callers)
     calls, came = stage.calls(requests), stage.batches(requests)
-    assert len(calls) == 2, (
+    if len(calls) != 2 and (again := next((batch for batch in came if came.count(batch) > 1), None)):
+        most = max(request.new for request in requests if request.name in again)
+        news = [call.new for call, batch in zip(calls, came, strict=True) if batch == again]
+        raise AssertionError(
+            f"{', '.join(again)} are a batch and ask for up to {most} tokens: {len(news)} calls of generate came, "
+            f"with max_new_tokens {news}; one call was wanted"
+        )
+    assert len(calls) == 2, told(
         f"6 requests of one bucket wait, max_batch_size 3: they ran as {came}, in {len(calls)} calls of generate; "
-        "2 were wanted"
+        "2 were wanted",
+        stage.blocks(*callers),
     )
     for call in calls:
         asked = [request.new for request in requests if call.serves(request)]
@@ -272,7 +283,18 @@ def test_a_cancelled_request_fills_no_batch(stage: Stage) -> None:
     stage.settle()
     stage.exercise()
 
-    assert not stage.calls(requests), (
-        "max_batch_size 3, max_wait_time 60: r0 and r1 waited, r0 was cancelled, r2 came: a batch went\n"
-        "it was not full: a cancelled request waits no more"
+    assert not stage.calls(requests), told(
+        "a batch of fewer than 3 waiting requests went: max_batch_size 3, max_wait_time 60, r0 and r1 waited, r0 was "
+        f"cancelled, r2 came: ran as {stage.batches(requests)}, none was wanted",
+        lambda: why_it_went(stage, requests),
     )
+
+
+def why_it_went(stage: Stage, requests: list[Request]) -> str:
+    """What is known of it: what came last, before or after it, is a full batch of others."""
+    calls, first = stage.model.calls, stage.calls(requests)[0]
+    if any(call not in stage.calls(requests) for call in calls[: calls.index(first)]):
+        return "it went after a batch of others; what is not full waits for its own max_wait_time"
+    if first.serves(requests[1]) and first.serves(requests[2]):
+        return "it went when r2 came: a cancelled request waits no more"
+    return "what is not full waits for its own max_wait_time"

@@ -1,13 +1,16 @@
 """Faults (4.7) and a full queue (4.8): what is refused, and that a fault costs its own requests only."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from harness.testing import requirement
 
-from .reference import CodedError, names
-from .stage import NEVER, Stage
+from .reference import CodedError, Request, names
+from .stage import NEVER, Caller, Stage, told
 
 # 4.7 faults
 
@@ -37,9 +40,26 @@ def test_an_impossible_request_is_refused(stage: Stage) -> None:
     first, *refused, last = stage.ask(good[0], *bad, good[1])
 
     for caller in refused:
-        came = f"input_tokens are {caller.request.tokens.dtype}"
-        stage.refused(caller, ValueError, f"{came}; int64 [1, L] with L >= 1 is wanted, and max_length >= 1")
-    stage.served(first, last, hint="requests that were refused came between these two")
+        stage.refused(caller, ValueError, partial(what_is_bad, stage, caller.request, good[0]))
+    stage.served(
+        first, last, hint="an invalid request came between r0 and r1: refuse it in add_request, before it is queued"
+    )
+
+
+def what_is_bad(stage: Stage, request: Request, valid: Request) -> str:
+    """What alone makes a request invalid; and whether it is refused under another id than that of a valid one."""
+    tokens, fact = request.tokens, f"max_length is {request.new}, at least 1 was wanted"
+    if tokens.dtype != torch.int64:
+        fact = f"input_tokens are {tokens.dtype}, torch.int64 was wanted"
+    elif tokens.dim() != 2 or tokens.size(0) != 1 or tokens.size(1) == 0:
+        wanted = "[1, L]" if tokens.dim() != 2 else "one row" if tokens.size(0) != 1 else "at least one token"
+        fact = f"shape {tuple(tokens.shape)} came, {wanted} was wanted"
+    if request.id == valid.id:
+        (other,) = stage.ask(replace(request, id=request.name))
+        stage.settle()
+        if isinstance(other.error, ValueError):
+            fact += "; a request of the same request_id was accepted before: each is checked"
+    return fact
 
 
 @requirement("4.7")
@@ -56,10 +76,25 @@ def test_an_error_of_the_model_reaches_every_caller(stage: Stage) -> None:
         for caller in callers[3 * place : 3 * place + 3]:
             why = "every caller of the batch gets the error, and the worker has to live on"
             came = stage.outcome(caller, f"generate raised in its batch: {why}")
-            assert type(came) is type(error) and str(came) == str(error), (
-                f"{caller.request}: {came!r} came as error, the same type and text as generate's {error!r} were wanted"
+            assert type(came) is type(error) and str(came) == str(error), told(
+                f"{caller.request}: {'no error came, a result did' if came is None else f'{came!r} came as error'}, "
+                f"the same type and text as generate's {error!r} were wanted",
+                partial(how_it_ran, stage, callers[3 * place : 3 * place + 3]),
             )
-        assert len(stage.calls(requests)) == 1, f"generate raised {error!r}, and was called again for the same requests"
+        assert len(stage.calls(requests)) == 1, told(
+            f"generate raised {error!r}: {len(stage.calls(requests))} calls came for three requests, one was wanted",
+            partial(how_it_ran, stage, callers[3 * place : 3 * place + 3]),
+        )
+
+
+def how_it_ran(stage: Stage, callers: list[Caller]) -> str:
+    """What is to be said of the calls of a batch, unless there was one for all."""
+    requests = [caller.request for caller in callers]
+    if any(len(stage.calls([request])) > 1 for request in requests):
+        return f"the batch was tried again: ran as {stage.batches(requests)}"
+    if not all(call.serves(request) for call in stage.calls(requests) for request in requests):
+        return stage.blocks(*callers) or f"the requests did not share a call: ran as {stage.batches(requests)}"
+    return ""
 
 
 @requirement("4.7")
@@ -200,7 +235,8 @@ def test_a_queue_may_be_smaller_than_a_batch(stage: Stage) -> None:
     stage.settle()
     (late,) = stage.ask(extra)
 
-    stage.refused(late, stage.full_queue, "2 requests wait, from two event loops, max_queue_size is 2")
+    why = "2 requests came before (from two event loops) and are to wait, max_queue_size is 2, max_batch_size is 5"
+    stage.refused(late, stage.full_queue, f"{why}: the queue's limit holds below max_batch_size and across loops")
 
 
 @requirement("4.8")

@@ -8,7 +8,7 @@ import pytest
 from harness.testing import halfway, requirement
 
 from .reference import Request, names
-from .stage import NEVER, Caller, Stage, mix
+from .stage import NEVER, Caller, Stage, mix, told
 
 # 4.5 limits
 
@@ -78,8 +78,9 @@ def test_a_partial_batch_waits(stage: Stage) -> None:
 
     ran = [request.name for request in requests if stage.calls([request])]
     assert len(ran) <= 3 and not {"r0", "r1"} & set(ran), (
-        f"max_batch_size 3, max_wait_time 60, prompts of 20, 21, 9, 12, 10 and 11 tokens: {ran} went at once\n"
-        "r0 and r1 are no full batch of their bucket, and one of the other four is no full batch either"
+        "max_batch_size 3, max_wait_time 60, buckets of 8, prompts of 20, 21, 9, 12, 10 and 11 tokens: "
+        f"ran as {stage.batches(requests)}, [['r2', 'r3', 'r4']] was wanted\n"
+        "only that one is a full batch of a bucket; the rest waits for its own max_wait_time"
     )
 
 
@@ -146,10 +147,13 @@ def test_the_time_of_one_that_has_gone_is_forgotten(stage: Stage, how: str) -> N
         stage.served(*callers, hint=f"max_wait_time is {seconds}")
 
         # One that was overdue before it could be cancelled may have gone, and its mate with it.
-        came = min(call.came for call in stage.calls([other] if how == "cancelled" and not in_time else [third, other]))
+        calls = stage.calls([other] if how == "cancelled" and not in_time else [third, other])
+        call = min(calls, key=lambda call: call.came)
+        came = call.came
         assert came > asked + seconds - 0.0005, (
-            f"max_wait_time {seconds}: a request went {came - asked:.4f} s after it came, with no full batch\n"
-            f"others that came {asked - start:.4f} s before it had gone before, {how}: their time is over"
+            f"max_wait_time {seconds}: a request went {came - asked:.4f} s after it came, with no full batch; "
+            f"{seconds} s was wanted\nan older request of {'its' if call.serves(third) else 'another'} bucket, which "
+            f"came {asked - start:.4f} s before it, was {how}: its waiting time counts for no other"
         )
         if in_time:
             return
@@ -178,10 +182,18 @@ def test_the_time_counts_while_the_device_is_busy(stage: Stage) -> None:
         # Full batches that never go in time are judged elsewhere.
         if max(came) < 0.9 * seconds and (in_time or seconds >= GROWING[2]):
             return
+    if came[0] >= 0.9 * seconds:
+        late, after, wanted = callers[2], came[0], "at once"
+        when = "was overdue when the device was free"
+    else:
+        late, after, wanted = callers[5], came[1], f"{max(asked + seconds - opened, 0):.2f} s"
+        when = f"came {opened - asked:.2f} s before the device was free"
     raise AssertionError(
-        f"max_wait_time {seconds}, max_batch_size 2: the last of three requests, which had waited longer than "
-        f"max_wait_time behind a batch, went {came[0]:.2f} s after the device was free, and that of three others, "
-        f"which had waited for less, {came[1]:.2f} s after it"
+        told(
+            f"max_wait_time {seconds}, max_batch_size 2, three came for each of two buckets while a batch ran: "
+            f"{late.request.name} {when}; it went {after:.2f} s after that, {wanted} was wanted",
+            stage.blocks(late) or "its time counts from its add_request, also while the device is busy",
+        )
     )
 
 
@@ -241,13 +253,18 @@ def in_order(stage: Stage, requests: list[Request], callers: list[Caller], order
     lengths = [request.tokens.size(1) for request in requests]
     calls = stage.calls(requests)
     ran = [next(i for i, call in enumerate(calls) if call.serves(request)) for request in requests]
-    wanted = [[requests[i].name for i in group] for group in order]
+    wanted = [[lengths[i] for i in group] for group in order]
     for earlier, later in pairwise(order):
-        assert max(ran[i] for i in earlier) <= min(ran[i] for i in later), (
-            f"prompts of {lengths} tokens came in this order and waited, in buckets of 8: "
-            f"ran as {stage.batches(requests)}, {wanted} was wanted\n"
-            "the batch that may go and whose oldest request has waited longest goes first; it takes its bucket's oldest"
-        )
+        if max(ran[i] for i in earlier) > min(ran[i] for i in later):
+            came = [[request.tokens.size(1) for request in requests if call.serves(request)] for call in calls]
+            rule = "the batch that may go and whose oldest request has waited longest goes first"
+            raise AssertionError(
+                told(
+                    f"prompts of {lengths} tokens came in this order, in buckets of 8: "
+                    f"batches of these lengths ran as {came}, {wanted} was wanted",
+                    stage.blocks(*callers) or f"{rule}; it takes its bucket's oldest",
+                )
+            )
 
 
 @requirement("4.6")

@@ -5,7 +5,7 @@ import pytest
 from harness.testing import requirement
 
 from .reference import names
-from .stage import NEVER, Job, Stage
+from .stage import NEVER, Job, Stage, spent_until
 
 
 @requirement("4.9")
@@ -19,7 +19,10 @@ def test_shutdown_serves_what_waits(stage: Stage, place: str) -> None:
     stage.settle()
     stage.shut_down(stage.home if place == "loops_own_thread" else None)
 
-    stage.served(*callers, hint="they waited when shutdown() was called: they are served at once, max_wait_time is 60")
+    for caller in callers:
+        name = caller.request.name
+        why = stage.blocks(caller) or "all that waited is served first, without waiting for max_wait_time"
+        stage.served(caller, hint=f"shutdown() has returned, and {name} was not served: {why}")
 
 
 @requirement("4.9")
@@ -78,11 +81,21 @@ def test_shutdown_may_be_called_again(stage: Stage) -> None:
 
     assert not any(early), "shutdown() was called by two threads, and returned to one while a batch still ran"
     for job in jobs:
-        stage.returned(job, "shutdown(), called by two threads at a time,")
+        stage.returned(job, "one of two calls of shutdown()", lambda: in_turn(stage, jobs))
     stage.served(*callers)
     stage.shut_down()
     (late,) = stage.ask(*stage.requests(11))
     stage.refused(late, RuntimeError, "the batcher is shut down")
+
+
+def in_turn(stage: Stage, jobs: list[Job]) -> str:
+    """Whether a call after another one has returned hangs, too."""
+    if any(job.finished.is_set() for job in jobs):
+        again = stage.do(stage.batcher.shutdown)
+        spent_until(again.finished, 0.1)
+        if not again.finished.is_set():
+            return "a second shutdown() did not return, also when it was called after the first had returned"
+    return "two threads called it at a time"
 
 
 @requirement("4.9")

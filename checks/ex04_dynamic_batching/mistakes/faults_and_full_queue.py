@@ -64,7 +64,7 @@ MISTAKES = [
     Mistake(
         "tries_each_alone",
         "4.7",
-        "same type and text",
+        "the batch was tried again",
         (
             FAIL,
             """for request in batch if len(batch) > 1 else []:
@@ -82,7 +82,7 @@ MISTAKES = [
         (SET_ERROR, "request.future.set_exception(type(error)(str(error)))"),
         only=True,
     ),
-    Mistake("error_as_result", "4.7", "None", (SET_ERROR, "request.future.set_result(error)"), only=True),
+    Mistake("error_as_result", "4.7", "no error came", (SET_ERROR, "request.future.set_result(error)"), only=True),
     Mistake(
         "cancels_on_an_error",
         "4.7",
@@ -117,7 +117,7 @@ MISTAKES = [
     Mistake(
         "two_rows_accepted",
         "4.7",
-        "ValueError",
+        "one row was wanted",
         (SHAPE, "if input_tokens.dim() != 2 or input_tokens.size(1) == 0:"),
         only=True,
     ),
@@ -147,7 +147,7 @@ MISTAKES = [
     Mistake(
         "refused_in_the_worker",
         "4.7",
-        "ValueError",
+        "before it is queued",
         (MAX_LENGTH, "if False:"),
         (
             "prompts = [request.input_tokens",
@@ -268,7 +268,7 @@ MISTAKES = [
     Mistake(
         "waits_for_room",
         "4.8",
-        "QueueFullError was wanted",
+        "still waits: neither QueueFullError nor a result",
         (
             ROOM,
             """while len(self._waiting) >= self.max_queue_size:

@@ -70,7 +70,7 @@ MISTAKES = [
     Mistake(
         "max_length_by_tensor",
         "4.2",
-        "prompts too",
+        "one tensor is the prompt",
         (PROMPTS, PROMPTS + "\n        news = {id(request.input_tokens): request.max_length for request in batch}"),
         (CUT, CUT.replace("request.max_length", "news[id(prompts[row])]")),
         only=True,
@@ -78,7 +78,7 @@ MISTAKES = [
     Mistake(
         "results_kept_by_prompt",
         "4.2",
-        "of a model that has changed",
+        "the old model's tokens came",
         (OPEN, OPEN + "\n        self._done: dict[Any, Tensor] = {}"),
         (
             RESULTS,
@@ -123,7 +123,7 @@ MISTAKES = [
     Mistake(
         "same_batch_is_not_run_again",
         "4.2",
-        "of a model that has changed",
+        "the old model's tokens came",
         (OPEN, OPEN + "\n        self._last: tuple[Any, ...] = ()"),
         (
             RESULTS,
@@ -147,7 +147,7 @@ MISTAKES = [
     Mistake(
         "last_of_a_full_batch_blocks",
         "4.3",
-        "event loop",
+        "is blocked",
         (
             AWAIT,
             """mates = [r for r in self._waiting if r.input_tokens.size(1) == input_tokens.size(1)]
@@ -227,7 +227,7 @@ MISTAKES = [
     Mistake(
         "long_answers_in_blocks",
         "4.4",
-        "2 were wanted",
+        "one call was wanted",
         (
             GENERATE,
             """torch.cat(ids)
@@ -243,7 +243,7 @@ MISTAKES = [
     Mistake(
         "time_of_a_request_that_has_gone",
         "4.5",
-        "had gone before",
+        "counts for no other",
         (OPEN, OPEN + "\n        self._dues: list[float] = []"),
         (QUEUE, QUEUE + "\n            self._dues.append(request.timestamp + self.max_wait_time)"),
         (
@@ -257,7 +257,7 @@ MISTAKES = [
     Mistake(
         "time_of_a_cancelled_request",
         "4.5",
-        "had gone before",
+        "counts for no other",
         (
             FORGET,
             """for gone, heir in zip(self._waiting, self._waiting[1:], strict=False):
@@ -271,7 +271,7 @@ MISTAKES = [
     Mistake(
         "time_of_a_cancelled_mate",
         "4.5",
-        "had gone before",
+        "counts for no other",
         (
             FORGET,
             """for gone in [request for request in self._waiting if request.future.cancelled()]:
@@ -286,7 +286,7 @@ MISTAKES = [
     Mistake(
         "rest_starts_to_wait_again",
         "4.5",
-        "after the device was free",
+        "before the device was free",
         (
             TAKEN,
             TAKEN
@@ -396,7 +396,7 @@ MISTAKES = [
     Mistake(
         "known_ids_are_trusted",
         "4.7",
-        "ValueError was wanted",
+        "a request of the same request_id was accepted before",
         (OPEN, OPEN + "\n        self._known: set[str] = set()"),
         ("if max_length < 1:", "if max_length < 1 and request_id not in self._known:"),
         (QUEUE, QUEUE + "\n            self._known.add(request_id)"),

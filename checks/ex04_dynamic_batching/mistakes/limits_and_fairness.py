@@ -38,7 +38,7 @@ MISTAKES = [
         "something has to wake by itself",
         (WAIT, "self._changed.wait()"),
     ),
-    Mistake("goes_at_once", "4.5", "went at once", (GO, "if batch:")),
+    Mistake("goes_at_once", "4.5", "waits for its own max_wait_time", (GO, "if batch:")),
     Mistake(
         "time_counts_from_the_newest",
         "4.5",
@@ -79,7 +79,7 @@ MISTAKES = [
     Mistake(
         "rest_goes_with_a_full_batch",
         "4.5",
-        "no full batch",
+        "waits for its own max_wait_time",
         (
             GO,
             """if full or self._fresh or now >= batch[0].timestamp + self.max_wait_time or self._closed:

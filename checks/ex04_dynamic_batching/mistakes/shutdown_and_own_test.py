@@ -30,7 +30,7 @@ MISTAKES = [
     Mistake(
         "leaves_callers_hanging",
         "4.9",
-        "they waited when shutdown() was called",
+        "shutdown() has returned, and r0 was not served",
         (END, ""),
         (LOOK, END + LOOK),
         only=True,
@@ -111,7 +111,7 @@ MISTAKES = [
     Mistake(
         "second_shutdown_hangs",
         "4.9",
-        "did not return",
+        "a second shutdown() did not return",
         (
             SHUT,
             """while self._closed:
