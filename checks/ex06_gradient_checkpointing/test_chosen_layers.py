@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from harness.testing import Close, Subject, calls, refuses, requirement
 
-from .reference import Block, D, Row, Stack, Unit, nested_wrapper, seeded, tree, units, ups, wrap_layers
+from .reference import Block, D, Row, Stack, Unit, nested_wrapper, run_backward, seeded, tree, units, ups, wrap_layers
 
 CHOSEN = {1: [0, 1, 2, 3, 4], 2: [0, 2, 4], 3: [0, 3], 0: []}
 
@@ -31,7 +32,8 @@ def test_every_nth_layer_is_wrapped(subject: Subject, rng: torch.Generator) -> N
             f"{what}: checkpointed_modules is {selective.checkpointed_modules}, not {names}"
         )
         with calls(*layers) as entered:
-            model(torch.randn(2, D, generator=rng, dtype=torch.float64).requires_grad_()).sum().backward()
+            x = torch.randn(2, D, generator=rng, dtype=torch.float64).requires_grad_()
+            run_backward(model(x).sum(), f"step of a model, {what}")
         twice = [number for number, up in enumerate(layers) if entered[up] > 1]
         assert twice == numbers, f"{what}: layers {twice} are computed twice in a step; {numbers} were wanted"
         assert all(entered[up] for up in layers), f"{what}: a layer is not entered at all"
@@ -175,19 +177,41 @@ def test_layers_are_found_by_name(subject: Subject, rng: torch.Generator, kind: 
             selective = wrap_layers(subject, model, n, **({} if pattern == "layer" else {"layer_pattern": pattern}))
 
             wanted = layers[::n]
-            what = f"SelectiveCheckpointing({n}), pattern {pattern!r}, layers {layers}"
+            what = f"SelectiveCheckpointing({n}), pattern {pattern!r}" + (f", layers {layers}" if n > 1 else "")
             names = list(selective.checkpointed_modules)
-            assert names == wanted, f"{what}: checkpointed_modules is {names}, not {wanted}"
+            assert names == wanted, (
+                f"{what}: checkpointed_modules: {names} came, {wanted} was wanted\n"
+                f"{difference(names, wanted, pattern) if n == 1 else 'count over the whole model, not list by list'}"
+            )
             if n == 1:
                 twice = computed_twice(model, inside, rng)
                 assert twice == wanted, f"{what}: {twice} are computed twice in a step; {wanted} were wanted"
+
+
+def difference(names: list[str], wanted: list[str], pattern: str) -> str:
+    """What is missing and what is too much among the names of all layers, and the rule for it."""
+    missing, extra = ([name for name in one if name not in other] for one, other in ((wanted, names), (names, wanted)))
+    if not missing and not extra:
+        return "the same in another order: depth first, in the order of named_children()"
+    found = [f"{word}: {', '.join(some)}" for word, some in (("missing", missing), ("too many", extra)) if some]
+    if missing and missing[0].rpartition(".")[0] in extra:
+        rule = "the elements of a ModuleList or Sequential that matches are layers, not the list, of a subclass too"
+    elif not missing:
+        rule = f'a name matches if it contains {pattern!r} and not "norm"; no layer holds layers'
+    elif pattern not in (top := missing[0].split(".")[0]) or "norm" in top:
+        rule = "look inside every module that does not match, however deep"
+    elif "." in missing[0]:
+        rule = "the elements of a list that matches are layers, whatever their names; only a ModuleList is opened again"
+    else:
+        rule = f'a module is a layer if its name contains {pattern!r} and not "norm", and it is no such list'
+    return "; ".join(found) + f"\n{rule}"
 
 
 def computed_twice(model: nn.Module, inside: dict[str, list[nn.Module]], rng: torch.Generator) -> list[str]:
     """The names of those modules that a training step over all of them enters more than once, as a whole."""
     x = torch.randn(1, D, generator=rng, dtype=torch.float64).requires_grad_()
     with calls(*(up for entries in inside.values() for up in entries)) as entered:
-        torch.stack([model.get_submodule(name)(x).sum() for name in inside]).sum().backward()
+        run_backward(torch.stack([model.get_submodule(name)(x).sum() for name in inside]).sum())
     return [name for name, entries in inside.items() if min(entered[up] for up in entries) > 1]
 
 
@@ -206,7 +230,8 @@ def test_lists_stay_lists(subject: Subject, close: Close, rng: torch.Generator) 
     for name, kind in {"layers": nn.ModuleList, "more_layers": nn.Sequential, "deep_layers.0": nn.ModuleList}.items():
         came = type(model.get_submodule(name))
         assert came is kind, (
-            f"apply_checkpointing: {name} is a {came.__name__} afterwards; wrap its elements, not the list"
+            f"apply_checkpointing: as {name} a {came.__name__} came, the {kind.__name__} of before was wanted\n"
+            "put the wrappers into that same object, in place of its elements"
         )
     lengths = [len(model.layers), len(model.layers[1:]), len(list(model.more_layers)), len(model.deep_layers[0])]
     wanted = [3, 2, 2, 2]
@@ -287,22 +312,24 @@ def load_both_ways(subject: Subject, close: Close, build: Callable[[], nn.Module
                 value.add_(number + 1)
         expected = {name: value.clone() for name, value in source.state_dict().items()}
 
-        loads(target, source.state_dict(), f"load_state_dict into the {into} model")
+        rule = "loading takes the plain keys too" if into == "wrapped" else "saving gives the plain keys"
+        loads(target, source.state_dict(), f"load_state_dict into the {into} model", rule)
 
         same_keys(target.state_dict(), expected, f"state_dict of the {into} model")
         for name, value in target.state_dict().items():
             close(value, expected[name], f"load_state_dict into the {into} model: {name} afterwards", tolerance=0)
 
 
-def loads(target: nn.Module, state: dict[str, Any], what: str) -> None:
+def loads(target: nn.Module, state: dict[str, Any], what: str, rule: str = "loading takes the plain keys too") -> None:
     """A state_dict loads strictly."""
     try:
         target.load_state_dict(state)
     except RuntimeError as error:
-        raise AssertionError(
-            f"{what} fails: {' '.join(str(error).split())[:200]}\n"
-            "the keys do not change by wrapping; rename all at once, for a layer may hold `module` and `module.module`"
-        ) from error
+        said = shorten(str(error), 300, placeholder=" …")
+        # Only where such keys are.
+        if any("module.module." in key for key in state):
+            rule += "; here a layer holds `module` and `module.module`: rename all keys at once"
+        raise AssertionError(f"{what} fails: {said}\nwrapping changes no key: {rule}") from error
 
 
 @requirement("6.1")

@@ -1,7 +1,7 @@
 """Computed twice (6.2, 6.3): what stays alive and what is entered twice, and under which autocast state."""
 
 import gc
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from harness.testing import Close, Subject, Trace, calls, is_tensor, requirement, seed
 
 from .reference import (
+    NO_GRADIENT,
     NOTHING_TWICE,
     STATES,
     B,
@@ -21,8 +22,10 @@ from .reference import (
     Stack,
     Unit,
     autocast,
+    nothing_twice,
     precision_step,
     recomputes,
+    run_backward,
     same_gradient,
     seeded,
     tokens,
@@ -49,7 +52,10 @@ def test_chosen_layers_are_entered_exactly_twice(subject: Subject, close: Close,
 
         close(output, expected, "forward of a wrapped model", tolerance=1e-2)
         counts = [entered[up] for up in layers]
-        assert counts == wanted, f"training step, n = {n}: the layers are entered {counts} times; {wanted} were wanted"
+        assert counts == wanted, (
+            f"training step, n = {n}: the layers are entered {counts} times; {wanted} were wanted"
+            + (f"\n{NO_GRADIENT}" if max(counts) == 1 and nothing_twice(subject) == NO_GRADIENT else "")
+        )
         around = [entered[model.embedding], entered[model.head]]
         assert around == [1, 1], (
             f"training step, n = {n}: embedding and head are entered {around} times; recompute chosen layers only"
@@ -98,6 +104,7 @@ def test_less_is_alive_the_more_layers_are_chosen(subject: Subject, close: Close
     assert alive[0] > alive[3] > alive[2] > alive[1], (
         f"forward of 6 layers, bytes alive afterwards by n (0: none): {alive}\n"
         "the more layers are chosen, the less is alive; what all of them are given is kept once"
+        + ("; here forward still keeps what it computes inside" if alive[1] == alive[0] else "")
     )
 
 
@@ -142,7 +149,7 @@ def test_nothing_outlives_the_output(subject: Subject, close: Close, rng: torch.
                     # What came in is of this call, too: nothing else holds it.
                     output = wrapper(leaf * 1)
                 if case == "a step":
-                    output.sum().backward()
+                    run_backward(output.sum())
                 leaf.grad = None
             close(output.detach(), expected, f"forward of a wrapper, {case}", tolerance=1e-2)
             del output
@@ -154,12 +161,30 @@ def test_nothing_outlives_the_output(subject: Subject, close: Close, rng: torch.
 
     assert not any(alive.values()), (
         f"a wrapper that is called: bytes still alive when its output is gone: {alive}\n"
-        "what a call keeps belongs to the output's graph; the wrapper itself keeps nothing"
+        "what a call keeps belongs to its output's graph; no attribute, list or global keeps it"
     )
     recomputes(subject, x)
 
 
-PARTLY = "module in eval but for a part"
+EVAL, PARTLY = "wrapped in training, then eval()", "module in eval but for a part when it is wrapped"
+
+
+def why_twice(subject: Subject, case: str, wrapper: Any) -> str:
+    """What a module that is entered more than once points to."""
+    if case == PARTLY:
+        return (
+            "the wrapper decides by its own training flag, which it takes over from its module when it is made; "
+            f"here its flag is {wrapper.training}, and its module's was False"
+        )
+    if case != EVAL:
+        return "decide at each call: checkpoint only in training, with gradients enabled, and if use_checkpoint says so"
+    with suppress(Exception):
+        block = seeded(Block).eval()
+        with calls(block.up) as entered:
+            subject.CheckpointWrapper(block)(torch.ones(2, D, dtype=torch.float64)).sum().backward()
+        if entered[block.up] == 1:
+            return "wrapped in eval it is entered once: decide at each call, not when the wrapper is made"
+    return "decide at each call, by the wrapper's training flag"
 
 
 @requirement("6.2")
@@ -167,13 +192,13 @@ def test_nothing_is_computed_twice_without_need(subject: Subject, close: Close, 
     """Where nothing is to be recomputed, a wrapped block gives the plain output and is entered once."""
     x = torch.randn(2, D, generator=rng, dtype=torch.float64).requires_grad_()
     modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
-    for case in ("eval", "no_grad", "inference_mode", "use_checkpoint=False", PARTLY):
+    for case in (EVAL, "no_grad", "inference_mode", "use_checkpoint=False", PARTLY):
         plain, block = (seeded(lambda: Block(p=0.5)) for _ in range(2))
-        plain.train(case not in ("eval", PARTLY))
+        plain.train(case not in (EVAL, PARTLY))
         block.train(case != PARTLY)
         block.up.train()
         wrapper = subject.CheckpointWrapper(block, use_checkpoint=case != "use_checkpoint=False")
-        if case == "eval":
+        if case == EVAL:
             wrapper.train().eval()
 
         with modes.get(case, nullcontext)(), calls(block.up) as entered:
@@ -189,7 +214,8 @@ def test_nothing_is_computed_twice_without_need(subject: Subject, close: Close, 
             f"forward of a wrapper, {case}: requires_grad is {output.requires_grad}, not {case not in modes}"
         )
         assert entered[block.up] == 1, (
-            f"forward and backward of a wrapper, {case}: its module is entered {entered[block.up]} times, not once"
+            f"forward and backward of a wrapper, {case}: its module is entered {entered[block.up]} times; once was "
+            f"wanted\n{why_twice(subject, case, wrapper)}"
         )
     recomputes(subject, x)
 
@@ -210,7 +236,8 @@ def test_the_mode_may_change_after_wrapping(subject: Subject, close: Close, rng:
         mode = "train" if training else "eval"
         counts = [entered[up] for up in layers]
         assert counts == [times] * 2, (
-            f"step of a model wrapped in eval, now in {mode}: layers are entered {counts} times, not {times}"
+            f"step of a model wrapped in eval, now in {mode}: layers are entered {counts} times; {[times] * 2} were "
+            "wanted\ndecide at each call, by the flag that train() and eval() set"
         )
         if not training:
             close(
@@ -253,7 +280,7 @@ def test_checkpoint_itself_recomputes(subject: Subject, close: Close, rng: torch
     with calls(block.up) as entered, Trace(at_least=x.numel()) as seen:
         output = is_tensor(subject.checkpoint(block, x), "checkpoint(module, x)")
         kept = seen.alive_bytes
-        output.square().sum().backward()
+        run_backward(output.square().sum(), "checkpoint(module, x)")
 
     same_gradient(close, x.grad, leaf.grad, "checkpoint(module, x): gradient of x", tolerance=1e-2)
     assert kept < 8 * 1000 * 40, (
@@ -291,10 +318,13 @@ def each_in_its_own_state(subject: Subject, close: Close, rng: torch.Generator, 
         wanted = STATES[forward] or torch.float32
         module.seen.clear()
         error = backward_under(backward, outputs.pop(forward), what)
-        assert module.seen or error, f"{what}: {NOTHING_TWICE}"
-        hint = "remember torch.is_autocast_enabled and get_autocast_dtype, and recompute under torch.autocast"
+        if error is not None and not module.seen:
+            raise error
+        assert module.seen, f"{what}: {NOTHING_TWICE}"
+        hint = "the second forward is under the first's state, off included: what torch.is_autocast_enabled and "
         assert set(module.seen) == {wanted}, (
-            f"{what}: the module multiplies in {module.seen} the second time; {wanted} was wanted\n{hint}"
+            f"{what}: the module multiplies in {module.seen} the second time; {wanted} was wanted\n"
+            f"{hint}get_autocast_dtype say in the first"
         )
         if error is not None:
             raise error
@@ -306,6 +336,7 @@ def each_in_its_own_state(subject: Subject, close: Close, rng: torch.Generator, 
 
 def backward_under(state: str, output: Tensor, what: str) -> RuntimeError | None:
     """Runs backward in an autocast state, which has to be the same afterwards; the error with which it ends, if any."""
+    assert output.requires_grad, f"{what}: {NO_GRADIENT}"
     error: RuntimeError | None = None
     with autocast(state):
         try:

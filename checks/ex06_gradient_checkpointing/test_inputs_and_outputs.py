@@ -1,5 +1,6 @@
 """Inputs and outputs (6.4): nested modules, and arguments and results of any kind and structure."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from harness.testing import Close, Subject, calls, requirement
 
 from .reference import (
+    ALIKE,
+    INPUTS,
     NOTHING_TWICE,
     B,
     Block,
     D,
+    Hint,
     L,
     Map,
     Pair,
@@ -22,8 +26,10 @@ from .reference import (
     nested_wrapper,
     randoms,
     recomputes,
+    run_backward,
     same_gradient,
     seeded,
+    text,
     tree,
     ups,
 )
@@ -48,24 +54,42 @@ def agrees_with_plain(
     expected, leaves = on_leaves(plain, args, kwargs)
     differentiate(expected, used)
 
+    def told() -> str:
+        """What is special in this call, if it is that which fails."""
+        return hint if hint and usual_step_works(subject) else ""
+
+    def lacks() -> str:
+        """What an input without its gradient points to."""
+        return told() or (DEEP if any(leaf.grad is not None for leaf in came) else INPUTS)
+
     with calls(module.block.up) as entered:
         try:
             outputs, came = on_leaves(subject.CheckpointWrapper(module), args, kwargs)
             call = ", ".join(["…"] * len(args) + [f"{name}=…" for name in kwargs])
-            same_structure(close, outputs, expected, f"forward of a wrapped module({call})")
+            same_structure(close, outputs, expected, f"forward of a wrapped module({call})", told)
             differentiate(outputs, used)
         except (AssertionError, NotImplementedError):
             raise
         except Exception as error:
-            what = "forward or backward of a wrapped module raises"
-            raise AssertionError(f"{what} {type(error).__name__}: {error}\n{hint}") from error
+            what = f"forward or backward of a wrapped module raises {type(error).__name__}: {error}"
+            raise AssertionError(f"{what}\n{told()}".rstrip()) from error
 
     for number, (leaf, wanted) in enumerate(zip(came, leaves, strict=True)):
         what = f"backward of a wrapped module: gradient of tensor input {number}"
-        same_gradient(close, leaf.grad, wanted.grad, what, hint or DEEP)
+        same_gradient(close, leaf.grad, wanted.grad, what, told, missing=lacks)
     for (name, parameter), wanted in zip(module.named_parameters(), plain.parameters(), strict=True):
-        same_gradient(close, parameter.grad, wanted.grad, f"backward of a wrapped module: gradient of {name}", hint)
+        what = f"backward of a wrapped module: gradient of {name}"
+        same_gradient(close, parameter.grad, wanted.grad, what, told, missing=lambda: told() or ALIKE)
     assert entered[module.block.up] > 1, f"training step: {NOTHING_TWICE}"
+
+
+def usual_step_works(subject: Subject) -> bool:
+    """Whether a step on one input that needs a gradient gives it and the parameters theirs."""
+    with suppress(Exception):
+        module, x = seeded(Rich), torch.ones(B, D, dtype=torch.float64).requires_grad_()
+        subject.CheckpointWrapper(module)(x).sum().backward()
+        return all(one.grad is not None for one in (x, module.block.up.weight))
+    return False
 
 
 DEEP = "every tensor that needs a gradient gets its own, in args and kwargs, however deep"
@@ -90,7 +114,7 @@ def twin(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def same_structure(close: Close, came: Any, wanted: Any, what: str) -> None:
+def same_structure(close: Close, came: Any, wanted: Any, what: str, hint: Hint) -> None:
     """Two nested structures have the same containers, tensors and other values."""
     came_leaves, came_tree = tree_flatten(came)
     leaves, structure = tree_flatten(wanted)
@@ -105,6 +129,7 @@ def same_structure(close: Close, came: Any, wanted: Any, what: str) -> None:
         close(one, other, f"{what}: output {number}")
         assert one.requires_grad or not other.requires_grad, (
             f"{what}: output {number}, {other.dtype} {tuple(other.shape)}, carries no gradient; the plain module's does"
+            f"\n{text(hint)}".rstrip()
         )
 
 
@@ -130,9 +155,9 @@ def test_each_input_that_needs_a_gradient_gets_it(subject: Subject, close: Close
 def test_keyword_arguments(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Keyword arguments reach both computations: numbers, and tensors with their gradients, however deep."""
     x, other, a = randoms(rng, 3)
-    hint = "scale=3.0 and other=… are keyword arguments here"
 
-    agrees_with_plain(subject, close, (x,), hint=hint, scale=3.0)
+    agrees_with_plain(subject, close, (x,), hint="scale=3.0 is a keyword argument here", scale=3.0)
+    hint = "other=… and scale=-2.0 are keyword arguments here"
     agrees_with_plain(subject, close, (x,), hint=hint, other=other, scale=-2.0)
     hint = "mode=… and x=… are keyword arguments here, x is nested, and two outputs carry gradient"
     agrees_with_plain(subject, close, (), hint=hint, mode="structures", x=(x, {"a": a, "b": ([other], 3)}))
@@ -192,14 +217,17 @@ def test_a_module_may_ask_whether_two_inputs_are_one(subject: Subject, close: Cl
         others = [x if case == "one tensor" else x.detach().requires_grad_("leaves" in case) for x in leaves]
         for one, x, other in zip((plain, wrapper), leaves, others, strict=True):
             one.zero_grad()
-            one(x, other=other).square().sum().backward()
+            run_backward(one(x, other=other).square().sum())
 
         what = f"backward of a wrapped module whose arguments are {case}"
-        hint = "one tensor given twice has to be one tensor in the second computation too, and two have to be two"
-        same_gradient(close, leaves[1].grad, leaves[0].grad, f"{what}: gradient of x", hint)
-        same_gradient(close, others[1].grad, others[0].grad, f"{what}: gradient of other", hint)
+        hint = "tensors that share memory are two in the second computation too, each with a gradient of its own"
+        if case == "one tensor":
+            hint = "one tensor given twice is one in the second computation too, and gets its gradient once"
+        missing = INPUTS if case == "one tensor" else hint
+        same_gradient(close, leaves[1].grad, leaves[0].grad, f"{what}: gradient of x", hint, missing=missing)
+        same_gradient(close, others[1].grad, others[0].grad, f"{what}: gradient of other", hint, missing=missing)
         for (name, parameter), wanted in zip(module.named_parameters(), plain.parameters(), strict=True):
-            same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {name}", hint)
+            same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {name}", hint, missing=ALIKE)
     recomputes(subject, torch.randn(2, D, generator=rng, dtype=torch.float64))
 
 
@@ -213,7 +241,7 @@ def test_inputs_are_not_written_to(subject: Subject, close: Close, rng: torch.Ge
     module = seeded(Rich)
 
     with calls(module.block.up) as entered:
-        subject.CheckpointWrapper(module)(x, other=other).sum().backward()
+        run_backward(subject.CheckpointWrapper(module)(x, other=other).sum())
 
     close(x.detach(), kept[0], "x after a step", tolerance=0)
     close(other, kept[1], "other after a step", tolerance=0)
@@ -242,7 +270,7 @@ def test_an_encoder_layer_with_masks(subject: Subject, close: Close, rng: torch.
 
     with calls(module.linear1) as entered:
         output = subject.CheckpointWrapper(module)(leaves[1], **masks)
-        output.square().sum().backward()
+        run_backward(output.square().sum())
 
     names = " and ".join(masks)
     hint = f"{names} must reach the second computation too"
@@ -250,7 +278,7 @@ def test_an_encoder_layer_with_masks(subject: Subject, close: Close, rng: torch.
     what = f"backward of a wrapped encoder layer with {names}"
     same_gradient(close, leaves[1].grad, leaves[0].grad, f"{what}: gradient of x", hint)
     for (part, parameter), wanted in zip(module.named_parameters(), plain.parameters(), strict=True):
-        same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {part}", hint)
+        same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {part}", hint, missing=ALIKE)
     assert entered[module.linear1] > 1, f"training step: {NOTHING_TWICE}"
 
 
@@ -264,12 +292,12 @@ def test_wrapped_inside_wrapped(subject: Subject, close: Close, rng: torch.Gener
 
     with calls(*ups(layers)) as entered:
         output = nested_wrapper(subject, *layers)(x)
-        output.square().sum().backward()
+        run_backward(output.square().sum())
 
     what = "backward of wrapped blocks inside a wrapper"
     close(output, expected, "forward of wrapped blocks inside a wrapper")
     for (name, parameter), wanted in zip(layers.named_parameters(), plain.parameters(), strict=True):
-        same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {name}")
+        same_gradient(close, parameter.grad, wanted.grad, f"{what}: gradient of {name}", missing=ALIKE)
     assert len(entered) == 2 and min(entered.values()) > 1, f"training step: {NOTHING_TWICE}"
 
 
@@ -298,7 +326,8 @@ def test_a_backward_from_each_output(subject: Subject, close: Close, rng: torch.
 
     pair.step(step)
 
-    pair.agree(close, "backward from outputs (0, 0, 1), one after the other", "each backward needs a part only")
+    hint = "each backward needs a part of what is computed again; the next one may need another part"
+    pair.agree(close, "backward from outputs (0, 0, 1), one after the other", hint)
 
 
 class Constant(nn.Module):
@@ -322,9 +351,9 @@ def test_no_tensor_among_the_arguments(subject: Subject, close: Close) -> None:
 
     with calls(module.up) as entered:
         output = subject.CheckpointWrapper(module)(3)
-        output.sum().backward()
+        run_backward(output.sum())
 
     close(output, expected, "forward of a wrapped module that takes no tensor")
     what = "backward of a wrapped module that takes no tensor: gradient of its parameter"
-    same_gradient(close, module.weight.grad, plain.weight.grad, what)
+    same_gradient(close, module.weight.grad, plain.weight.grad, what, missing=ALIKE)
     assert entered[module.up] > 1, f"training step: {NOTHING_TWICE}"

@@ -1,6 +1,7 @@
 """Measurement (6.5): the peak that measure_memory_usage gives, and that nothing stays switched on."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.testing import Subject, Trace, halfway, requirement
 
-from .reference import left_on, measured, same_peak
+from .reference import first_peak, left_on, measured, same_peak
 
 PART = 2**14  # elements of float32: a sixteenth of a MiB
 
@@ -127,7 +128,8 @@ def test_the_peak_is_that_of_the_storages_made_inside(subject: Subject, rng: tor
     for func, parts in PEAKS.values():
         result = measured(subject, func, x)
 
-        same_peak(result[1], parts / 16, f"measure_memory_usage: {str(func.__doc__).rstrip('.')}")
+        what = f"measure_memory_usage: {str(func.__doc__).rstrip('.')}"
+        same_peak(result[1], parts / 16, what, partial(first_peak, subject, func, x))
 
 
 @requirement("6.5")
@@ -182,7 +184,8 @@ def test_measuring_starts_anew(subject: Subject, rng: torch.Generator) -> None:
         second = measured(subject, chain, first[0][1])
 
     same_peak(first[1], 5 / 16, "measure_memory_usage(held), first call")
-    same_peak(second[1], 2 / 16, "measure_memory_usage(chain), after a call whose result is still alive")
+    what = "measure_memory_usage(chain), after a call whose result is still alive"
+    same_peak(second[1], 2 / 16, what, partial(first_peak, subject, chain, x))
 
 
 class Failure(RuntimeError):
@@ -217,4 +220,5 @@ def test_nothing_stays_switched_on(subject: Subject, rng: torch.Generator) -> No
         assert not (left := left_on()), (
             f"measure_memory_usage: {left} is still on after func {ends}; use `with`, or try and finally"
         )
-        same_peak(measured(subject, chain, x)[1], 2 / 16, f"measure_memory_usage(chain), after a func that {ends}")
+        what = f"measure_memory_usage(chain), after a func that {ends}"
+        same_peak(measured(subject, chain, x)[1], 2 / 16, what, partial(first_peak, subject, chain, x))

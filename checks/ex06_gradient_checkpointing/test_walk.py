@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from harness.testing import Aspect, Close, Step, Subject, Walk, seed, walk_check
 
-from .reference import D, Map, autocast, left_on, same_gradient, seeded, wrap_layers
+from .reference import ALIKE, INPUTS, D, Map, autocast, left_on, same_gradient, seeded, wrap_layers
 
 
 class Layer(nn.Module):
@@ -249,9 +249,7 @@ class Steps(Walk):
             limit = 1e-4 if step["autocast"] == step["backward"] == "off" else 3e-2
             same_gradients(wrapped, plain, limit, f"backward of {what}")
         assert not wrapped.written, f"a step of {what}: an input is written to"
-        assert torch.equal(wrapped.stream, plain.stream), (
-            f"a step of {what}: the random stream is not where a plain step ends"
-        )
+        assert torch.equal(wrapped.stream, plain.stream), f"a step of {what}: the random stream is not a plain step's"
         assert not (left := left_on()), f"a step of {what}: {left} is still on afterwards"
         for number, (layer, wanted) in enumerate(zip(twins.layers[1], twins.layers[0], strict=True)):
             times = twins.times[number] if plain.needs and not step["mode"] else 1
@@ -287,8 +285,9 @@ def same_gradients(wrapped: "Played", plain: "Played", limit: float, what: str) 
             return
     for name, (one, other) in zip(wrapped.names(), pairs, strict=True):
         # What cancels in a sum over many rows leaves the rounding of its terms.
-        scale = 1.0 if other is None else 1 + float(other.abs().max())
-        same_gradient(Close(limit), one, other, f"{what}: gradient of {name}", tolerance=limit * scale)
+        scaled = limit * (1.0 if other is None else 1 + float(other.abs().max()))
+        which, missing = f"{what}: gradient of {name}", INPUTS if "input" in name else ALIKE
+        same_gradient(Close(limit), one, other, which, tolerance=scaled, missing=missing)
 
 
 def same_entries(step: Step, plain: Layer, wrapped: Layer, times: int, what: str) -> None:

@@ -121,7 +121,7 @@ MISTAKES = [
     Mistake(
         "breadth_first",
         "6.1",
-        "checkpointed_modules is",
+        "another order",
         (
             FOUND,
             """        if matches and not is_list:
@@ -285,7 +285,7 @@ MISTAKES = [
     Mistake(
         "lists_become_sequentials",
         "6.1",
-        "is a Sequential afterwards",
+        "a Sequential came",
         (
             RECORD,
             RECORD

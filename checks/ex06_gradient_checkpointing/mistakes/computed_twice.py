@@ -46,7 +46,7 @@ MISTAKES = [
         ("        return self.module(*args, **kwargs)\n", "        return None\n"),
     ),
     # 6.2
-    Mistake("active_in_eval", "6.2", "entered 2 times, not once", (" and self.training", ""), only=True),
+    Mistake("active_in_eval", "6.2", "entered 2 times; once was wanted", (" and self.training", ""), only=True),
     Mistake(
         "active_in_eval_if_a_part_trains",
         "6.2",
