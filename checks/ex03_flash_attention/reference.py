@@ -1,7 +1,8 @@
 """What the checks of ex03 share: sizes, builders, attention from the formula, and probes."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from harness.testing import Close, DispatchMode, Subject, is_tensor, seed
+from harness.testing import Close, DispatchMode, Hang, Subject, is_tensor, seed
 
 B, H, DH, BLOCK = 2, 3, 5, 4
 D = H * DH
@@ -35,6 +36,15 @@ def inputs(rng: torch.Generator, n: int = N, m: int = N, dtype: torch.dtype = to
 def reference(given: Iterable[Tensor], mask: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of Q, K and V in float64, from the formula."""
     q, k, v = (x.double() for x in given)
+    scores = hidden_scores(q, k, mask, causal)
+    top = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.clamp(min=0.5) @ v, (top + total.log()).squeeze(-1)  # 0.5: of a row that sees nothing
+
+
+def hidden_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """The scores, -inf where mask or causal hide them."""
     scores = q @ k.mT / q.size(-1) ** 0.5
     allowed = None if mask is None else mask != 0
     if causal:
@@ -42,10 +52,7 @@ def reference(given: Iterable[Tensor], mask: Tensor | None = None, causal: bool 
         allowed = below if allowed is None else allowed & below
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -INF)
-    top = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    weights = (scores - top).exp()
-    total = weights.sum(-1, keepdim=True)
-    return weights / total.clamp(min=0.5) @ v, (top + total.log()).squeeze(-1)  # 0.5: of a row that sees nothing
+    return scores
 
 
 def pytorch(given: list[Tensor], causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -79,16 +86,156 @@ def agree(
     tolerance: float = NEAR,
 ) -> tuple[Tensor, Tensor]:
     """The output and logsumexp of flash_attention_forward, which equal the formula's."""
-    output, logsumexp = reference(given, mask=mask, causal=causal)
+    output, logsumexp = (x.detach() for x in reference(given, mask=mask, causal=causal))
 
-    actual = attend(attention, given, mask, causal)
+    with unwritten(given):
+        actual = attend(attention, given, mask, causal)
 
-    close(actual[0], output.detach().to(given[0].dtype), f"{CALL}: output", hint=hint, tolerance=tolerance)
-    assert actual[1].dtype in (torch.float32, torch.float64), (
-        f"{CALL}: logsumexp has {actual[1].dtype}, float32 or better was wanted"
-    )
-    close(actual[1].double(), logsumexp.detach(), f"{CALL}: logsumexp", hint=hint, tolerance=tolerance)
+        dtype = given[0].dtype
+        if actual[0].shape == output.shape and actual[0].dtype != dtype:
+            hint = f"the output has Q's dtype{'; float64 is computed in float64' if dtype == torch.float64 else ''}"
+        with explained(lambda: known_output(actual[0], output, attention.block_size, given, mask, causal)):
+            close(actual[0], output.to(dtype), f"{CALL}: output", hint=hint, tolerance=tolerance)
+        assert actual[1].dtype in (torch.float32, torch.float64), (
+            f"{CALL}: logsumexp has {actual[1].dtype}, float32 or better was wanted"
+        )
+        close(actual[1].double(), logsumexp, f"{CALL}: logsumexp", hint=hint, tolerance=tolerance)
     return actual
+
+
+# What a message says besides: computed when a check has failed, and not before.
+
+
+@contextmanager
+def unwritten(given: Iterable[Tensor]) -> Iterator[None]:
+    """What fails inside is told as a write to Q, K or V, if there was one."""
+    kept = [(name, x, x._version) for name, x in zip("QKV", given, strict=False)]
+    try:
+        yield
+    except Hang:
+        raise
+    except AssertionError as error:
+        names = [name for name, x, version in kept if x._version != version]
+        if names:
+            verb = "is" if len(names) == 1 else "are"
+            raise AssertionError(
+                f"{CALL}: {' and '.join(names)} {verb} written to, unchanged inputs were wanted"
+            ) from error
+        raise
+
+
+@contextmanager
+def explained(find: Callable[[], str], otherwise: str = "") -> Iterator[None]:
+    """What fails inside is told with what `find` finds then, or else `otherwise`, on a line of its own."""
+    try:
+        yield
+    except Hang:
+        raise
+    except AssertionError as error:
+        if found := quietly(find) or otherwise:
+            raise AssertionError(f"{error}\n{found}") from error
+        raise
+
+
+def quietly(find: Callable[[], str]) -> str:
+    """What `find` gives; nothing, if it fails: it may call the code that has failed already."""
+    try:
+        return find()
+    except Hang:
+        raise
+    except Exception:
+        return ""
+
+
+def same(came: Tensor | None, form: Tensor, wanted: Tensor) -> bool:
+    """Whether what came is a wrong form, which is not what was wanted."""
+    if came is None or came.shape != wanted.shape or form.shape != wanted.shape:
+        return False
+    near = torch.allclose(came.detach().double(), form.double(), 1e-4, 1e-4)
+    return near and not torch.allclose(form.double(), wanted.double(), 1e-3, 1e-3)
+
+
+def known_output(
+    came: Tensor, wanted: Tensor, block_size: int, given: list[Tensor], mask: Tensor | None, causal: bool
+) -> str:
+    """Which slip gives just this output, if a known one does."""
+    q, k, v = (x.detach() for x in given)
+    n, m = q.size(2), k.size(2)
+    forms: dict[str, tuple[list[Tensor], Tensor | None, bool]] = {}
+    if mask is not None:
+        forms["what comes without the mask"] = [q, k, v], None, causal
+        forms["what comes with the mask inverted"] = [q, k, v], mask == 0, causal
+    if causal:
+        forms["what comes with causal = False"] = [q, k, v], mask, False
+    if causal and n != m:
+        forms["what comes with j <= i in place of j <= i + M - N"] = [q, k, v], first_keys(n, m, mask), False
+    forms["what comes of Q Kᵀ, not divided by √Dh"] = [q * q.size(-1) ** 0.5, k, v], mask, causal
+    if mask is None and not causal and m <= 32:
+        for kept in range(1, m):
+            forms[f"what the first {kept} of {m} keys give alone"] = [q, k[:, :, :kept], v[:, :, :kept]], None, False
+        padded = [functional.pad(x, (0, 0, 0, -m % block_size)) for x in (k, v)]
+        forms[f"what keys padded to {padded[0].size(2)} with zeros give; padding has no weight"] = (
+            [q, *padded],
+            None,
+            False,
+        )
+    for words, (form, hides, diagonal) in forms.items():
+        if same(came, reference(form, hides, diagonal)[0], wanted):
+            return f"this is {words}"
+    return ""
+
+
+def first_keys(n: int, m: int, mask: Tensor | None) -> Tensor:
+    """A mask that hides the keys j > i, and what another one hides."""
+    allowed = torch.ones(n, m, dtype=torch.bool).tril()
+    return allowed if mask is None else allowed & (mask != 0)
+
+
+def known_gradient(
+    name: str,
+    came: Tensor | None,
+    wanted: Tensor,
+    given: list[Tensor],
+    probe: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+) -> str:
+    """Which option a backward leaves out that gives just this gradient of Q, K or V, if one does."""
+    q, k, v = (x.detach().double() for x in given)
+    output, logsumexp = reference([q, k, v], mask, causal)
+    for words, hides, diagonal in (("without the mask", None, causal), ("with causal = False", mask, False)):
+        weights = (hidden_scores(q, k, hides, diagonal) - logsumexp[..., None]).exp()
+        scores = weights * (probe @ v.mT - (probe * output).sum(-1, keepdim=True)) / q.size(-1) ** 0.5
+        form = {"Q": scores @ k, "K": scores.mT @ q, "V": weights.mT @ probe}[name]
+        if same(came, form, wanted):
+            return f"this is what backward gives {words}"
+    return ""
+
+
+def known_forward(attention: Any, x: Tensor, mask: Tensor | None, causal: bool, came: Tensor, wanted: Tensor) -> str:
+    """Which slip of the layer gives just this, if a known one does."""
+
+    def split(linear: nn.Linear, transposed: bool = True) -> Tensor:
+        projected = x @ linear.weight.T
+        return projected.view(B, -1, H, DH).transpose(1, 2) if transposed else projected.view(B, H, -1, DH)
+
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    unsplit, _ = reference([split(linear, transposed=False) for linear in layers], mask, causal)
+    output, _ = reference(map(split, layers), mask, causal)
+    joined, project = output.transpose(1, 2).reshape(x.shape), attention.o_proj
+    forms = {
+        "without the transpose after the split into heads": project(unsplit.transpose(1, 2).reshape(x.shape)),
+        "without the transpose before the join of the heads": project(output.reshape(x.shape)),
+        "without either transpose, after the split and before the join": project(unsplit.reshape(x.shape)),
+        "without o_proj": joined,
+        "without o_proj's bias": joined @ project.weight.T,
+        "without the mask": standard(attention, x, None, causal),
+        "with causal = False": standard(attention, x, mask, False),
+    }
+    for words, form in forms.items():
+        if same(came, form, wanted):
+            return f"this is what comes {words}"
+    return ""
 
 
 def some_mask(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
@@ -155,7 +302,8 @@ class _Calls(TorchFunctionMode):
 
 
 class _Elements(DispatchMode):
-    """A Trace that is lighter: the elements of the largest storage made, and which products were of half precision.
+    """A Trace that is lighter: the elements of the largest storage made, and the tensor that it was made for in words,
+    and which products were of half precision.
 
     Args:
         given: tensors that are there before; their storages do not count.
@@ -164,7 +312,7 @@ class _Elements(DispatchMode):
     def __init__(self, given: Iterable[Tensor | None] = ()) -> None:
         super().__init__()
         self.half_products: set[str] = set()
-        self.largest = 0
+        self.largest, self._made = 0, (torch.Size(), torch.float32)
         self._given = {x.untyped_storage().data_ptr() for x in given if x is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -174,6 +322,10 @@ class _Elements(DispatchMode):
                 storage = tensor.untyped_storage()
                 if storage.nbytes() > self.largest * tensor.element_size() and storage.data_ptr() not in self._given:
                     self.largest = storage.nbytes() // tensor.element_size()
+                    self._made = tensor.shape, tensor.dtype
         if name in PRODUCTS and any(isinstance(x, Tensor) and x.dtype in HALVES for x in args):
             self.half_products.add(name)
         return result
+
+    def __str__(self) -> str:
+        return f"a tensor {[*self._made[0]]} of {self._made[1]} came, {self.largest} elements"

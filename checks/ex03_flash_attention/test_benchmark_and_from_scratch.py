@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter, process_time
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from harness.testing import Close, Subject, Trace, forbid, prebuilt_attention, requirement
+from harness.testing import Close, Hang, Subject, Trace, forbid, prebuilt_attention, requirement
 
 from .reference import (
     ABOUT,
@@ -25,9 +26,11 @@ from .reference import (
     build,
     call,
     inputs,
+    quietly,
     reference,
     some_mask,
     standard,
+    unwritten,
 )
 
 # 3.8 the benchmark
@@ -212,10 +215,18 @@ def test_max_abs_error_is_the_largest_difference(subject: Subject, monkeypatch: 
 def test_seconds_are_those_of_the_call(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """If flash calls take 1 ms more, flash_seconds says so, standard_seconds does not, and they are of one call."""
 
+    delays = [1e-3]
+
     def delay(call: Flash) -> None:
         start = process_time()
-        while process_time() < start + 1e-3:  # CPU time: less than what any clock says.
+        while process_time() < start + delays[0]:  # CPU time: less than what any clock says.
             pass
+
+    def without_delay() -> str:
+        delays[0] = 0
+        if benchmark(subject, [32], *SIZES)[0]["standard_seconds"] < 1e-3:
+            return "FlashAttention was slowed down by 1 ms, and standard_seconds rose with it"
+        return "it is the time of one call of the standard form, in seconds; FlashAttention's has no part in it"
 
     called = watch(subject, monkeypatch, delay)
     for _ in range(12):  # A busy machine may interrupt what takes 0.1 ms, too: not twelve times.
@@ -239,8 +250,8 @@ def test_seconds_are_those_of_the_call(subject: Subject, monkeypatch: pytest.Mon
         "times are those of one call, in seconds"
     )
     assert plain < 1e-3, (
-        f"benchmark_attention: calls of FlashAttention take over 0.001 s, standard_seconds is {plain:.3g}\n"
-        "it is the time of one call of the standard form, in seconds"
+        f"benchmark_attention([32], {SIZES[0]}, {SIZES[1]}): standard_seconds of {plain:.3g} came, less than 0.001 was "
+        f"wanted\n{quietly(without_delay)}"
     )
     assert not any(call.output.requires_grad for call in called), (
         "benchmark_attention: gradients are recorded; it measures inference"
@@ -253,6 +264,21 @@ def test_seconds_are_those_of_the_call(subject: Subject, monkeypatch: pytest.Mon
 # 3.9 from scratch
 
 
+def reaches_none(stages: dict[str, Callable[[], Any]]) -> None:
+    """Runs these while every prebuilt attention raises. After a failure each alone, to say which one it was."""
+    try:
+        with forbid(prebuilt_attention(), f"{CALL}, forward or backward"):
+            for stage in stages.values():
+                stage()
+    except Hang:
+        raise
+    except AssertionError:
+        for words, stage in stages.items():
+            with forbid(prebuilt_attention(), words):
+                stage()
+        raise
+
+
 @requirement("3.9")
 def test_forward_reaches_no_prebuilt_attention(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """flash_attention_forward, forward and training give the right values while every prebuilt attention raises."""
@@ -261,38 +287,63 @@ def test_forward_reaches_no_prebuilt_attention(subject: Subject, close: Close, r
     attention = build(subject)
     expected = standard(attention, x, mask, causal=True).detach()
 
-    with forbid(prebuilt_attention(), f"{CALL}, forward or backward"):
+    def attends(hidden: Tensor | None = None, causal: bool = False, n: int = N, m: int = N) -> None:
+        sized = build(subject, 1) if 1 in (n, m) else attention.train()
         with torch.no_grad():
-            for hidden, causal in ((None, False), (None, True), (mask, False)):
-                agree(close, attention, inputs(rng), hidden, causal, tolerance=ABOUT)
-            for n, m in ((1, 1), (1, N), (N, 1), (4, 20), (20, 4)):
-                sized = build(subject, 1) if 1 in (n, m) else attention
-                agree(close, sized, inputs(rng, n, m), tolerance=ABOUT)
+            agree(close, sized, inputs(rng, n, m), hidden, causal, tolerance=ABOUT)
+
+    def whole(training: bool, mode: Callable[[], Any] = torch.no_grad) -> None:
+        attention.train(training)
+        with mode():
             close(call(attention, x, mask, causal=True), expected, "forward", tolerance=ABOUT)
-            attention.eval()
-            close(call(attention, x, mask, causal=True), expected, "forward", tolerance=ABOUT)
-        with torch.inference_mode():
-            close(call(attention, x, mask, causal=True), expected, "forward", tolerance=ABOUT)
+
+    how = "float64, under no_grad, in training"
+    stages: dict[str, Callable[[], Any]] = {
+        f"{CALL} ({how}, no mask, causal = False)": attends,
+        f"{CALL} ({how}, no mask, causal = True)": partial(attends, causal=True),
+        f"{CALL} ({how}, with a mask, causal = False)": partial(attends, mask),
+    }
+    for n, m in ((1, 1), (1, N), (N, 1), (4, 20), (20, 4)):
+        stages[f"{CALL} ({how}, N = {n}, M = {m})"] = partial(attends, n=n, m=m)
+    stages[f"forward ({how})"] = partial(whole, True)
+    stages["forward (float64, under no_grad, in eval)"] = partial(whole, False)
+    stages["forward (float64, under inference_mode, in eval)"] = partial(whole, False, torch.inference_mode)
+    reaches_none(stages)
 
 
 @requirement("3.9")
 def test_training_reaches_no_prebuilt_attention(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """So they do in every dtype, at inference and in training."""
-    came = []
-    with forbid(prebuilt_attention(), f"{CALL}, forward or backward"):
-        for dtype in (torch.float64, torch.float32, *HALVES):
-            given, attention = inputs(rng, BLOCK, N, dtype), build(subject, dtype=dtype)
-            with torch.inference_mode():
-                at_inference, _ = attend(attention, given)
-            output, _ = attend(attention, [x.requires_grad_() for x in given])
-            if output.requires_grad:
-                torch.autograd.grad(output.sum(), given, allow_unused=True)
-            came.append((dtype, given, at_inference, output))
+    dtypes = (torch.float64, torch.float32, *HALVES)
+    given = {dtype: inputs(rng, BLOCK, N, dtype) for dtype in dtypes}
+    attentions: dict[torch.dtype, Any] = {}
+    came: dict[tuple[torch.dtype, str], Tensor] = {}
 
-    for dtype, given, at_inference, output in came:
-        expected, tolerance = reference(given)[0], 5e-2 if dtype in HALVES else ABOUT
-        close(at_inference.double(), expected, f"{CALL} in {dtype}: output", tolerance=tolerance)
-        close(output.double(), expected, f"{CALL} in {dtype}, in training: output", tolerance=tolerance)
+    def infer(dtype: torch.dtype) -> None:
+        attentions[dtype] = build(subject, dtype=dtype)
+        for x in given[dtype]:
+            x.requires_grad_(False)
+        with torch.inference_mode():
+            came[dtype, ""], _ = attend(attentions[dtype], given[dtype])
+
+    def train(dtype: torch.dtype) -> None:
+        came[dtype, ", in training"], _ = attend(attentions[dtype], [x.requires_grad_() for x in given[dtype]])
+
+    def backward(dtype: torch.dtype) -> None:
+        output = came[dtype, ", in training"]
+        if output.requires_grad:
+            torch.autograd.grad(output.sum(), given[dtype], allow_unused=True)
+
+    stages: dict[str, Callable[[], Any]] = {}
+    for dtype in dtypes:
+        stages[f"{CALL} ({dtype}, under inference_mode)"] = partial(infer, dtype)
+        stages[f"{CALL} ({dtype}, with gradients, in training)"] = partial(train, dtype)
+        stages[f"backward ({dtype})"] = partial(backward, dtype)
+    with unwritten(given[torch.float64]), unwritten(given[torch.float32]):
+        reaches_none(stages)
+        for (dtype, how), output in came.items():
+            expected, tolerance = reference(given[dtype])[0], 5e-2 if dtype in HALVES else ABOUT
+            close(output.double(), expected, f"{CALL} in {dtype}{how}: output", tolerance=tolerance)
 
 
 @requirement("3.9")

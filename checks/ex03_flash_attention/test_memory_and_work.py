@@ -8,7 +8,21 @@ from torch import Tensor
 
 from harness.testing import Close, Subject, Trace, requirement
 
-from .reference import ABOUT, BLOCK, CALL, SLIM, WIDE, _Calls, _Elements, attend, call, reference, standard, wide
+from .reference import (
+    ABOUT,
+    BLOCK,
+    CALL,
+    SLIM,
+    WIDE,
+    _Calls,
+    _Elements,
+    attend,
+    call,
+    quietly,
+    reference,
+    standard,
+    wide,
+)
 
 # 3.1 memory
 
@@ -45,10 +59,27 @@ def test_no_block_is_larger_than_asked_for(subject: Subject, close: Close, rng: 
     close(output, expected, f"{CALL}: output", tolerance=ABOUT)
     most = max(8 * block**2, (width + 2) * n)  # What is kept of each query may take more than a block of 1·1.
     assert seen.largest <= most, (
-        f"{CALL}, {kind}: a tensor of {seen.largest} elements is made for N = {n}, M = {m}, block_size = {block}, "
-        f"at most {most} are asked for; N·M is {n * m}, block_size·M is {block * m}\n"
-        "cut queries, keys and mask into blocks of about block_size; an expanded view costs nothing, its copy does"
+        f"{CALL}, {kind}, N = {n}, M = {m}, block_size = {block}: {seen}; at most {most} elements were wanted\n"
+        f"{quietly(lambda: whole(attention, given, masks.get(kind), 'causal' in kind, most))}"
     )
+
+
+def whole(attention: Any, given: list[Tensor], mask: Tensor | None, causal: bool, most: int) -> str:
+    """What is not cut into blocks: the mask, causal positions, or all."""
+    if mask is not None:
+        with torch.no_grad(), _Elements(given) as seen:
+            attend(attention, given, None, causal)
+        if seen.largest <= most:
+            return (
+                f"it is made of the mask {[*mask.shape]} of {mask.dtype}: cut and convert a mask block by block too; "
+                "an expanded view costs nothing, its copy does"
+            )
+    if causal:
+        with torch.no_grad(), _Elements([*given, mask]) as seen:
+            attend(attention, given, mask, False)
+        if seen.largest <= most:
+            return "it is made for causal alone: make positions block by block too"
+    return "cut queries and keys into blocks: a block's size does not depend on N or M"
 
 
 @requirement("3.1")
@@ -64,9 +95,7 @@ def test_forward_makes_no_tensor_of_all_pairs(subject: Subject, close: Close, rn
         output = call(attention, x, mask, causal=True)
 
     close(output, expected, "forward", tolerance=ABOUT)
-    assert seen.largest < n * n, (
-        f"forward, N = {n}, causal and masked: a tensor of {seen.largest} elements came, less than {n * n} was wanted"
-    )
+    assert seen.largest < n * n, f"forward, N = {n}, causal and masked: {seen}; fewer than N·N = {n * n} were wanted"
 
 
 @requirement("3.1")

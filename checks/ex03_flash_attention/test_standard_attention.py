@@ -25,11 +25,14 @@ from .reference import (
     attend,
     build,
     call,
+    explained,
     inputs,
+    known_forward,
     pytorch,
     reference,
     some_mask,
     standard,
+    unwritten,
 )
 
 MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64]
@@ -55,7 +58,7 @@ def test_two_keys_by_hand(subject: Subject, close: Close) -> None:
 def test_agrees_with_the_formula(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Output and logsumexp are the formula's, in one block and in several."""
     attention = build(subject)
-    hints = {(1, 1): "softmax(Q Kᵀ / √Dh) V", (1, 3): "a block's sum and accumulator refer to its own maximum"}
+    hints = {(1, 1): "softmax(Q Kᵀ / √Dh) V", (1, 3): "bring each block to the running maximum before you add it"}
 
     for rows, columns in ((1, 1), (1, 3), (3, 1), (3, 3)):
         n, m = rows * BLOCK, columns * BLOCK
@@ -129,10 +132,12 @@ def test_inputs_are_never_written_to(subject: Subject, close: Close, rng: torch.
     for causal, dtype, n in ((False, torch.float64, N), (True, torch.bool, N), (True, torch.bool, BLOCK)):
         given = [*inputs(rng, n, n), some_mask((B, H, n, n), rng).to(dtype)]
         before = [(x.clone(), x._version) for x in given]
-        with torch.set_grad_enabled(n == N):  # One block, at inference: nothing is needed again.
-            attend(attention, given[:3], given[3], causal)
-        for name, x, (kept, version) in zip(("Q", "K", "V", "mask"), given, before, strict=True):
-            close(x, kept, f"{name} after {CALL}", tolerance=0, hint="an input is written to")
+        with unwritten(given[:3]):
+            with torch.set_grad_enabled(n == N):  # One block, at inference: nothing is needed again.
+                attend(attention, given[:3], given[3], causal)
+            for name, x, (kept, _) in zip(("Q", "K", "V", "mask"), given, before, strict=True):
+                close(x, kept, f"{name} after {CALL}", tolerance=0, hint=f"{name} is written to")
+        for name, x, (_, version) in zip(("Q", "K", "V", "mask"), given, before, strict=True):
             assert x._version == version, f"{CALL}: writes to {name}, and restores it; an input is never written to"
         if n == N:
             agree(close, attention, given[:3], given[3], causal)
@@ -164,7 +169,9 @@ def test_forward_is_standard_attention(subject: Subject, close: Close, rng: torc
         for causal in (False, True):
             what = f"forward, {'with a mask' if mask is not None else 'no mask'}, causal = {causal}"
             expected = standard(attention, x, mask, causal).detach()
-            close(call(attention, x, mask, causal), expected, what, hint=hint, tolerance=NEAR)
+            came = call(attention, x, mask, causal)
+            with explained(partial(known_forward, attention, x, mask, causal, came, expected), hint):
+                close(came, expected, what, tolerance=NEAR)
 
 
 @requirement("3.4")

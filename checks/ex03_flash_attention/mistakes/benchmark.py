@@ -149,7 +149,7 @@ MISTAKES = [
     Mistake(
         "standard_seconds_of_flash",
         "3.8",
-        "standard_seconds is",
+        "standard_seconds rose",
         (STANDARD_SECONDS, '        "standard_seconds": _seconds(flash),\n'),
         only=True,
     ),

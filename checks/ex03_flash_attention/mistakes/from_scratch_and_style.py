@@ -36,7 +36,7 @@ MISTAKES = [
     Mistake(
         "prebuilt_in_backward",
         "3.9",
-        "backward reached",
+        "backward (torch.float64) reached",
         (
             GRADS,
             """\
@@ -50,7 +50,7 @@ MISTAKES = [
     Mistake(
         "prebuilt_where_causal",
         "3.9",
-        "reached",
+        "causal = True) reached",
         (
             APPLY,
             """\

@@ -83,7 +83,7 @@ MISTAKES = [
     Mistake(
         "nan_in_the_gradient_of_masked_rows",
         "3.2",
-        "not finite",
+        "rows that causal leaves no key",
         (
             "shift = logsumexp[:, rows].nan_to_num(neginf=0.0)  # all scores of such a row are -inf",
             "shift = logsumexp[:, rows]",
@@ -135,21 +135,21 @@ MISTAKES = [
     Mistake(
         "tail_dropped",
         "3.3",
-        "the last block may be smaller",
+        "M = 1 in blocks of 1",
         ("range(0, length, self.size)", "range(0, length - self.size + 1, self.size)"),
         only=True,
     ),
     Mistake(
         "tail_of_the_keys_dropped",
         "3.3",
-        "the last block may be smaller",
+        "M = 1 in blocks of 1",
         ("self.m if self.diagonal is None", "self.m // self.size * self.size if self.diagonal is None"),
         only=True,
     ),
     Mistake(
         "tail_padded_with_zeros",
         "3.3",
-        "the last block may be smaller",
+        "padding has no weight",
         (
             TOTAL,
             TOTAL
@@ -178,7 +178,7 @@ MISTAKES = [
     Mistake(
         "n_equals_m",
         "3.3",
-        "N and M are unrelated",
+        "the first 1 of 3 keys give alone",
         (
             "self.n, self.m, self.size = Q.size(2), K.size(2), size",
             "self.n, self.m, self.size = Q.size(2), min(Q.size(2), K.size(2)), size",
@@ -212,7 +212,7 @@ MISTAKES = [
     Mistake(
         "mask_ignored_in_a_single_block",
         "3.3",
-        "N = 1, M = 3",
+        "what comes without the mask",
         (
             APPLY,
             """\

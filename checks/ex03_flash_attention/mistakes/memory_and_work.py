@@ -17,7 +17,7 @@ MISTAKES = [
     Mistake(
         "standard_attention",
         "3.1",
-        "N·M is",
+        "does not depend on N or M",
         (
             "        return _BlockwiseAttention.apply(Q, K, V, mask, causal, self.scale, self.block_size)\n",
             """\
@@ -62,7 +62,7 @@ MISTAKES = [
     Mistake(
         "query_blocks_times_all_keys",
         "3.1",
-        "block_size·M is",
+        "does not depend on N or M",
         (
             COLUMNS,
             """\
@@ -91,7 +91,7 @@ MISTAKES = [
     Mistake(
         "mask_converted_whole",
         "3.1",
-        "flash_attention_forward, mask: a tensor",
+        "made of the mask",
         ("mask.expand", "mask.bool().expand"),
         only=True,
     ),
@@ -141,7 +141,7 @@ MISTAKES = [
     Mistake(
         "key_blocks_that_grow_with_the_length",
         "3.1",
-        "many_keys",
+        "many_keys, N = 32",
         (
             COLUMNS,
             """\
@@ -156,7 +156,7 @@ MISTAKES = [
     Mistake(
         "integer_mask_converted_whole",
         "3.1",
-        "causal_mask",
+        "of torch.int32: cut and convert a mask block by block",
         (
             EXPANDED,
             "        mask = mask.bool() if mask is not None and mask.dtype == torch.int32 else mask\n" + EXPANDED,
@@ -225,7 +225,7 @@ MISTAKES = [
     Mistake(
         "expanded_mask_copied",
         "3.1",
-        "flash_attention_forward, mask: a tensor",
+        "made of the mask",
         (EXPANDED, EXPANDED.replace("mask.expand", "mask.contiguous().expand")),
         only=True,
     ),

@@ -144,7 +144,7 @@ MISTAKES = [
     Mistake(
         "heads_viewed_without_transpose",
         "3.4",
-        "transpose",
+        "without the transpose after the split",
         (
             "unflatten(-1, (self.num_heads, -1)).transpose(1, 2)",
             "reshape(x.size(0), self.num_heads, x.size(1), -1)",
@@ -153,13 +153,13 @@ MISTAKES = [
     Mistake(
         "heads_not_transposed_back",
         "3.4",
-        "transpose back",
+        "without the transpose before the join",
         (JOIN, "        return self.o_proj(output.reshape(x.shape))\n"),
     ),
     Mistake(
         "no_output_projection",
         "3.4",
-        "o_proj",
+        "without o_proj",
         (JOIN, JOIN.replace("self.o_proj(", "(").replace("(output", "output").replace("=2))", "=2)")),
     ),
     Mistake(

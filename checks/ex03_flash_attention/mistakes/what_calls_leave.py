@@ -444,7 +444,7 @@ MISTAKES = [
     Mistake(
         "float64_computed_in_the_dtype_of_the_mask",
         "3.7",
-        "below the inputs' dtype",
+        "the mask's dtype decides nothing",
         (
             WORK,
             "        low = mask is not None and mask.dtype == torch.float32 or Q.dtype != torch.float64\n"
