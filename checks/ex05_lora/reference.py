@@ -1,6 +1,7 @@
 """What the checks of LoRA build, and what they expect of it, apart from the learner's code."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.testing import Subject, Trace, seed
+from harness.testing import Hang, Subject, Trace, seed
 
 IN, OUT, RANK, ALPHA = 11, 7, 3, 5.0
 
@@ -34,6 +35,30 @@ class Adapter:
     def expected(self, x: Tensor) -> Tensor:
         """The formula's output without dropout, in float64, with A and B as they are now."""
         return F.linear(x.detach().double(), self.merged_weight(), self.bias)
+
+
+@contextmanager
+def also(hint: Callable[..., str], *given: Any) -> Iterator[None]:
+    """Adds to what fails under it what `hint(*given)` finds out then, if anything."""
+    try:
+        yield
+    except Hang:
+        raise
+    except AssertionError as error:
+        try:
+            more = hint(*given)
+        except Exception:  # What failed may fail again in another way: then there is no more to say.
+            more = ""
+        if not more:
+            raise
+        raise AssertionError(f"{error}\n{more}") from error
+
+
+def alike(came: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
+    """One result is as near to another as a right one has to be."""
+    if came.shape != other.shape:
+        return False
+    return bool(torch.isclose(came.detach().double(), other.detach().double(), tolerance, tolerance).all())
 
 
 def linear(rng: torch.Generator, in_features: int = IN, out_features: int = OUT, bias: bool = True) -> nn.Linear:
@@ -85,7 +110,26 @@ def matrices(layer: Any, rank: int, in_features: int, out_features: int) -> None
 
 
 def apply(subject: Subject, model: nn.Module, *targets: str, rank: int = RANK, dropout: float = 0.0) -> Any:
-    """The model, adapted in place by the learner's code."""
+    """The model, adapted in place by the learner's code; a ValueError is a failure that names the targets."""
+    try:
+        return try_apply(subject, model, *targets, rank=rank, dropout=dropout)
+    except ValueError as error:
+        raise AssertionError(
+            f"{applying(subject, targets)}, rank {rank}: ValueError ({error}) came, the adapted model was wanted"
+        ) from error
+
+
+def applying(subject: Subject, targets: Sequence[str]) -> str:
+    """The call in words; before it what LoRAConfig makes of the targets, if that is something else."""
+    held = subject.LoRAConfig(target_modules=list(targets)).target_modules
+    call = f"apply_lora_to_model with targets {list(targets)}"
+    if held == list(targets):
+        return call
+    return f"LoRAConfig(target_modules={list(targets)}).target_modules is {held}\n{call}"
+
+
+def try_apply(subject: Subject, model: nn.Module, *targets: str, rank: int = RANK, dropout: float = 0.0) -> Any:
+    """The model, adapted in place by the learner's code, which may refuse."""
     config = subject.LoRAConfig(rank=rank, alpha=ALPHA, target_modules=list(targets), dropout=dropout)
     subject.apply_lora_to_model(model, config)
     return model
@@ -115,9 +159,9 @@ def no_copy(seen: Trace, model: nn.Module, what: str, copies: int = 0) -> None:
     sizes = {m.data_ptr(): m.nbytes for layer in adapters for m in (layer.lora_A, layer.lora_B)}
     allowed = sum(sizes.values()) + (copies + 1) * weight
     alive = seen.alive_bytes if seen.alive_bytes < allowed + weight // 2 else seen.alive_after_collection()
+    counted = f" ({copies} more of W's size counted)" if copies else ""
     assert alive < allowed + weight // 2, (
-        f"{what}: {alive} bytes are alive; W, A and B have {allowed} ({copies} more of W's size counted)\n"
-        "is a copy of W, or B A, kept somewhere?"
+        f"{what}: {alive} bytes are alive; W, A and B have {allowed}{counted}\nis a copy of W, or B A, kept somewhere?"
     )
 
 

@@ -16,6 +16,8 @@ from .reference import (
     RANK,
     Adapter,
     adapter_at,
+    alike,
+    also,
     apply,
     build,
     fresh,
@@ -48,7 +50,16 @@ def test_an_adapter_takes_over_its_layers_dtype(
         came = getattr(adapter.layer, name).dtype
         assert came == dtype, f"LoRALinear(a layer in {dtype}).{name}: {came} came, {dtype} was wanted"
     randomize(rng, adapter.layer.lora_A, adapter.layer.lora_B)
-    close(adapter.layer(x), adapter.expected(x).to(dtype), f"forward(x) in {dtype}", tolerance=tolerance)
+    output, expected = adapter.layer(x), adapter.expected(x).to(dtype)
+    with also(rounded, output, expected):
+        close(output, expected, f"forward(x) in {dtype}", tolerance=tolerance)
+
+
+def rounded(came: Tensor, wanted: Tensor) -> str:
+    """Says so if float64 is off by no more than float32's rounding."""
+    if wanted.dtype != torch.float64 or not alike(came, wanted):
+        return ""
+    return "all differences are tiny: is something rounded to float32, x, A x or the factor alpha/rank?"
 
 
 @requirement("5.7")
@@ -100,10 +111,12 @@ def test_dropout_acts_on_the_adapters_input_alone(subject: Subject, close: Close
     ):
         x = part.expand(whole.shape)
 
-        reached = what_reached_a(adapter, x, adapter.layer.train()(x))
+        output = adapter.layer.train()(x)
+        reached = what_reached_a(adapter, x, output)
 
         what = f"forward(x [5, 12, 12]{name}) in training, dropout 0.4"
-        dropped_alone(close, x.flatten(0, 1), reached.flatten(0, 1), 0.4, what)
+        with also(where_it_acts, adapter, x, output, reached, 0.4):
+            dropped_alone(close, x.flatten(0, 1), reached.flatten(0, 1), 0.4, what)
         for first in (0, 1):
             flat, flat_reached = (tensor.transpose(0, first).flatten(1) for tensor in (x, reached))
             dropped_alone(close, flat, flat_reached, 0.4, what)
@@ -121,9 +134,11 @@ def test_dropout_comes_from_the_config(subject: Subject, close: Close, rng: torc
     x = torch.rand(60, 12, generator=rng, dtype=torch.float64) + 1
 
     with torch.no_grad():
-        reached = what_reached_a(adapter, x, adapter.layer.train()(x))
+        output = adapter.layer.train()(x)
+        reached = what_reached_a(adapter, x, output)
 
-    dropped_alone(close, x, reached, p, f"LoRAConfig(dropout={p}), in training")
+    with also(where_it_acts, adapter, x, output, reached, p):
+        dropped_alone(close, x, reached, p, f"LoRAConfig(dropout={p}), in training")
 
 
 @requirement("5.7")
@@ -197,6 +212,27 @@ def what_reached_a(adapter: Adapter, x: Tensor, output: Any) -> Tensor:
     came = is_tensor(output, "forward(x) in training")
     assert came.shape == original.shape, f"forward(x) in training: shape {tuple(came.shape)} came"
     return (value(came) - original) / adapter.scaling @ value(adapter.layer.lora_B) @ value(adapter.layer.lora_A)
+
+
+def where_it_acts(adapter: Adapter, x: Tensor, output: Tensor, reached: Tensor, p: float) -> str:
+    """Where a see-through adapter drops elements, or by what it multiplies those that it keeps, if either is wrong."""
+    layer, original = adapter.layer, F.linear(x, adapter.weight, adapter.bias)
+    a, b = value(layer.lora_A), value(layer.lora_B)
+    added = (value(output) - original) / adapter.scaling
+    with torch.no_grad():
+        layer.lora_B.zero_()
+        whole = alike(layer.train()(x), original) or not alike(layer.eval()(x), original)
+        layer.lora_B.copy_(b)
+    if not whole:
+        return "with B = 0 the output is not the original's: dropout acts on the original's input or on the output"
+    for name, came, undropped in (("A x", added @ b, x @ a.T), ("B A x", added, x @ a.T @ b.T)):
+        if alike(came, torch.where(came.abs() > 1e-6, undropped / (1 - p), 0.0)):
+            return f"{name} is dropped, in place of x"
+    kept = reached.abs() > 1e-6
+    factors, wanted = (reached / x)[kept], x.new_tensor(1 / (1 - p))
+    if factors.numel() and alike(factors, factors[:1].expand_as(factors)) and not alike(factors[0], wanted):
+        return f"what is kept reaches A as x · {float(factors[0]):.4g}; 1 / (1 - {p}) = {float(wanted):.4g}"
+    return ""
 
 
 def dropped_alone(close: Close, x: Tensor, reached: Tensor, p: float, what: str) -> None:

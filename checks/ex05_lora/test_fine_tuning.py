@@ -25,6 +25,9 @@ NUMBERS = {
     "gradient_bytes": "the .grad of what the run trains, after the last backward, before any zero_grad, in bytes",
 }
 
+# Steps that are asked for, and how: 3 by default. The second run is longer than 16 batches of data last.
+CALLS: tuple[tuple[int, tuple[int, ...]], ...] = ((3, ()), (17, (17,)))
+
 
 @dataclass
 class Seen:
@@ -98,8 +101,10 @@ def quick(kind: type[Any]) -> Iterator[None]:
         handle.remove()
 
 
-def compared(subject: Subject, *steps: int, measured: bool = True) -> dict[str, tuple[dict[str, Any], Seen]]:
-    """What compare_fine_tuning says of each run, beside what was seen of it."""
+def compared(
+    subject: Subject, *steps: int, measured: bool = True, second: bool = False
+) -> dict[str, tuple[dict[str, Any], Seen]]:
+    """What compare_fine_tuning says of each run, beside what was seen of it; `second` if an earlier call trained."""
     what = f"compare_fine_tuning({', '.join(map(str, steps))})"
     with optimizers(subject.SimpleTransformer, measured) as seen:
         result = subject.compare_fine_tuning(*steps)
@@ -107,7 +112,8 @@ def compared(subject: Subject, *steps: int, measured: bool = True) -> dict[str, 
     assert isinstance(result, dict) and all(isinstance(result.get(name), dict) for name in ("full", "lora")), (
         f"{what}: {result!r:.80} came, a dict with the dicts 'full' and 'lora' was wanted"
     )
-    assert seen, f"{what}: no optimizer of torch.optim made a step"
+    but = " in the second call; the first trained" if second else ""
+    assert seen, f"{what}: no optimizer of torch.optim made a step{but}"
     assert all(note.adamw for note in seen.values()), f"{what}: an optimizer that is no torch.optim.AdamW made a step"
     notes = sorted(seen.values(), key=lambda note: note.steps)
     runs = {"full": [n for n in notes if not n.adapted], "lora": [n for n in notes if n.adapted]}
@@ -154,16 +160,18 @@ def test_the_numbers_are_those_of_the_runs(subject: Subject) -> None:
 @requirement("5.6")
 def test_every_run_makes_and_times_its_steps(subject: Subject) -> None:
     """Each run makes at least the steps that are asked for, each time, and tells the seconds for one of them."""
-    # 3 by default. The second run is longer than 16 batches of data last.
-    for steps, given in ((3, ()), (17, (17,))):
+    for steps, given in CALLS:
         with quick(subject.SimpleTransformer):
             begin = time.perf_counter()
-            runs = compared(subject, *given, measured=False)
+            runs = compared(subject, *given, measured=False, second=bool(given))
             elapsed = time.perf_counter() - begin
 
         per_step: dict[str, Any] = {}
         for name, (reported, seen) in runs.items():
-            assert seen.steps >= steps, f"compare_fine_tuning({steps}): the {name} run makes {seen.steps} steps"
+            assert seen.steps >= steps, (
+                f"compare_fine_tuning({', '.join(map(str, given))}): the {name} run makes {seen.steps} steps, "
+                f"{steps} were wanted{steps_made(subject, name)}"
+            )
             came = reported.get("seconds_per_step")
             what = f"compare_fine_tuning({steps})[{name!r}]['seconds_per_step']"
             right = isinstance(came, int | float) and math.isfinite(came) and came > 0
@@ -174,3 +182,13 @@ def test_every_run_makes_and_times_its_steps(subject: Subject) -> None:
             f"compare_fine_tuning({steps}): seconds_per_step {per_step} came; the whole call took {elapsed:.3g} s\n"
             "seconds, for one step"
         )
+
+
+def steps_made(subject: Subject, name: str) -> str:
+    """How many steps a run makes if it is asked for a few and for many."""
+    made: dict[int, int] = {}
+    for steps, given in ((1, (1,)), *CALLS):
+        with contextlib.suppress(AssertionError), quick(subject.SimpleTransformer):
+            made[steps] = compared(subject, *given, measured=False)[name][1].steps
+    asked, came = (", ".join(map(str, numbers)) for numbers in (made, made.values()))
+    return f"\nasked for {asked}: {came} made (3 are asked for by the default)" if made else ""

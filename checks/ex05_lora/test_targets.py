@@ -1,5 +1,6 @@
 """Targets (5.2): any layer is adapted, exactly those that match, and bare weights work or are refused."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,10 @@ from .reference import (
     TOKENS,
     Tiny,
     adapter_at,
+    alike,
+    also,
     apply,
+    applying,
     bare,
     build,
     called,
@@ -32,6 +36,7 @@ from .reference import (
     tiny_adapters,
     trainable,
     tree,
+    try_apply,
     value,
     with_merged_weight,
 )
@@ -136,10 +141,10 @@ def test_exactly_what_matches_is_adapted(
     apply(subject, model, *targets)
 
     adapted = {path for path in PATHS if hasattr(model.get_submodule(path), "lora_A")}
-    what = f"apply_lora_to_model with targets {targets}"
+    rule = "a target equals the last part of a path, or the whole path"
     extra, missing = sorted(adapted - set(matched)), sorted(set(matched) - adapted)
-    assert not extra, f"{what}: {extra} are adapted too; a target equals the last part of a path, or the whole path"
-    assert not missing, f"{what}: {missing} are not adapted; a target equals the last part of a path, or the whole path"
+    assert not extra, f"{applying(subject, targets)}: {extra} are adapted too; {rule}"
+    assert not missing, f"{applying(subject, targets)}: {missing} are not adapted; {rule}"
 
 
 @requirement("5.2")
@@ -205,7 +210,9 @@ def test_the_model_itself_comes_back(subject: Subject, close: Close, rng: torch.
     result = subject.apply_lora_to_model(model, config)
 
     assert result is model, f"apply_lora_to_model: a {type(result).__name__} came, the model itself was wanted"
-    assert config.target_modules == targets, f"apply_lora_to_model changes config.target_modules {targets}"
+    assert config.target_modules == targets, (
+        f"apply_lora_to_model changes config.target_modules: it was {targets}, it is {config.target_modules}"
+    )
     for path, layer in zip(("q_proj", "block.v_proj"), tiny_adapters(model), strict=True):
         randomize(rng, layer.lora_A, layer.lora_B)
         original = linear_at(plain, path)
@@ -222,9 +229,9 @@ def test_targets_that_match_nothing_are_refused(subject: Subject, targets: list[
     model = tree({"trunk.widen": nn.Linear(5, 4), "narrow": nn.Linear(4, 5), "wide": nn.Embedding(3, 5)})
 
     what = f"apply_lora_to_model with targets {targets}"
-    refuses(ValueError, lambda: apply(subject, model, *targets), what, *targets)
+    refuses(ValueError, lambda: try_apply(subject, model, *targets), what, *targets)
     with pytest.raises(ValueError) as raised:
-        apply(subject, model, *targets)
+        try_apply(subject, model, *targets)
     text = str(raised.value)
     assert "widen" in text or "narrow" in text.replace("narrow_up", ""), (
         f"{what}: the ValueError says {text!r}; it names none of the model's linear layers, trunk.widen and narrow"
@@ -236,7 +243,7 @@ def test_no_targets_are_no_default(subject: Subject) -> None:
     """An empty target list matches nothing; the default stands in for None alone."""
     model = tree({"q_proj": nn.Linear(5, 4)})
 
-    refuses(ValueError, lambda: apply(subject, model), "apply_lora_to_model with targets []", "q_proj")
+    refuses(ValueError, lambda: try_apply(subject, model), "apply_lora_to_model with targets []", "q_proj")
 
 
 @requirement("5.2")
@@ -245,7 +252,7 @@ def test_a_model_without_linear_layers_is_refused(subject: Subject) -> None:
     model = tree({"q_proj": nn.Embedding(5, 4), "b.v_proj": nn.Conv1d(5, 4, 1)})
 
     what = "apply_lora_to_model on a model without linear layers"
-    refuses(ValueError, lambda: apply(subject, model, "q_proj", "v_proj"), what, "q_proj", "v_proj")
+    refuses(ValueError, lambda: try_apply(subject, model, "q_proj", "v_proj"), what, "q_proj", "v_proj")
 
 
 @requirement("5.2")
@@ -312,7 +319,6 @@ def test_a_bare_weight_works_or_is_refused(
     randomize(rng, layer.lora_A, layer.lora_B)
     model.double().train(training)
     expected = with_merged_weight(plain, path, layer, x)
-    hint = f"{type(model).__name__} reads {path}.weight in place of calling the layer, so the adapter is ignored"
     for mode in ("train",) if training else ("no_grad", "eval"):
         what = f"{type(model).__name__} with an adapted {path}, {mode}"
         with torch.set_grad_enabled(mode != "no_grad"):
@@ -321,9 +327,27 @@ def test_a_bare_weight_works_or_is_refused(
             output = next((output for output in calls if output is not None), None)
 
         if output is not None:
-            close(output, expected, f"{what}: output", hint=hint)
+            with also(as_it_is_read, model, plain, path, layer, x, output):
+                close(output, expected, f"{what}: output")
             if mode != "no_grad":
                 moves_both(model, layer, output, what, "give what a parent reads with its gradients, not detached")
+
+
+def as_it_is_read(model: nn.Module, plain: nn.Module, path: str, layer: Any, x: Tensor, output: Tensor) -> str:
+    """Whether the output is that without the adapter, and whether that is so in this mode alone."""
+    training, kind = model.training, type(model).__name__
+    with torch.no_grad():
+        linear_at(plain, path).weight.copy_(layer.original_layer.weight)
+        if not alike(output, called(plain, x)):
+            return f"where {kind} reads {path}.weight in place of calling the layer, W + alpha/rank · B A is wanted"
+    elsewhere = ""
+    with contextlib.suppress(Exception):
+        expected = with_merged_weight(plain.train(not training), path, layer, x)
+        if alike(called(model.train(not training), x), expected):
+            here, there = ("training", "eval") if training else ("eval", "training")
+            elsewhere = f" in {here}; in {there} it counts"
+    model.train(training)
+    return f"the adapter is ignored{elsewhere}; is {path}.weight read by {kind}, in place of calling the layer?"
 
 
 @requirement("5.2")

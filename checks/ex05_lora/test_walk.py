@@ -336,8 +336,10 @@ class Call:
 
     def costs(self, seen: Trace) -> None:
         """No tensor of W's size is made."""
-        assert seen.largest < self.known.weight.numel(), (
-            f"forward(x): a tensor of {seen.largest} elements is made; W has out·in = {self.known.weight.numel()}\n"
+        known, mode = self.known, "training" if self.known.training else "eval"
+        assert seen.largest < known.weight.numel(), (
+            f"forward(x) in {mode}, rank {known.a.size(0)}: a tensor of {seen.largest} elements is made; "
+            f"W has out·in = {known.weight.numel()}\n"
             "multiply x by Aᵀ, and the result by Bᵀ: B A is as large as W"
         )
 

@@ -145,7 +145,7 @@ MISTAKES = [
     Mistake(
         "copy_of_the_bias",
         "5.1",
-        "original_layer.bias has changed",
+        "it is the output by the old bias",
         (MODE, MODE + "        self._b = [t.detach().clone() for t in [original_layer.bias] if t is not None]\n"),
         (
             ORIGINAL,

@@ -136,7 +136,7 @@ MISTAKES = [
     Mistake(
         "dropout_while_merged",
         "5.5",
-        "forward(x), merged",
+        "forward(x) after merge_weights() and train()",
         (
             "        output = self.original_layer(x)\n",
             "        output = self.original_layer(self.dropout(x) if self._own_weight else x)\n",
@@ -176,7 +176,7 @@ MISTAKES = [
     Mistake(
         "unmerge_leaves_the_flag",
         "5.5",
-        "original_layer.weight in torch.float32, merged",
+        "does the layer think it is merged?",
         (RESTORE, "            self.original_layer.weight = self._own_weight[0]\n"),
     ),
     Mistake(
@@ -231,7 +231,7 @@ MISTAKES = [
     Mistake(
         "first_merge_is_kept",
         "5.5",
-        "original_layer.weight in torch.float32, merged",
+        "it is what the first merge gave",
         (
             MERGED,
             (
@@ -325,7 +325,7 @@ MISTAKES = [
     Mistake(
         "training_unmerges",
         "5.5",
-        "forward(x), merged",
+        "train() and eval() do not unmerge",
         (
             "    def merge_weights",
             '''    def train(self, mode: bool = True) -> "LoRALinear":

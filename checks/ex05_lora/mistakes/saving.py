@@ -97,7 +97,7 @@ MISTAKES = [
     Mistake(
         "nothing_saved_while_merged",
         "5.8",
-        "after loading",
+        "saved while merged: q_proj.lora_A is not in what was saved",
         (
             SAVE,
             (

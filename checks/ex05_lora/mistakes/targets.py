@@ -270,7 +270,7 @@ class LoRAConfig:
     Mistake(
         "bare_weight_is_the_originals",
         "5.2",
-        "so the adapter is ignored",
+        "the adapter is ignored",
         ("self.weight.detach()", SUM),
         (WEIGHT, "        return original\n"),
         only=True,
@@ -294,7 +294,7 @@ class LoRAConfig:
     Mistake(
         "bare_weight_works_in_eval_only",
         "5.2",
-        "so the adapter is ignored",
+        "in training; in eval it counts",
         ("self.weight.detach()", SUM),
         (
             WEIGHT,

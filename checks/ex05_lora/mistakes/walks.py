@@ -125,7 +125,7 @@ MISTAKES = [
     Mistake(
         "eval_merges",
         "5.5",
-        "merged",
+        "train() and eval() do not unmerge",
         (
             MERGE_DEF,
             '''    def train(self, mode: bool = True) -> "LoRALinear":
