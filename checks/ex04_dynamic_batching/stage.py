@@ -65,19 +65,17 @@ def spent_until(event: threading.Event, limit: float) -> float:
 
 
 class Patience:
-    """How long the checks wait in vain: for each requirement less than 1 s, all together less than 4 s, whatever a
-    batcher does.
+    """How long the checks wait in vain: for each requirement about half a second, all together 2 s, whatever a batcher
+    does. A right one answers within milliseconds.
 
     A first wait in vain costs its requirement, so that further ones of the same requirement may be short. What one
-    requirement has used up is missing to no other one.
+    requirement has used up is missing to no other one. `due` is what a batch may wait for by itself, and comes on top.
     """
 
-    def __init__(self, left: float = 3.5, share: float = 0.9, later: float = 0.08) -> None:
-        self.left = left
-        self.share = share
-        self.later = later
+    def __init__(self, left: float = 2.0, share: float = 0.55, first: float = 0.4, later: float = 0.05) -> None:
+        self.left, self.share, self.first, self.later = left, share, first, later
         self.spent: dict[str, float] = {}
-        self.stuck = False
+        self.stuck, self.due = False, 0.0
 
     @property
     def is_over(self) -> bool:
@@ -88,13 +86,12 @@ class Patience:
 
     def wait(self, event: threading.Event, number: str) -> bool:
         """Whether the event comes."""
-        first = 0.25 if self.spent else 0.7
+        first = self.first / 2 if self.spent else self.first
         most = min(self.left, self.share - self.spent.get(number, 0), self.later if number in self.spent else first)
-        spent = spent_until(event, max(most, 0.02))
-        if event.is_set():
-            return True
-        self.spend(spent, number)
-        return False
+        spent = spent_until(event, max(most, 0.02) + self.due)
+        if not event.is_set():
+            self.spend(spent - self.due, number)
+        return event.is_set()
 
     def spend(self, seconds: float, number: str) -> None:
         """Counts a wait in vain."""
@@ -229,6 +226,7 @@ class Stage:
         self.batcher = self.returned(job, "DynamicBatcher(…)")
         self._batchers.append(self.batcher)
         self.options = options
+        self._patience.due = options["max_wait_time"] if options["max_wait_time"] < NEVER else 0.0
         return self.batcher
 
     def forget(self) -> None:
