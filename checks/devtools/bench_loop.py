@@ -37,7 +37,7 @@ GROWTH = (2, 8, 16, 24)
 PICTURE = BUILD / "bench" / "loop.png"
 CODE = "code judged in"
 BUSY = 0.1
-_COLD_END = " in "
+_COLD_END = "cold pytest has ended"
 _T = TypeVar("_T")
 
 
@@ -149,7 +149,8 @@ def cold(workspace: Workspace, exercise: Exercise, texts: Sequence[str]) -> list
     """Times pytest-watch as it comes, running pytest anew on the exercise's checks for each save."""
     path = workspace.top / "exercises" / exercise.file_name
     runner = f"{sys.executable} -m pytest checks/{exercise.folder.name} -q"
-    command = [sys.executable, "-m", "pytest_watch", "--nobeep", "--runner", runner, "exercises"]
+    command = [sys.executable, "-m", "pytest_watch", "--nobeep", "--afterrun", f"echo {_COLD_END}"]
+    command += ["--runner", runner, "exercises"]
     watch = Terminal(command, workspace.top)
     watch.until(_COLD_END, 120)
     taken = []
@@ -211,9 +212,7 @@ def main(arguments: list[str]) -> int:
     """Prints the table and draws the picture."""
     out = shown_by.console()
     chosen = [one for ex in arguments or [""] for one in selected(ex)]
-    table = Table(
-        "exercise", "code", "95 %", "whole", "95 %", "own test", "cold", "cold / whole", "idle MB", "later MB"
-    )
+    table = Table("", "code", "95 %", "whole", "95 %", "own test", "cold", "cold / whole", "idle MB", "later MB")
     all_taken: dict[str, Taken] = {}
     for number, exercise in enumerate(track(chosen, "each exercise", console=out)):
         texts, more = walk(exercise), MEMORY_SAVES if number == 0 else 0
@@ -286,13 +285,15 @@ def draw(all_taken: dict[str, Taken], growth: dict[int, float]) -> None:
         left.bar(bars, medians, 0.27, label=label, color=colour, yerr=[[0.0] * len(tails), tails], capsize=2)
     left.axhline(0.5, color="#555555", linewidth=1, linestyle="--", label="0.5 s")
     left.set_xticks(list(places), list(all_taken))
-    left.set_ylabel("seconds from save to verdict (median, whisker: 95 %)")
+    left.set_ylabel("seconds from save to verdict")
+    left.set_title("median; whisker: 95 % of the saves", fontsize="medium")
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     right.plot(list(growth), list(growth.values()), marker="o", color="#2a7f62")
     right.axhline(0.5, color="#555555", linewidth=1, linestyle="--")
     right.set_ylim(0, 1.1 * max([0.5, *growth.values()]))
     right.set_xlabel("exercises in the workspace")
-    right.set_ylabel("seconds to the code's verdict, saving the first (median)")
+    right.set_ylabel("seconds from save to verdict")
+    right.set_title("code judged, saving the first exercise; median", fontsize="medium")
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=130)
 

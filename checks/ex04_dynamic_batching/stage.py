@@ -52,7 +52,7 @@ def spent_until(event: threading.Event, limit: float) -> float:
     """Waits for an event; the seconds spent, at least `limit` if it did not come. While threads want a processor and
     get none, no time is spent.
     """
-    spent, latest = 0.0, time.monotonic() + 3 * limit
+    spent, latest = 0.0, time.monotonic() + 8 * limit
     while spent < limit and not event.is_set():
         start, used = time.monotonic(), time.process_time()
         if event.wait(min(0.04, limit / 2)):
@@ -72,7 +72,7 @@ class Patience:
     requirement has used up is missing to no other one. `due` is what a batch may wait for by itself, and comes on top.
     """
 
-    def __init__(self, left: float = 2.0, share: float = 0.55, first: float = 0.4, later: float = 0.05) -> None:
+    def __init__(self, left: float = 2.0, share: float = 0.55, first: float = 0.25, later: float = 0.04) -> None:
         self.left, self.share, self.first, self.later = left, share, first, later
         self.spent: dict[str, float] = {}
         self.stuck, self.due = False, 0.0

@@ -126,7 +126,7 @@ class Rounds(Walk):
 
     def faults(self, subject: Subject, steps: list[Step]) -> dict[str, Exception]:
         """What a fault itself names as its requirement goes before what was drawn."""
-        self.patience = Patience(0.6, 0.6, first=0.25, later=0.03)
+        self.patience = Patience(0.4, 0.4, first=0.2, later=0.03)
         try:
             found = super().faults(subject, steps)
         finally:
