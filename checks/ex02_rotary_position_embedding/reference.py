@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.model.results import Hang
-from harness.testing import Close, DispatchMode, Subject, is_tensor, refuses, seed
+from harness.testing import Close, DispatchMode, Hang, Subject, is_tensor, refuses, seed
 
 B, H, L, DH = 2, 3, 5, 10
 D = 12  # of the attention layer: 3 heads with 4 features

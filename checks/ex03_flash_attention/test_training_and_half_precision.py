@@ -122,13 +122,13 @@ def test_gradients_by_hand(subject: Subject, close: Close) -> None:
         output, _ = attend(subject.FlashAttention(1, 1, 2), given)
         assert output.requires_grad, f"{CALL}: Q, K and V require gradients, the output does not"
         expected = {"V": (0.75, 0.25), "K": (-0.75, 0.75), "Q": (-0.75 * math.log(3), 0.0)}
-        for time in ("backward", "a second backward"):
-            output.backward(torch.tensor([1.0, 0.0]).view(1, 1, 2, 1), retain_graph=time == "backward")
+        for time, dO in (("backward", 1.0), ("a second backward, with another dO", -2.0)):
+            output.backward(torch.tensor([dO, 0.0]).view(1, 1, 2, 1), retain_graph=dO == 1)
             for name, numbers in expected.items():
-                what = f"{time}, Q = (1, 0), K = (log 3, 0), V = (4, 8), dO = (1, 0): gradient of {name}"
+                what = f"{time}, Q = (1, 0), K = (log 3, 0), V = (4, 8), dO = ({dO:g}, 0): gradient of {name}"
                 leaf = given["QKV".index(name)]
-                close(leaf.grad, torch.tensor(numbers).view(1, 1, 2, 1), what, tolerance=1e-5,
-                      hint="first row: P = (3/4, 1/4), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)) = (-3/4, 3/4)")  # fmt: skip
+                close(leaf.grad, dO * torch.tensor(numbers).view(1, 1, 2, 1), what, tolerance=1e-5,
+                      hint="for dO = 1: P = (3/4, 1/4), dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)) = (-3/4, 3/4)")  # fmt: skip
                 leaf.grad = None
 
 

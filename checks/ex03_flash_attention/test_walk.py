@@ -76,10 +76,11 @@ def new_weights(drawn: "Drawn", how: str) -> None:
         for name, parameter in attention.named_parameters():
             parameter.data.copy_(weights[name])
     else:
-        attention.v_proj = nn.Linear(
-            attention.v_proj.in_features, attention.v_proj.out_features, bias=False, device="meta"
-        )
-        attention.v_proj.weight = nn.Parameter(weights["v_proj.weight"])
+        name = "o_proj" if drawn.step.seed % 2 else "v_proj"
+        layer = nn.Linear(*weights[f"{name}.weight"].mT.shape, bias=name == "o_proj", device="meta")
+        for kind, _ in list(layer.named_parameters()):
+            setattr(layer, kind, nn.Parameter(weights[f"{name}.{kind}"]))
+        setattr(attention, name, layer)
 
 
 def first_call(drawn: "Drawn", mode: Callable[[], Any] = torch.no_grad, dtype: torch.dtype | None = None) -> None:
@@ -169,7 +170,7 @@ class Calls(Walk):
                 "after a call and load_state_dict": partial(new_weights, how="load"),
                 "after a call and new .data": partial(new_weights, how="data"),
                 "after a call and edited .data": partial(new_weights, how="edit"),
-                "after a call and a new v_proj": partial(new_weights, how="layer"),
+                "after a call and a new v_proj or o_proj": partial(new_weights, how="layer"),
                 "after a first call in float32": partial(first_call, dtype=torch.float32),
                 "after a first call in bfloat16": partial(first_call, dtype=torch.bfloat16),
                 "after a first call under no_grad": partial(first_call, mode=torch.no_grad),
@@ -472,14 +473,13 @@ class Drawn:
         elif layout:
             probe = probe[(slice(1),) * probe.dim()].expand_as(probe)
         version = probe._version
-        wanted = torch.autograd.grad(expected, list(leaves.values()), probe.double())
         tolerance = max(self._tolerance(), 1e-3 if self.dtype == torch.float32 else 0.0)
         if self.offset:  # dS is multiplied by keys of 1000.
             tolerance = 1e-6 if self._exact else 0.5
         for time in range(times):
-            came = torch.autograd.grad(
-                output, list(leaves.values()), probe, retain_graph=time + 1 < times, allow_unused=True
-            )
+            dO, inputs = probe if not time else -2 * probe, list(leaves.values())
+            wanted = torch.autograd.grad(expected, inputs, dO.double(), retain_graph=True)
+            came = torch.autograd.grad(output, inputs, dO, retain_graph=time + 1 < times, allow_unused=True)
             for name, x, y in zip(leaves, came, wanted, strict=True):
                 if self.early:  # NaN is the point here.
                     assert x is None or x.isfinite().all(), f"backward: the gradient of {name} is not finite"
@@ -490,11 +490,9 @@ class Drawn:
 
 def near(came: Tensor | None, wanted: Tensor, what: str, tolerance: float) -> None:
     """Close, after a look that is faster."""
-    if type(came) is Tensor and came.shape == wanted.shape and came.dtype == wanted.dtype:
-        gap = float((came.detach() - wanted).abs_().max())
-        if gap <= tolerance:
-            return
-    Close(tolerance)(came, wanted, what)
+    alike = type(came) is Tensor and came.shape == wanted.shape and came.dtype == wanted.dtype
+    if not alike or came is None or float((came.detach() - wanted).abs_().max()) > tolerance:
+        Close(tolerance)(came, wanted, what)
 
 
 test_calls_in_any_order = walk_check(Calls(), STEPS)

@@ -311,7 +311,7 @@ def test_tampering_gains_nothing_and_is_stated(runs: dict[str, Run]) -> None:
         "- `Makefile` changed",
         "- `checks/a; ::error::b.py` added",
         "- `checks/harness/model/results.py` missing",
-        f"- `checks/{FIRST.removesuffix('.py')}/test_masks.py` changed",
+        f"- `checks/{FIRST.removesuffix('.py')}/test_low_precision.py` changed",
     ):
         assert f"\n{line}\n" in run.summary, run.summary
     assert str(CLASSROOM) not in run.summary

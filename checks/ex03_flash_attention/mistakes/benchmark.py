@@ -116,6 +116,9 @@ MISTAKES = [
         only=True,
     ),
     Mistake("batch_of_two", "3.8", "flash_peak_bytes", (X, "    x = torch.randn(2, length, d_model)\n"), only=True),
+    Mistake(
+        "a_length_twice_is_one_row", "3.8", "rows came", ("seq_lengths]", "dict.fromkeys(seq_lengths)]"), only=True
+    ),
     Mistake("rows_sorted", "3.8", "rows for", ("seq_lengths]", "sorted(seq_lengths)]"), only=True),
     Mistake(
         "sizes_ignored",

@@ -27,6 +27,30 @@ STACKED = """\
 MISTAKES = [
     # State of an earlier call
     Mistake(
+        "row_sum_of_the_first_backward",
+        "3.6",
+        "second backward",
+        (
+            "            row_sum = (grad_rows * output[:, rows]).sum(-1, keepdim=True)  # [BH, n, 1]\n",
+            """\
+            row_sum = (grad_rows * output[:, rows]).sum(-1, keepdim=True)
+            row_sum = ctx.__dict__.setdefault("row_sums", {}).setdefault(rows.start, row_sum)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "the_first_o_proj_for_good",
+        "3.4",
+        "a new v_proj or o_proj",
+        (
+            "        self.o_proj = nn.Linear(d_model, d_model)\n",
+            "        self.o_proj = nn.Linear(d_model, d_model)\n        self.last = (self.o_proj,)\n",
+        ),
+        ("return self.o_proj(", "return self.last[0]("),
+        only=True,
+    ),
+    Mistake(
         "weights_stacked_at_the_first_inference",
         "3.4",
         "weights",

@@ -45,6 +45,8 @@ _KERNELS_AT_ONCE = (
 )
 # A check's own stand-in for a device's autocast.
 _STOOD_IN = "autocast"
+# torch's name for the storage of the default dtype: whoever sets that dtype sets it too.
+_FOLLOWS = "Storage"
 _HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
 
@@ -103,7 +105,8 @@ class _Names(dict[str, Any]):
 
     def __init__(self, owner: Any) -> None:
         there = dict(vars(owner))
-        super().__init__((name, value) for name, value in there.items() if callable(value) or _is_descriptor(value))
+        kept = {name: value for name, value in there.items() if name != _FOLLOWS or owner is not torch}
+        super().__init__((name, value) for name, value in kept.items() if callable(value) or _is_descriptor(value))
         self.all = frozenset(there)
         self.size = len(there)
         self.ids = tuple(map(id, self.values()))
