@@ -77,7 +77,8 @@ def new_weights(drawn: "Drawn", how: str) -> None:
             parameter.data.copy_(weights[name])
     else:
         name = "o_proj" if drawn.step.seed % 2 else "v_proj"
-        layer = nn.Linear(*weights[f"{name}.weight"].mT.shape, bias=name == "o_proj", device="meta")
+        width = weights[f"{name}.weight"].size(0)
+        layer = nn.Linear(width, width, bias=name == "o_proj", device="meta")
         for kind, _ in list(layer.named_parameters()):
             setattr(layer, kind, nn.Parameter(weights[f"{name}.{kind}"]))
         setattr(attention, name, layer)
