@@ -93,8 +93,8 @@ def _products(given: Sequence[Tensor], causal: bool, training: bool) -> None:
     blocks, and in training the exponentials again with five products.
     """
     q, k, v, grad = (x.detach().flatten(0, 1) for x in given)
-    buffer, other = q.new_empty(2, q.size(0), BLOCK, BLOCK)
-    output, grads = torch.zeros_like(q), [torch.zeros_like(x) for x in (q, k, v)]
+    buffer, other = (q.new_empty(q.size(0), BLOCK, BLOCK if used else 0) for used in (True, training))
+    output, grads = torch.zeros_like(q), [torch.zeros_like(x) for x in (q, k, v) if training]
     blocks = [slice(start, start + BLOCK) for start in range(0, q.size(1), BLOCK)]
     pairs = [(rows, columns) for rows in blocks for columns in blocks if not causal or columns.start <= rows.start]
     scaled = q * (HEAD_SIZE**-0.5 / 8)  # Small scores: nothing overflows where no maximum is subtracted.
