@@ -29,6 +29,7 @@ from devtools.workspace import READY, Terminal, Workspace, processes, quiet
 from harness.model import bank
 from harness.model.exercise import Exercise, exercises, selected
 from harness.model.paths import BUILD, shown
+from harness.model.source import functions
 from harness.report import terminal as shown_by
 from harness.sandbox.processes import waited
 
@@ -75,8 +76,8 @@ def walk(exercise: Exercise) -> list[tuple[str, bool]]:
 def _bodies(starter: str, answer: str) -> list[str]:
     """The starter with the answer's functions, one after the other; the own test comes last."""
     texts, written = [], starter
-    for path, node in _functions(answer):
-        ours = dict(_functions(written)).get(path)
+    for path, node in sorted(functions(answer).items(), key=lambda pair: pair[0].startswith("test_")):
+        ours = functions(written).get(path)
         if ours is None or ast.dump(ours) == ast.dump(node):
             continue
         lines, theirs = written.splitlines(), answer.splitlines()
@@ -84,16 +85,6 @@ def _bodies(starter: str, answer: str) -> list[str]:
         written = "\n".join(lines) + "\n"
         texts.append(written)
     return [*texts, answer]
-
-
-def _functions(text: str) -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    found: list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]] = []
-    for node in ast.parse(text).body:
-        inner = node.body if isinstance(node, ast.ClassDef) else [node]
-        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
-        kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-        found += [(prefix + one.name, one) for one in inner if isinstance(one, kinds)]
-    return sorted(found, key=lambda pair: pair[0].startswith("test_"))
 
 
 def _own_test(text: str) -> str:

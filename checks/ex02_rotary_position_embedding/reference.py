@@ -2,14 +2,13 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.testing import Close, DispatchMode, Hang, Subject, is_tensor, refuses, seed
+from harness.testing import Close, DispatchMode, Subject, also, is_tensor, refuses, seed
 
 B, H, L, DH = 2, 3, 5, 10
 D = 12  # of the attention layer: 3 heads with 4 features
@@ -58,25 +57,6 @@ def rows(rng: torch.Generator, length: int, dtype: torch.dtype = torch.float64, 
 def named(dtype: torch.dtype) -> str:
     """A dtype without its module: float32."""
     return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def also(hint: Callable[[], str]) -> Iterator[None]:
-    """Adds to a comparison that fails what `hint` finds out then, if anything."""
-    try:
-        yield
-    except Hang:
-        raise
-    except AssertionError as error:
-        try:
-            more = hint()
-        except Hang:
-            raise
-        except Exception:  # What failed may fail again in another way: then there is no more to say.
-            more = ""
-        if not more:
-            raise
-        raise AssertionError(f"{error}\n{more}") from error
 
 
 def alike(came: Tensor, other: Tensor, tolerance: float = ROUGH) -> bool:

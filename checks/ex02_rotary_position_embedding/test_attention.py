@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.testing import Close, Subject, is_tensor, requirement
+from harness.testing import Close, Subject, also, is_tensor, requirement
 
 from .reference import (
     MASK_DTYPES,
@@ -18,7 +18,6 @@ from .reference import (
     H,
     L,
     alike,
-    also,
     attends,
     build,
     formula,

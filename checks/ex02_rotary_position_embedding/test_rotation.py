@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness.testing import Close, Subject, Where, is_tensor, requirement
+from harness.testing import Close, Subject, Where, also, is_tensor, requirement
 
-from .reference import DH, NEAR, ROUGH, B, H, L, agree, alike, also, angles_of, rows, turned
+from .reference import DH, NEAR, ROUGH, B, H, L, agree, alike, angles_of, rows, turned
 
 # 2.1 the rotation
 

@@ -1,7 +1,6 @@
 """What the checks of LoRA build, and what they expect of it, apart from the learner's code."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.testing import Hang, Subject, Trace, seed
+from harness.testing import Subject, Trace, seed
 
 IN, OUT, RANK, ALPHA = 11, 7, 3, 5.0
 
@@ -35,23 +34,6 @@ class Adapter:
     def expected(self, x: Tensor) -> Tensor:
         """The formula's output without dropout, in float64, with A and B as they are now."""
         return F.linear(x.detach().double(), self.merged_weight(), self.bias)
-
-
-@contextmanager
-def also(hint: Callable[..., str], *given: Any) -> Iterator[None]:
-    """Adds to what fails under it what `hint(*given)` finds out then, if anything."""
-    try:
-        yield
-    except Hang:
-        raise
-    except AssertionError as error:
-        try:
-            more = hint(*given)
-        except Exception:  # What failed may fail again in another way: then there is no more to say.
-            more = ""
-        if not more:
-            raise
-        raise AssertionError(f"{error}\n{more}") from error
 
 
 def alike(came: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.testing import Close, Subject, is_tensor, requirement, seed
+from harness.testing import Close, Subject, also, is_tensor, requirement, seed
 
 from .reference import (
     ALPHA,
@@ -17,7 +17,6 @@ from .reference import (
     Adapter,
     adapter_at,
     alike,
-    also,
     apply,
     build,
     fresh,

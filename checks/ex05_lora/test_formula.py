@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.testing import Close, Subject, Where, is_tensor, refuses, requirement, seed
+from harness.testing import Close, Subject, Where, also, is_tensor, refuses, requirement, seed
 
 from .reference import (
     IN,
@@ -17,7 +17,6 @@ from .reference import (
     Tiny,
     adapter_at,
     alike,
-    also,
     apply,
     build,
     descend,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.testing import Close, Subject, Trace, halfway, is_tensor, requirement
+from harness.testing import Close, Subject, Trace, also, halfway, is_tensor, requirement
 
 from .reference import (
     ALPHA,
@@ -18,7 +18,6 @@ from .reference import (
     Adapter,
     Tiny,
     adapter_at,
-    also,
     apply,
     bare,
     build,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.testing import Close, Subject, requirement
+from harness.testing import Close, Subject, also, requirement
 
 from .reference import (
     IN,
@@ -18,7 +18,6 @@ from .reference import (
     TOKENS,
     Tiny,
     adapter_at,
-    also,
     apply,
     linear,
     randomize,

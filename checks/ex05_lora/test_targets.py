@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.testing import Close, Subject, refuses, requirement
+from harness.testing import Close, Subject, also, refuses, requirement
 
 from .reference import (
     ALPHA,
@@ -20,7 +20,6 @@ from .reference import (
     Tiny,
     adapter_at,
     alike,
-    also,
     apply,
     applying,
     bare,

@@ -17,10 +17,26 @@ def todo_lines(text: str) -> dict[str, int]:
     """The first line of `text` that carries each requirement's `# TODO(N.M)`."""
     lines: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        if found := _TODO.search(line):
-            for requirement in re.split(r"[,\s]+", found[1].strip()):
-                lines.setdefault(requirement, number)
+        for requirement in todo_numbers(line):
+            lines.setdefault(requirement, number)
     return lines
+
+
+def todo_numbers(line: str) -> list[str]:
+    """The requirements that the `# TODO(N.M, …)` of a line names; none where it carries none."""
+    found = _TODO.search(line)
+    return re.split(r"[,\s]+", found[1].strip()) if found is not None else []
+
+
+def functions(text: str) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions of a file and the methods of its classes, by dotted name."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
+    for node in ast.parse(text).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        found |= {prefix + one.name: one for one in inner if isinstance(one, kinds)}
+    return found
 
 
 def place_of(requirement: str, message: str, text: str, starter: str) -> int:
@@ -46,8 +62,7 @@ def _with_todo(text: str, requirement: str) -> list[str]:
     """The dotted names of the innermost definitions in which a TODO of the requirement stands."""
     found: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
-        todo = _TODO.search(line)
-        if todo is not None and requirement in re.split(r"[,\s]+", todo[1].strip()):
+        if requirement in todo_numbers(line):
             around = [path for path, first, last in _definitions(text) if first <= number <= last]
             found += around[-1:]
     return found

@@ -8,7 +8,7 @@ import pytest
 from harness.model.results import Hang
 from harness.model.submission import describe
 from harness.testing.bench import Case, Run, Series
-from harness.testing.compare import Close, Where, is_tensor, refuses, untouched
+from harness.testing.compare import Close, Where, also, is_tensor, refuses, untouched
 from harness.testing.forbid import Prebuilt, forbid, prebuilt_attention
 from harness.testing.layers import fill, plain
 from harness.testing.own_test import OwnTest
@@ -35,6 +35,7 @@ __all__ = [
     "Trace",
     "Walk",
     "Where",
+    "also",
     "calls",
     "describe",
     "fill",

@@ -1,12 +1,14 @@
 """The one comparison between what a learner's code gave and what a check expects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness.model.results import Hang
 from harness.model.submission import LoadError
 
 # Bound before any submission is loaded: what it does to these names later changes no verdict.
@@ -140,3 +142,22 @@ def refuses(error: type[Exception], call: Callable[[], Any], what: str, *content
         ) from raised
     else:
         raise AssertionError(f"{what}: was accepted, {error.__name__} was wanted")
+
+
+@contextmanager
+def also(hint: Callable[..., str], *given: Any) -> Iterator[None]:
+    """Adds to what fails inside what `hint(*given)` finds out then, if anything."""
+    try:
+        yield
+    except Hang:
+        raise
+    except AssertionError as error:
+        try:
+            more = hint(*given)
+        except Hang:
+            raise
+        except Exception:  # What failed may fail again in another way: then there is no more to say.
+            more = ""
+        if not more:
+            raise
+        raise AssertionError(f"{error}\n{more}") from error

@@ -88,7 +88,7 @@ class Trace(DispatchMode):
             self._derive(name, inputs, outputs)
         for tensor in outputs:
             if (storage := tensor.untyped_storage()) not in self._seen:
-                self._follow(storage, storage.nbytes() // tensor.element_size())
+                self._follow(storage, _elements(tensor))
         return result
 
     def _derive(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
