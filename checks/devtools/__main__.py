@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from devtools import check_exercise, kill_matrix, new
-from harness.model.bank import BankError, BanksAbsent
+from harness.model.bank import BankError, BanksAbsent, mistakes
 from harness.model.exercise import SpecificationError, UsageError, selected
 from harness.runner import session
 
@@ -30,6 +30,8 @@ def main(arguments: list[str]) -> int:
         if asked.command == "check-exercise":
             return check_exercise.run(asked.ex)
         chosen, full = selected(asked.ex), asked.command == "bank"
+        for exercise in chosen:
+            mistakes(exercise)  # Before the checks are collected, which read them too.
         return session.collected(lambda one: kill_matrix.run(one.items, chosen, asked.only, full), asked.ex)
     except (UsageError, SpecificationError, BanksAbsent, BankError) as error:
         print(error)

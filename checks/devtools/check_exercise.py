@@ -4,6 +4,7 @@ import pytest
 
 from devtools import kill_matrix, rules
 from harness.commands.request import one_exercise
+from harness.model import bank
 from harness.report import terminal
 from harness.runner import session
 from harness.runner.supervisor import Judge
@@ -21,9 +22,11 @@ def run(ex: str) -> int:
             say(problem)
         say(f"{exercise.id}: the form and the bank are judged once this is done")
         return 1
-    form = [problem for rule in rules.FORM for problem in rule(exercise)]
+    form = [problem for rule in (*rules.FORM, rules.not_as_shipped) for problem in rule(exercise)]
     for problem in form:
         say(problem)
+
+    bank.mistakes(exercise)  # Before the checks are collected, which read it too: what it cannot hold is one line.
 
     def judge(collected: pytest.Session) -> int:
         matrix = kill_matrix.build(Judge(collected.items, halves=False), exercise)

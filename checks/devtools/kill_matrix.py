@@ -17,6 +17,8 @@ from harness.runner import plugin
 from harness.runner.supervisor import KINDS, Judge
 from harness.sandbox.hugepages import use_huge_pages
 
+_LATER = "the rest of the bank is judged once this is done"
+
 
 @dataclass
 class Matrix:
@@ -49,10 +51,15 @@ def build(judge: Judge, exercise: Exercise, only: str = "", full: bool = True) -
     """
     matrix = Matrix(exercise)
     mistakes = bank.mistakes(exercise)
+    if problems := list(_slips(exercise, mistakes)):
+        return Matrix(exercise, problems=[*problems, _LATER])
     matrix.problems += _form(exercise, mistakes)
     if not only:
         _starter(judge, matrix)
-    for name in ("answer", *exercise.variant_files):
+    if only in "answer" and not _right(judge, matrix, "answer", full):
+        matrix.problems.append(_LATER)
+        return matrix
+    for name in exercise.variant_files:
         if only in name:
             _right(judge, matrix, name, full)
     proofs = {mistake.requirements[0]: mistake for mistake in reversed(mistakes.values()) if mistake.only}
@@ -75,10 +82,13 @@ def show(matrix: Matrix, out: Console) -> None:
         out.print(f"problem: {problem}", style="red", soft_wrap=True, markup=False)
 
 
-def _form(exercise: Exercise, mistakes: dict[str, Mistake]) -> Iterator[str]:
+def _slips(exercise: Exercise, mistakes: dict[str, Mistake]) -> Iterator[str]:
     for slip in exercise.slips:
         if slip not in mistakes:
             yield f"slip {slip} is no mistake of the bank"
+
+
+def _form(exercise: Exercise, mistakes: dict[str, Mistake]) -> Iterator[str]:
     ids = {requirement.id for requirement in exercise.requirements}
     for mistake in mistakes.values():
         for number in set(mistake.requirements) - ids:
@@ -86,7 +96,7 @@ def _form(exercise: Exercise, mistakes: dict[str, Mistake]) -> Iterator[str]:
     alone = {mistake.requirements[0] for mistake in mistakes.values() if mistake.only}
     for requirement in exercise.requirements:
         if requirement.id not in alone and requirement.criterion != READABILITY:
-            yield f"requirement {requirement.id} has no mistake that it alone catches"
+            yield f"requirement {requirement.id} has no mistake with only=True, which it alone catches"
 
 
 def _starter(judge: Judge, matrix: Matrix) -> None:
@@ -98,8 +108,8 @@ def _starter(judge: Judge, matrix: Matrix) -> None:
             matrix.problems.append(f"on the starter, {result.name} ends in an error: {result.message}")
 
 
-def _right(judge: Judge, matrix: Matrix, name: str, full: bool) -> None:
-    """A variant's own test is the answer's."""
+def _right(judge: Judge, matrix: Matrix, name: str, full: bool) -> bool:
+    """Whether right code passes. A variant's own test is the answer's."""
     left_out = () if name == "answer" else ("own test",) if full else ("own test", "ruff", "mypy")
     text = bank.right_code(matrix.exercise, name)
     verdict, results = _judged(judge, matrix.exercise, text, tuple(kind for kind in KINDS if kind not in left_out))
@@ -108,6 +118,7 @@ def _right(judge: Judge, matrix: Matrix, name: str, full: bool) -> None:
             matrix.problems.append(f"{name} fails {result.requirement} {result.name}: {result.message}")
     if name == "answer" and verdict.score != verdict.max_score:
         matrix.problems.append(f"{name} earns {verdict.score} of {verdict.max_score} points")
+    return all(result.outcome == "passed" for result in results)
 
 
 def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool, proof: bool) -> None:
@@ -150,7 +161,7 @@ def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool, proof: bo
         matrix.messages[mistake.name] = first.message
         if mistake.says.lower() not in first.message.lower():
             matrix.problems.append(
-                f"mistake {mistake.name}: {first.name} says {first.message!r}, without {mistake.says!r}"
+                f"mistake {mistake.name}: {first.name} says {first.message!r}, which lacks its `says`, {mistake.says!r}"
             )
 
 

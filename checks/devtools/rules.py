@@ -40,13 +40,18 @@ def missing(exercise: Exercise) -> Iterator[str]:
 def unfilled(exercise: Exercise) -> Iterator[str]:
     """Each line that the template has left to fill; those that a file shares with the starter once."""
     starter = set(exercise.starter.splitlines())
-    copied = exercise.file.read_text(encoding="utf-8")
-    if MARK.search(copied) and copied != exercise.starter:
-        yield f"{shown(exercise.file)}: not the starter as it is now; make reset EX={exercise.number} brings that"
+    if MARK.search(exercise.file.read_text(encoding="utf-8")):
+        yield from not_as_shipped(exercise)
     for path in (*files(exercise), exercise.answer_file, exercise.replies_file):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if MARK.search(line) and (path == exercise.starter_file or line not in starter):
                 yield f"{shown(path)}:{number}: to fill: {line.strip()}"
+
+
+def not_as_shipped(exercise: Exercise) -> Iterator[str]:
+    """An exercise that is not its starter: one to be shipped is, one that a learner has begun is not."""
+    if exercise.file.read_text(encoding="utf-8") != exercise.starter:
+        yield f"{shown(exercise.file)}: not the starter as it is now; make reset EX={exercise.number} brings that"
 
 
 def files(exercise: Exercise) -> list[Path]:
@@ -113,9 +118,9 @@ def the_text_can_be_worked_from(exercise: Exercise) -> Iterator[str]:
     ):
         if count > most:
             yield f"{exercise.id}: {what} has {count} lines; at most {most} are wanted"
-    wide = [number for number, line in enumerate(lines, start=1) if len(line) > _COLUMNS]
-    if wide:
-        yield f"{exercise.id}: lines {wide} of the docstring are wider than {_COLUMNS} columns"
+    for number, line in enumerate(lines, start=1):
+        if len(line) > _COLUMNS:
+            yield f"{shown(exercise.starter_file)}:{number}: {len(line)} columns; at most {_COLUMNS} are wanted"
     for one in exercise.requirements:
         if len(one.title) > _TITLE:
             yield f"{exercise.id}: the title {one.title!r} has more than {_TITLE} characters"

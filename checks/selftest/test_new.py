@@ -121,7 +121,7 @@ def test_each_gap_is_named(small: Workspace) -> None:
         "requirement 42.2 has no `# TODO(42.2)` in the starter",
         "requirement 42.3 has no check",
         "README.md: the table has no row `| 42 | Doubling | …`",
-        "problem: requirement 42.2 has no mistake that it alone catches",
+        "problem: requirement 42.2 has no mistake with only=True, which it alone catches",
         "problem: mistake adds_two passes 42.1",
         "problem: mistake squares passes 42.1",
     ):
@@ -138,3 +138,26 @@ def test_what_is_not_there_is_named_first(small: Workspace) -> None:
 
     assert f"{toy.FOLDER}/mistakes/: holds no mistakes, the wrong answers\n" in said, said
     assert f"{toy.FOLDER}/variants/: holds no variant, a right answer written differently\n" in said, said
+
+
+def test_what_would_bury_the_cause_waits(small: Workspace) -> None:
+    small.make("new", "EX=42", "NAME=doubling")
+    fill(small)
+    answer, mistakes = small.top / "answers" / toy.FILE, small.top / toy.FOLDER / "mistakes" / "values.py"
+    right, listed = answer.read_text(), mistakes.read_text()
+
+    answer.write_text(right.replace("2 * x", "3 * x"))
+    wrong = small.make("check-exercise", "EX=42").stdout
+    answer.write_text(right)
+    mistakes.write_text(listed.replace("MISTAKES = [", "MISTAKES = [Mistake(),", 1))
+    malformed = small.make("check-exercise", "EX=42").stdout
+    mistakes.write_text(listed)
+    (small.top / "exercises" / toy.FILE).write_text(toy.STARTER + "# mine\n")
+    begun = small.make("check-exercise", "EX=42").stdout
+
+    assert "problem: the rest of the bank is judged once this is done\n" in wrong and "problem: mistake" not in wrong, (
+        wrong
+    )
+    assert malformed.startswith(f"{toy.FOLDER}/mistakes/values.py:") and "Traceback" not in malformed, malformed
+    assert "TypeError" in malformed and len(malformed.splitlines()) == 2, malformed
+    assert f"exercises/{toy.FILE}: not the starter as it is now; make reset EX=42 brings that\n" in begun, begun

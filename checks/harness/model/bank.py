@@ -8,6 +8,7 @@ from pathlib import Path
 from harness.model.exercise import Exercise, exercises
 from harness.model.paths import ANSWERS, TOP, module_from, shown
 from harness.model.splice import spliced
+from harness.model.submission import describe, line_in
 
 Edit = tuple[str, str]
 
@@ -70,7 +71,11 @@ def mistakes(exercise: Exercise) -> dict[str, Mistake]:
         raise BanksAbsent(f"no {shown(exercise.folder)}/mistakes in this copy of the workspace")
     found: dict[str, Mistake] = {}
     for path in exercise.mistake_files:
-        for mistake in module_from(path, f"{exercise.id}_mistakes_{path.stem}").MISTAKES:
+        try:
+            listed: list[Mistake] = module_from(path, f"{exercise.id}_mistakes_{path.stem}").MISTAKES
+        except Exception as error:
+            raise BankError(f"{shown(path)}:{line_in(error, path) or 1}: {describe(error)}") from None
+        for mistake in listed:
             if mistake.name in found:
                 raise BankError(f"{shown(path)}: another mistake is named {mistake.name}")
             found[mistake.name] = mistake

@@ -179,9 +179,8 @@ def following(verdict: ExerciseVerdict, folder: Path) -> str:
     """What to do next: the first open step, and the first TODO of it that is left in the file."""
     path, exercise = folder / verdict.exercise.file_name, verdict.exercise
     if verdict.state == "done":
-        return (
-            f"next: make answer EX={exercise.number} compares with the answer; make bench EX={exercise.number} measures"
-        )
+        measured = f"; make bench EX={exercise.number} measures" if exercise.bench_file.exists() else ""
+        return f"next: make answer EX={exercise.number} compares with the answer{measured}"
     step = next(step for step in exercise.steps if _opened(verdict, step) or step is exercise.steps[-1])
     about = f"step {step.number} of {len(exercise.steps)}, {step.name} (about {step.minutes} minutes)"
     if verdict.state == "not started":
