@@ -51,7 +51,7 @@ def _run_on_checks(request: Request) -> int:
         return session.collected(lambda collected: server.serve(collected, set(request.owner), answer))
     if request.device != "cpu":
         return devices.check(request)
-    return session.collected(lambda collected: judge.run(request, supervisor.Judge(collected.items)))
+    return session.collected(lambda collected: judge.run(request, supervisor.Judge(collected.items)), request.ex)
 
 
 def _said(run: Callable[[], int]) -> int:
