@@ -16,6 +16,7 @@ FULL ?=
 GITHUB ?=
 NAME ?=
 OUT ?= gradesheet.json
+RESTORE ?=
 SUBMISSION ?= exercises
 
 export PYTHONPATH := $(CURDIR)/checks
@@ -48,6 +49,18 @@ board: .venv/ready ## the board, after judging what is not yet judged: make boar
 .PHONY: reset
 reset: .venv/ready ## start one over, your work is kept: make reset EX=1
 	@$(RUN) -m harness reset --ex '$(EX)'
+
+.PHONY: attempts
+attempts: .venv/ready ## what reset kept, or one of them back: make attempts EX=1 [RESTORE=name]
+	@$(RUN) -m harness attempts --ex '$(EX)' --restore '$(RESTORE)'
+
+.PHONY: hint
+hint: .venv/ready ## a hint on the first open requirement, one more per attempt: make hint EX=1
+	@$(RUN) -m harness hint --ex '$(EX)'
+
+.PHONY: progress
+progress: .venv/ready ## what happened so far, a table and a picture; yours alone
+	@$(RUN) -m harness progress
 
 .PHONY: answer
 answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]

@@ -22,6 +22,8 @@ def main(arguments: list[str]) -> int:
 def _run(request: Request) -> int:
     if request.command in ("check", "grade", "save", "serve"):
         return _run_on_checks(request)
+    if request.command in ("hint", "progress", "attempts"):
+        return _help(request)
     from harness.commands import answer, reset, watch
 
     if request.command == "bench":
@@ -31,6 +33,14 @@ def _run(request: Request) -> int:
     if request.command == "answer":
         return answer.run(request.ex, request.force)
     return watch.run(request.ex) if request.command == "watch" else reset.run(request.ex)
+
+
+def _help(request: Request) -> int:
+    from harness.practice import attempts, hints, progress
+
+    if request.command == "hint":
+        return hints.run(request.ex)
+    return progress.run() if request.command == "progress" else attempts.run(request.ex, request.restore)
 
 
 def _run_on_checks(request: Request) -> int:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from harness.commands import history
 from harness.commands.request import Request, out_path, submission_folder
 from harness.model import bank
 from harness.model.cache import Entry, OwnTests, VerdictCache, checks_version, stamp
@@ -73,7 +74,7 @@ def check(request: Request, judge: Judge) -> int:
         entry = judge_file(exercise, folder, judge, cache.own_tests[exercise.id] if cache is not None else None)
         verdicts.append(entry.verdict(exercise))
         if cache is not None:
-            trouble = cache.store(exercise, entry) or trouble
+            trouble = cache.store(exercise, entry) or history.note(verdicts[-1], entry.stamp) or trouble
     terminal.board(out, verdicts)
     _details(out, verdicts, folder, request.all)
     terminal.line(out, "\n".join([trouble, _next_step(verdicts, folder)]))
@@ -126,7 +127,7 @@ def save(request: Request, judge: Judge) -> int:
         if len(stale) == 1 and not request.once:
             one = Saved(out, exercise, folder, judge.expected(exercise), cache.entries.get(exercise.id))
         entry = judge_file(exercise, folder, judge, cache.own_tests[exercise.id], saved=one)
-        trouble = cache.store(exercise, entry) or trouble
+        trouble = cache.store(exercise, entry) or history.note(entry.verdict(exercise), entry.stamp) or trouble
     verdicts = [cache.entries[exercise.id].verdict(exercise) for exercise in chosen]
     saved = [verdict for verdict in verdicts if verdict.exercise in stale]
     if one is not None:

@@ -25,6 +25,7 @@ class Request:
     force: bool = False
     all: bool = False
     full: bool = False
+    restore: str = ""
     owner: tuple[int, ...] = ()
 
 
@@ -59,6 +60,9 @@ def parse(arguments: list[str]) -> Request:
     command("answer", "compare with the answer").add_argument("--force", action="store_true", help="before it is done")
     bench = command("bench", "measure beside the answer and others")
     bench.add_argument("--full", action="store_true", help="the whole table, which takes many minutes")
+    command("hint", "one more hint on what is open")
+    command("progress", "what happened so far", ex=False)
+    command("attempts", "list or restore what reset kept").add_argument("--restore", default="", help="one of the list")
     options: dict[str, Any] = vars(parser.parse_args(arguments))
     options.pop("watched", None)
     if "owner" in options:
@@ -110,7 +114,7 @@ def refuse(request: Request) -> None:
     Raises:
         UsageError: an option names what is not there, or must not be used here.
     """
-    if request.command not in ("reset", "answer", "bench"):
+    if request.command not in ("reset", "answer", "bench", "hint", "attempts"):
         selected(request.ex)
     if request.command in ("check", "grade"):
         submission_folder(request.submission)

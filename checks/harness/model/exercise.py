@@ -81,6 +81,11 @@ class Exercise:
         return {path.stem: path for path in sorted(self.folder.glob("variants/*.py"))}
 
     @property
+    def hints_file(self) -> Path:
+        """Three hints for each requirement."""
+        return self.folder / "hints.md"
+
+    @property
     def bench_file(self) -> Path:
         return self.folder / "bench.py"
 

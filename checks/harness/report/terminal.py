@@ -181,24 +181,35 @@ def following(verdict: ExerciseVerdict, folder: Path) -> str:
     if verdict.state == "done":
         measured = f"; make bench EX={exercise.number} measures" if exercise.bench_file.exists() else ""
         return f"next: make answer EX={exercise.number} compares with the answer{measured}"
-    step = next(step for step in exercise.steps if _opened(verdict, step) or step is exercise.steps[-1])
+    step = open_step(verdict)
     about = f"step {step.number} of {len(exercise.steps)}, {step.name} (about {step.minutes} minutes)"
     if verdict.state == "not started":
         return f"next: open {shown(path)}: {about}; every save is judged"
+    number, line = open_requirement(verdict, step, path)
+    over = f"make reset EX={exercise.number} starts it over"
+    if line:
+        return f"next: {about}: {shown(path)}:{line} TODO({number}); {over}"
+    return f"next: {about}: edit {shown(path)} and save; {over}"
+
+
+def open_step(verdict: ExerciseVerdict) -> Step:
+    """The first step of which something is still to be earned, or the last."""
+    steps = verdict.exercise.steps
+    return next(step for step in steps if _opened(verdict, step) or step is steps[-1])
+
+
+def open_requirement(verdict: ExerciseVerdict, step: Step, path: Path) -> tuple[str, int]:
+    """The requirement to work on in a step, and its line: that of the first TODO that is left in the file; without
+    any, the first that is open, and 0.
+    """
     try:
         places = todo_lines(read(path))
     except LoadError:
         places = {}
-    opened = [number for number in step.requirements if number in places and not _earned(verdict, number)]
-    over = f"make reset EX={exercise.number} starts it over"
-    if opened:
-        number = min(opened, key=places.__getitem__)
-        return f"next: {about}: {shown(path)}:{places[number]} TODO({number}); {over}"
-    return f"next: {about}: edit {shown(path)} and save; {over}"
-
-
-def _earned(verdict: ExerciseVerdict, number: str) -> bool:
-    return any(one.score for one in verdict.requirements if one.requirement.id == number)
+    opened = [one.requirement.id for one in _in_order(verdict) if not one.score and one.judged]
+    wanted = [number for number in opened if number in step.requirements]
+    number = min(wanted, key=lambda one: places.get(one, sys.maxsize), default=step.requirements[0])
+    return number, places.get(number, 0)
 
 
 def _opened(verdict: ExerciseVerdict, step: Step) -> bool:

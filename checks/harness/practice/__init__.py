@@ -1,0 +1,1 @@
+"""Practice beyond the exercises, and help when stuck."""
