@@ -86,6 +86,11 @@ class Exercise:
         return self.folder / "hints.md"
 
     @property
+    def patterns_file(self) -> Path:
+        """How each known mistake fails."""
+        return self.folder / "patterns.json"
+
+    @property
     def bench_file(self) -> Path:
         return self.folder / "bench.py"
 

@@ -60,7 +60,7 @@ def _text(exercise: Exercise) -> str:
     try:
         return read(exercise.file)
     except LoadError as error:
-        raise UsageError(f"{shown(exercise.file)}: {error.fact}; hints go by your last verdict") from None
+        raise UsageError(f"{shown(exercise.file)}: {error.fact}; make reset EX={exercise.number} brings the starter back") from None
 
 
 def _verdict(exercise: Exercise, text: str) -> ExerciseVerdict:

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.model import patterns
 from harness.model.exercise import Exercise, Step
-from harness.model.paths import shown
+from harness.model.paths import PRACTICE, shown
 from harness.model.results import ExerciseVerdict, RequirementVerdict, Result
 from harness.model.source import todo_lines
 from harness.model.submission import LoadError, read
@@ -100,6 +101,7 @@ def detail(
     if everything:
         for one in (one for failed in found for one in failed):
             failure(out, path, one)
+        _resembles(out, verdict, folder)
         return
     alike: dict[tuple[int, str], list[Result]] = {}
     for failed in found:
@@ -108,6 +110,7 @@ def detail(
         failure(out, path, one, full=not number)
         if others:
             line(out, f"  the same: {' '.join(other.requirement for other in others)}")
+    _resembles(out, verdict, folder)
 
 
 def rows(
@@ -156,6 +159,13 @@ def failure(out: Console, path: Path, one: Result, *, full: bool = True) -> None
         out.print("  your code printed:")
         for text in one.printed.splitlines():
             out.print(f"  | {text}", markup=False, soft_wrap=True)
+
+
+def _resembles(out: Console, verdict: ExerciseVerdict, folder: Path) -> None:
+    """Names the known mistake that fails alike; not in practice, where finding it is the task."""
+    if folder.parent != PRACTICE and (known := patterns.diagnosis(verdict.exercise, verdict.results())):
+        out.print()
+        line(out, f"looks like: {known}")
 
 
 def lost(verdict: ExerciseVerdict, before: ExerciseVerdict | None) -> list[str]:

@@ -1,0 +1,121 @@
+"""Help when stuck, by make's real targets on the toy exercise: hints, progress, attempts."""
+
+import json
+
+import pytest
+
+from devtools.workspace import Workspace
+from selftest.toys import ANSWER, FILE, STARTER, plant
+
+WRONG = ANSWER.replace("2 * x", "3 * x")
+
+
+@pytest.fixture
+def small(workspace: Workspace) -> Workspace:
+    """A copy of the workspace with the toy exercise alone, for the sake of time."""
+    workspace.keep()
+    plant(workspace)
+    return workspace
+
+
+def test_a_hint_per_attempt_then_what_happened(small: Workspace) -> None:
+    path, kept = small.top / "exercises" / FILE, small.top / "practice" / "progress.json"
+
+    first = small.make("hint", "EX=42").stdout
+    again = small.make("hint", "EX=42").stdout
+    assert (
+        first
+        == again
+        == (
+            "ex42 42.1 Double (step 1 of 2, Doubling)\n"
+            "  1. What is added to x to make it twice as large?\n"
+            "hint 1 of 3; the next one comes after another attempt, once that is judged\n"
+        )
+    )
+
+    path.write_text(WRONG)
+    unjudged = small.make("hint", "EX=42")
+    assert unjudged.returncode == 2 and unjudged.stdout.startswith(
+        f"exercises/{FILE}: not judged as it is now; make check EX=42 first, or save it while make watch runs\n"
+    ), unjudged.stdout
+
+    assert "  1. What is added to x" not in small.make("check", "EX=42").stdout
+    second = small.make("hint", "EX=42").stdout
+    assert "  2. The same number again, whatever it is.\nhint 2 of 3; the next one comes" in second, second
+
+    path.write_text(WRONG + "\n# again\n")
+    small.make("check", "EX=42")
+    third = small.make("hint", "EX=42").stdout
+    last = "hint 3 of 3; it was the last; make answer EX=42 FORCE=1 shows the answer\n"
+    assert "  3. 3 becomes 6, and 0 stays 0.\n" in third and third.endswith(last), third
+
+    path.write_text(ANSWER)
+    assert "done" in small.make("check", "EX=42").stdout
+    assert small.make("hint", "EX=42").stdout.startswith("next: make answer EX=42 compares with the answer")
+    path.write_text(WRONG)
+    small.make("check", "EX=42")
+
+    said = small.make("progress").stdout
+    rows = [line.split() for line in said.splitlines()]
+    assert rows[0] == ["exercise", "points", "steps", "saves", "minutes", "hints", "lost", "attempts", "last"], said
+    assert rows[1][:2] == ["ex42", "5/15"] and rows[1][5:9] == ["4", "0", "3", "2"], said
+    assert "correctness 0 of 2, efficiency 0 of 0, robustness 0 of 0, readability 0 of 1\n" in said, said
+    assert "kept in practice/progress.json, on this machine alone\n" in said
+    assert said.endswith("picture: practice/progress.png\n"), said
+    assert (small.top / "practice" / "progress.png").read_bytes().startswith(b"\x89PNG")
+    changes = json.loads(kept.read_text())["exercises"]["ex42"]["changes"]
+    assert [(one["requirement"], one["earned"]) for one in changes][:1] == [("42.1", True)], changes
+
+
+def test_attempts_are_listed_and_restored(small: Workspace) -> None:
+    path = small.top / "exercises" / FILE
+
+    none = small.make("attempts", "EX=42").stdout
+    assert none == "ex42: no attempts yet; make reset EX=42 keeps your file when it starts over\n", none
+    path.write_text("first\n")
+    small.make("reset", "EX=42")
+    listed = small.make("attempts", "EX=42").stdout
+    name = listed.splitlines()[1].split()[0]
+    assert listed.split()[:4] == ["attempt", "last", "changed", "lines"], listed
+    assert f"one back: make attempts EX=42 RESTORE={name}; yours is kept first\n" in listed, listed
+
+    back = small.make("attempts", "EX=42", f"RESTORE={name}").stdout
+    assert back == f"exercises/{FILE} is attempts/{name}.py again\n" and path.read_text() == "first\n", back
+    assert "already" in small.make("attempts", "EX=42", f"RESTORE={name}").stdout
+    path.write_text("second\n")
+    said = small.make("attempts", "EX=42", f"RESTORE={name}.py").stdout
+    kept = small.top / said.strip().rpartition("; the file before is ")[2]
+    assert path.read_text() == "first\n" and kept.read_text() == "second\n", said
+
+
+def test_what_cannot_be_done_is_said_in_one_line(small: Workspace) -> None:
+    progress = small.top / "practice" / "progress.json"
+
+    assert small.make("progress").stdout.startswith("nothing noted yet: make watch EX=1 judges each save")
+    progress.parent.mkdir(exist_ok=True)
+    progress.write_text("{")
+    (small.top / "exercises" / FILE).write_text(WRONG)
+    judged = small.make("check", "EX=42").stdout
+    unread = "practice/progress.json: cannot be read; move it away, and what happens is noted anew\n"
+    assert unread in judged and "error: 42.1 double(x)" in judged and progress.read_text() == "{", judged
+    for arguments, says in (
+        (("hint",), "make hint wants one exercise, as in: make hint EX=1"),
+        (("hint", "EX=7"), "EX=7: no such exercise; there are ex42"),
+        (("hint", "EX=42"), unread.strip()),
+        (("progress",), unread.strip()),
+        (("attempts",), "make attempts wants one exercise, as in: make attempts EX=1"),
+        (
+            ("attempts", "EX=42", "RESTORE=../x"),
+            "RESTORE=../x: no such attempt; make attempts EX=42 lists them",
+        ),
+    ):
+        done = small.make(*arguments)
+        lines = [line for line in done.stdout.splitlines() if not line.startswith("make: ***")]
+        assert done.returncode == 2 and lines == [says], done.stdout
+    progress.unlink()
+    (small.top / "exercises" / FILE).unlink()
+    gone = small.make("hint", "EX=42").stdout
+    assert gone.startswith(f"exercises/{FILE}: no file; make reset EX=42 brings the starter back"), gone
+    (small.top / "exercises" / FILE).write_text(STARTER)
+    (small.top / "checks" / FILE.removesuffix(".py") / "hints.md").unlink()
+    assert small.make("hint", "EX=42").stdout.startswith("ex42: has no hints on 42.1\n")
