@@ -1,0 +1,1 @@
+"""Practice on what is done: debug, optimise, review; sessions under practice/ that the watch judges too."""
