@@ -9,7 +9,9 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 ALL ?=
+BUGS ?=
 DEVICE ?=
+END ?=
 EX ?=
 FORCE ?=
 FULL ?=
@@ -17,6 +19,7 @@ GITHUB ?=
 NAME ?=
 OUT ?= gradesheet.json
 RESTORE ?=
+SEED ?=
 SUBMISSION ?= exercises
 
 export PYTHONPATH := $(CURDIR)/checks
@@ -69,6 +72,26 @@ answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
 .PHONY: bench
 bench: .venv/bench ## measure your code beside the answer and others: make bench EX=3 [FULL=1]
 	@$(RUN) -m harness bench --ex '$(EX)' $(if $(FULL),--full)
+
+##@ Practice
+# What a session is opened and ended by.
+SESSION = --ex '$(EX)' --seed '$(SEED)' $(if $(FORCE),--force) $(if $(END),--end)
+
+.PHONY: debug
+debug: .venv/ready ## mend the answer, in which bugs are planted: make debug EX=1 [BUGS=2] [SEED=7] [END=1] [FORCE=1]
+	@$(RUN) -m harness debug $(SESSION) --bugs '$(BUGS)'
+
+.PHONY: optimise
+optimise: $(if $(END),.venv/bench,.venv/ready) ## make right but wasteful code cheap: make optimise EX=1 [SEED=7] [END=1] [FORCE=1]
+	@$(RUN) -m harness optimise $(SESSION)
+
+.PHONY: review
+review: .venv/ready ## review a change of the answer: make review EX=1 [SEED=7] [END=1] [FORCE=1]
+	@$(RUN) -m harness review $(SESSION)
+
+.PHONY: practice
+practice: .venv/ready ## the practice sessions and how they stand: make practice [EX=1]
+	@$(RUN) -m harness practice --ex '$(EX)'
 
 ##@ Teach
 .PHONY: grade

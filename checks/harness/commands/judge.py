@@ -119,7 +119,7 @@ def save(request: Request, judge: Judge) -> int:
     chosen, folder = selected(request.ex), EXERCISES
     out, started = terminal.console(), time.perf_counter()
     cache = VerdictCache(checks_version())
-    stale = [exercise for exercise in chosen if cache.stale(exercise, folder / exercise.file_name)]
+    stale = stale_in(chosen, cache)
     one: Saved | None = None
     trouble = ""
     for exercise in stale:
@@ -138,11 +138,20 @@ def save(request: Request, judge: Judge) -> int:
     terminal.line(out, "\n".join([trouble, _next_step(saved if one is not None else verdicts, folder)]))
     if one is not None:
         terminal.line(out, terminal.closing(saved[0], one.before))
-    names = ", ".join(exercise.id for exercise in stale) or "nothing new"
-    took = f"{time.strftime('%H:%M:%S')} judged {names} in {time.perf_counter() - started:.2f} s"
-    then = "make watch judges every save" if request.once else "waiting for the next save, Ctrl-C ends"
-    out.print(f"{took}; {then}", soft_wrap=True)  # Editors wait for it: it is one line everywhere.
+    ended(out, [exercise.id for exercise in stale], started, request.once)
     return 0
+
+
+def stale_in(chosen: list[Exercise], cache: VerdictCache) -> list[Exercise]:
+    """The exercises among some whose files have no verdict of their present state."""
+    return [exercise for exercise in chosen if cache.stale(exercise, exercise.file)]
+
+
+def ended(out: Console, names: list[str], started: float, once: bool) -> None:
+    """The last line of a save, which editors wait for: it is one line everywhere."""
+    took = f"{time.strftime('%H:%M:%S')} judged {', '.join(names) or 'nothing new'} in "
+    then = "make watch judges every save" if once else "waiting for the next save, Ctrl-C ends"
+    out.print(f"{took}{time.perf_counter() - started:.2f} s; {then}", soft_wrap=True)
 
 
 def _at_hand(verdicts: list[ExerciseVerdict]) -> list[ExerciseVerdict]:
@@ -163,7 +172,7 @@ def _next_step(verdicts: list[ExerciseVerdict], folder: Path) -> str:
     return terminal.following(verdicts[0], folder) if len(verdicts) == 1 else "all done"
 
 
-_COMMANDS = {"check": check, "grade": grade, "save": save}
+_COMMANDS = {"check": check, "grade": grade}
 
 
 def run(request: Request, judge: Judge) -> int:

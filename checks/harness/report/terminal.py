@@ -84,10 +84,13 @@ def detail(
     exercise, path = verdict.exercise, folder / verdict.exercise.file_name
     gained = f"{verdict.score} of {verdict.max_score} points"
     left = sum(step.minutes for step in exercise.steps if _opened(verdict, step))
-    ahead = f", about {left} minutes to go" if left and verdict.state != "done" else ""
-    out.print(f"\n[bold]{exercise.id} {escape(exercise.title)}[/]: {gained}, {verdict.state}{ahead}")
+    practised = folder.parent == PRACTICE
+    ahead = f", about {left} minutes to go" if left and verdict.state != "done" and not practised else ""
+    name = folder.name if practised else exercise.id
+    out.print(f"\n[bold]{name} {escape(exercise.title)}[/]: {gained}, {verdict.state}{ahead}")
     if verdict.reason and verdict.state == "not started":
-        back = f"make reset EX={exercise.number} brings the starter back"
+        reset = f"make reset EX={exercise.number} brings the starter back"
+        back = "make practice lists the sessions" if practised else reset
         out.print(f"  {shown(path)}: {verdict.reason}; {back}", soft_wrap=True)
         return
     if verdict.state == "does not import":
@@ -174,10 +177,10 @@ def lost(verdict: ExerciseVerdict, before: ExerciseVerdict | None) -> list[str]:
     return [one.requirement.id for one in verdict.requirements if one.requirement.id in earned and not one.score]
 
 
-def closing(verdict: ExerciseVerdict, before: ExerciseVerdict | None) -> str:
-    """What counts, in a line: points, what changed, what is open."""
+def closing(verdict: ExerciseVerdict, before: ExerciseVerdict | None, name: str = "") -> str:
+    """What counts, in a line: points, what changed, what is open. `name` is the session's, in practice."""
     change = verdict.score - before.score if before is not None else 0
-    facts = [f"{verdict.exercise.id} {points(verdict)}" + (f" ({change:+d})" if change else "")]
+    facts = [f"{name or verdict.exercise.id} {points(verdict)}" + (f" ({change:+d})" if change else "")]
     if gone := lost(verdict, before):
         facts.append(f"lost: {' '.join(gone)}")
     if opened := [one.requirement.id for one in _in_order(verdict) if not one.score and one.judged]:
