@@ -11,7 +11,7 @@ from harness.model.exercise import Exercise
 from harness.model.paths import TOP, shown
 from harness.model.results import READABILITY
 from harness.model.source import todo_lines
-from harness.practice.hints import WANTED, all_hints
+from harness.practice.help.hints import WANTED, all_hints
 
 MARK = re.compile(r"\bFILL\b")
 LINES = 500

@@ -40,7 +40,7 @@ def _run(request: Request) -> int:
 
 
 def _help(request: Request) -> int:
-    from harness.practice import attempts, hints, progress
+    from harness.practice.help import attempts, hints, progress
 
     if request.command == "hint":
         return hints.run(request.ex)

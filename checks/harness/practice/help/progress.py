@@ -2,16 +2,17 @@
 
 import importlib.util
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
 from harness.commands import history
-from harness.commands.history import Track
+from harness.commands.history import Change, Track
 from harness.model.exercise import CRITERIA, POINTS, Exercise, exercises
 from harness.model.paths import PRACTICE, shown
-from harness.practice import attempts, pictures
-from harness.report import terminal
+from harness.practice.help import attempts
+from harness.practice.sessions import sessions
+from harness.report import terminal, timeline
 
 PICTURE = PRACTICE / "progress.png"
 
@@ -29,14 +30,14 @@ def run() -> int:
     if importlib.util.find_spec("matplotlib") is None:
         terminal.line(out, "no picture: matplotlib is not there yet; make .venv/bench installs it")
         return 0
-    pictures.progress(PICTURE, [(exercise, tracks[exercise.id]) for exercise in there])
+    draw(there, tracks)
     terminal.line(out, f"picture: {shown(PICTURE)}")
     return 0
 
 
 def table(there: list[Exercise], tracks: Mapping[str, Track]) -> Table:
     """A row per exercise that has been begun."""
-    names = ("exercise", "points", "steps", "saves", "minutes", "hints", "lost", "attempts", "last")
+    names = ("exercise", "points", "steps", "saves", "minutes", "hints", "lost", "kept", "sessions", "last")
     grid = Table(*names, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for exercise in there:
         track = tracks[exercise.id]
@@ -50,7 +51,8 @@ def table(there: list[Exercise], tracks: Mapping[str, Track]) -> Table:
             str(sum(hint.shown for hint in track.hints.values())),
             str(sum(not change.earned for change in track.changes)),
             str(len(attempts.kept(exercise))),
-            time.strftime("%Y-%m-%d", time.localtime(track.last)) if track.last else "",
+            practised(exercise),
+            time.strftime("%m-%d", time.localtime(track.last)) if track.last else "",
         )
     return grid
 
@@ -63,3 +65,26 @@ def criteria(there: list[Exercise], tracks: Mapping[str, Track]) -> str:
         earned = sum(number in tracks[name].earned for name, number in of_it)
         parts.append(f"{criterion} {earned} of {len(of_it)}")
     return ", ".join(parts)
+
+
+def practised(exercise: Exercise) -> str:
+    """How many practice sessions on an exercise were finished, of how many."""
+    of_it = [session for session in sessions() if session.exercise == exercise]
+    return f"{sum(session.how == 'done' for session in of_it)} of {len(of_it)}" if of_it else "0"
+
+
+def draw(there: list[Exercise], tracks: Mapping[str, Track]) -> None:
+    """The points of each exercise over days, and its minutes at work."""
+    begin = min((change.at for exercise in there for change in tracks[exercise.id].changes), default=0.0)
+    lines = [(exercise.id, *points(tracks[exercise.id].changes, begin, 86400.0)) for exercise in there]
+    minutes = {exercise.id: tracks[exercise.id].seconds / 60 for exercise in there}
+    timeline.draw(PICTURE, "progress", "days since the first point", lines, ("minutes at work", minutes))
+
+
+def points(changes: Sequence[Change], begin: float, unit: float) -> tuple[list[float], list[int]]:
+    """Times since `begin` in units, and the points from then on; 0 points at first."""
+    times, sums = [0.0], [0]
+    for change in changes:
+        times.append(max(0.0, (change.at - begin) / unit))
+        sums.append(sums[-1] + (POINTS if change.earned else -POINTS))
+    return times, sums
