@@ -58,7 +58,18 @@ def test_a_hint_per_attempt_then_what_happened(small: Workspace) -> None:
 
     said = small.make("progress").stdout
     rows = [line.split() for line in said.splitlines()]
-    assert rows[0] == "exercise points steps saves minutes hints lost kept sessions last".split(), said
+    assert rows[0] == [
+        "exercise",
+        "points",
+        "steps",
+        "saves",
+        "minutes",
+        "hints",
+        "lost",
+        "kept",
+        "sessions",
+        "last",
+    ], said
     assert rows[1][:6] == ["ex42", "15/15", "2", "of", "2", "3"] and rows[1][7:11] == ["3", "0", "0", "0"], said
     assert "correctness 2 of 2, efficiency 0 of 0, robustness 0 of 0, readability 1 of 1\n" in said, said
     assert "kept in practice/progress.json, on this machine alone\n" in said
