@@ -16,6 +16,8 @@ EX ?=
 FORCE ?=
 FULL ?=
 GITHUB ?=
+MINUTES ?=
+N ?=
 NAME ?=
 OUT ?= gradesheet.json
 RESTORE ?=
@@ -88,6 +90,14 @@ optimise: $(if $(END),.venv/bench,.venv/ready) ## make right but wasteful code c
 .PHONY: review
 review: .venv/ready ## review a change of the answer: make review EX=1 [SEED=7] [END=1] [FORCE=1]
 	@$(RUN) -m harness review $(SESSION)
+
+.PHONY: interview
+interview: .venv/ready ## a mock interview, with a clock and a report: make interview EX=1 [MINUTES=45] [SEED=7] [END=1]
+	@$(RUN) -m harness interview --ex '$(EX)' --minutes '$(MINUTES)' --seed '$(SEED)' $(if $(END),--end)
+
+.PHONY: ask
+ask: .venv/ready ## what you may ask in the interview, or one answer: make ask [EX=1] [N=3]
+	@$(RUN) -m harness ask --ex '$(EX)' --n '$(N)'
 
 .PHONY: practice
 practice: .venv/ready ## the practice sessions and how they stand: make practice [EX=1]

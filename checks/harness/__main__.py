@@ -24,6 +24,10 @@ def _run(request: Request) -> int:
         return _run_on_checks(request)
     if request.command in ("hint", "progress", "attempts"):
         return _help(request)
+    if request.command in ("interview", "ask"):
+        from harness.practice.interview import asking, opening
+
+        return opening.run(request) if request.command == "interview" else asking.run(request.ex, request.n)
     if request.command == "practice" or request.command in PRACTICE:
         from harness.practice import modes
 

@@ -36,6 +36,8 @@ class Request:
     seed: str = ""
     bugs: str = ""
     end: bool = False
+    minutes: str = ""
+    n: str = ""
     owner: tuple[int, ...] = ()
 
 
@@ -70,6 +72,13 @@ def parse(arguments: list[str]) -> Request:
     command("answer", "compare with the answer").add_argument("--force", action="store_true", help="before it is done")
     bench = command("bench", "measure beside the answer and others")
     bench.add_argument("--full", action="store_true", help="the whole table, which takes many minutes")
+    interview = command("interview", "a mock interview")
+    interview.add_argument("--minutes", default="", help="how long it takes")
+    interview.add_argument("--seed", default="", help="which one")
+    interview.add_argument("--end", action="store_true", help="the report at the end")
+    command("ask", "what can be asked in an interview, or an answer").add_argument(
+        "--n", default="", help="which topic"
+    )
     command("hint", "one more hint on what is open")
     command("progress", "what happened so far", ex=False)
     command("attempts", "list or restore what reset kept").add_argument("--restore", default="", help="one of the list")

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -111,6 +111,13 @@ class Exercise:
     def number(self) -> int:
         """As people type it: EX=3."""
         return int(self.id[2:])
+
+
+def first_step(exercise: Exercise) -> Exercise:
+    """An exercise of which its first step alone counts."""
+    step = exercise.steps[0]
+    of_it = tuple(one for one in exercise.requirements if one.id in step.requirements)
+    return replace(exercise, requirements=of_it, steps=(step,))
 
 
 def parse(text: str, file_name: str) -> Exercise:

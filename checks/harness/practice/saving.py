@@ -37,7 +37,7 @@ def stale(ex: str) -> list[Session]:
 
 def judge_session(session: Session, judge: Judge, out: Console, *, whole: bool = True) -> ExerciseVerdict:
     """Judges a session's file, notes the verdict and shows it, with what its mode says of it; or, in short, a line."""
-    exercise, cache = session.exercise, session.verdicts()
+    exercise, cache = session.scope, session.verdicts()
     terminal.begin(out, exercise, session.folder)
     last = cache.entries.get(exercise.id)
     shown = Saved(out, exercise, session.folder, judge.expected(exercise), last) if whole else None

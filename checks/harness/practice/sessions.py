@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.model.cache import VerdictCache, checks_version
-from harness.model.exercise import POINTS, Exercise, UsageError, exercises
+from harness.model.exercise import POINTS, Exercise, UsageError, exercises, first_step
 from harness.model.paths import BUILD, PRACTICE, shown, write_whole
 from harness.model.submission import LoadError, read
 
@@ -57,6 +57,11 @@ class Session:
         return f"{self.mode}-{self.exercise.id}-{self.seed}"
 
     @property
+    def scope(self) -> Exercise:
+        """What of the exercise counts: in an interview its first step."""
+        return first_step(self.exercise) if self.mode == "interview" else self.exercise
+
+    @property
     def folder(self) -> Path:
         return PRACTICE / self.name
 
@@ -80,7 +85,7 @@ class Session:
     @property
     def points(self) -> str:
         """Points at the last save out of how many; empty before the first."""
-        total = POINTS * len(self.exercise.requirements)
+        total = POINTS * len(self.scope.requirements)
         return f"{POINTS * len(self.saves[-1].earned)}/{total}" if self.saves else ""
 
     @property

@@ -10,6 +10,8 @@ from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict, verdict_of
 from harness.model.submission import LoadError, read
+from harness.practice.interview import clock
+from harness.practice.sessions import sessions
 from harness.report import terminal
 
 WANTED = 3
@@ -20,6 +22,8 @@ _HINT = re.compile(r"^\d\. ", re.MULTILINE)
 def run(ex: str) -> int:
     """Prints the hints on the first open requirement that have been shown, and one more after a new attempt."""
     exercise, out = one_exercise("hint", ex), terminal.console()
+    if any(clock.is_on(session) for session in sessions() if session.exercise == exercise):
+        raise UsageError(f"an interview on {exercise.id} is on: no hints; make interview EX={exercise.number} END=1 ends it")
     text = _text(exercise)
     verdict = _verdict(exercise, text)
     if verdict.state == "done":
