@@ -20,6 +20,11 @@ def length(session: Session) -> int:
     return int(session.options.get("minutes", 45))
 
 
+def notes_head(session: Session) -> str:
+    """The first line of its notes."""
+    return f"# {session.name}: what I try, and why"
+
+
 def is_on(session: Session) -> bool:
     """Whether it is an interview that runs."""
     return session.mode == "interview" and not session.ended and minute(session) < length(session)

@@ -55,7 +55,7 @@ def _session(request: Request, exercise: Exercise) -> Session:
         raise UsageError(f"{shown(found.folder)} was begun otherwise; take another SEED, or go on: {found.command}")
     if not found.ended:
         sessions.begin(found, first_text(exercise, clock.length(found)))
-        sessions.put(found.folder / "notes.md", f"# {found.name}: what I try, and why\n\n")
+        sessions.put(found.folder / "notes.md", f"{clock.notes_head(found)}\n\n")
     return found
 
 

@@ -16,7 +16,7 @@ from harness.report import timeline
 
 NAME, PICTURE = "report.md", "report.png"
 _WORDS = {"correctness": "correct", "efficiency": "efficient", "robustness": "robust", "readability": "readable"}
-_ROOM = "\n> \n"
+_ROOM = "\n   _your answer:_\n"
 
 
 def write(session: Session, verdict: ExerciseVerdict) -> list[str]:
@@ -27,7 +27,7 @@ def write(session: Session, verdict: ExerciseVerdict) -> list[str]:
         f"{session.name}: {POINTS * len(earned_in_time(session))} of {POINTS * len(counting)} points in "
         f"{clock.minute(session):.0f} of {clock.length(session)} minutes",
         *(f"  {line}" for line in _scores(verdict)),
-        f"report: {shown(session.folder / NAME)}; the questions at its end are yours to answer",
+        f"report: {shown(session.folder / NAME)}; its questions are yours to answer",
     ]
     if importlib.util.find_spec("matplotlib") is None:
         return [*lines, "no picture: matplotlib is not there yet; make .venv/bench installs it"]
@@ -56,12 +56,12 @@ def text(session: Session, verdict: ExerciseVerdict) -> str:
         _own_test(own) if own is not None else "This exercise has none.",
         "\n## What you asked\n",
         *([f"- minute {at:.0f}: {there[number - 1].name}" for at, number in asked] or ["Nothing."]),
-        "\n## What you never asked\n",
-        *(f"- **{topic.name}**\n{_indented(topic.text)}" for topic in never),
         "\n## Your notes\n",
-        sessions.notes(session).strip() or "None.",
+        sessions.notes(session).removeprefix(clock.notes_head(session)).strip() or "None.",
         "\n## To discuss\n",
         *(f"{place}. {question}\n{_ROOM}" for place, question in enumerate(discussion(exercise), start=1)),
+        "## What you never asked\n",
+        *(f"- **{topic.name}**\n{_indented(topic.text)}" for topic in never),
     ]
     return "\n".join(parts) + "\n"
 
@@ -69,7 +69,8 @@ def text(session: Session, verdict: ExerciseVerdict) -> str:
 def changes(session: Session) -> list[str]:
     """A line for each requirement that a save earned or lost, with its minute."""
     titles = {one.id: one.title for one in session.exercise.requirements}
-    lines, before = [], set[str]()
+    lines: list[str] = []
+    before: set[str] = set()
     for save in session.saves:
         at, now = clock.minute(session, save.at), set(save.earned)
         late = ", after the time" if at > clock.length(session) else ""
@@ -95,7 +96,7 @@ def scores(verdict: ExerciseVerdict) -> Iterator[tuple[str, int, int]]:
 
 
 def _scores(verdict: ExerciseVerdict) -> list[str]:
-    return [f"{_WORDS[name]}: {earned} of {count} of the exercise's" for name, earned, count in scores(verdict)]
+    return [f"{_WORDS[name]}: {earned} of {count} requirements of the whole exercise" for name, earned, count in scores(verdict)]
 
 
 def _own_test(one: RequirementVerdict) -> str:
