@@ -6,7 +6,6 @@ from typing import Any, cast
 import pytest
 
 from devtools import patterns as kept
-from devtools.workspace import Workspace
 from harness.model import bank, patterns
 from harness.model.exercise import exercises
 from harness.model.results import Result
@@ -34,14 +33,12 @@ def test_the_closest_mistake(found: dict[str, str], ran: str, known: dict[str, d
     assert patterns.closest(found, set(ran), known) == name
 
 
-def test_the_board_names_a_known_mistake_in_words(workspace: Workspace) -> None:
-    workspace.keep("ex01")
-    text = bank.mistakes(EX01)["inverted_mask"].applied_to(bank.answer(EX01))
-    (workspace.top / "exercises" / EX01.file_name).write_text(text)
-
-    said = workspace.make("check", "EX=1").stdout
-
-    assert "\nlooks like: true in the mask forbids instead of allows\n" in said, said
+def test_the_file_names_the_mistakes_in_words() -> None:
+    """That the board shows them README's board proves, which is the real watch's on an inverted mask."""
+    assert patterns.words(EX01, "inverted_mask") == "true in the mask forbids instead of allows"
+    assert patterns.words(EX01, "mask_written_to") == "mask written to"
+    load = [Result("1.1", "test_any_lengths[1-7]", "error", "SyntaxError", kind="load")]
+    assert patterns.diagnosis(EX01, load) == "" == patterns.diagnosis(EX01, [])
 
 
 class Still:
@@ -83,6 +80,7 @@ def test_shares_that_do_not_hold_are_named() -> None:
 
 @pytest.mark.parametrize("exercise", exercises().values(), ids=lambda exercise: exercise.id)
 def test_the_file_is_the_banks_and_holds_no_code(exercise: Any) -> None:
+    assert exercise.patterns_file.exists(), f"make bank EX={exercise.number} writes patterns.json"
     _, known = patterns.load(exercise)
     lines = {line.strip() for line in bank.answer(exercise).splitlines() if len(line.strip()) > 10}
     text = exercise.patterns_file.read_text()

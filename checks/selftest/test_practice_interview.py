@@ -1,6 +1,7 @@
 """A mock interview by make's real targets on the toy exercise, in a copy without answers and banks."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -59,21 +60,21 @@ def test_a_whole_interview(bare: Workspace) -> None:
         notes.write("- twice is a sum\n")
     saved = bare.make("board", "EX=42").stdout
     assert f"{NAME} Doubling: 5 of 5 points, done\n" in saved and "42.2 Write" not in saved.partition("judging exer")[0]
-    assert "clock: 8 of 20 minutes, 12 left\n" in saved, saved
+    assert re.search(r"^clock: \d+ of 20 minutes, 1\d left$", saved, re.MULTILINE), saved
     assert f"say aloud what you are about to try, and why, or note it in practice/{NAME}/notes.md\n" in saved, saved
     assert "all that counts is earned; test more, or end it: make interview EX=42 SEED=7 END=1\n" in saved, saved
 
     ended = bare.make("interview", "EX=42", "END=1").stdout
-    assert f"\n{NAME}: 5 of 5 points in 8 of 20 minutes\n" in ended, ended
+    assert re.search(rf"^{NAME}: 5 of 5 points in \d+ of 20 minutes$", ended, re.MULTILINE), ended
     assert "\n  correct: 1 of 2 requirements of the whole exercise\n" in ended, ended
     assert f"\nreport: practice/{NAME}/report.md; its questions are yours to answer\n" in ended, ended
     assert f"\npicture: practice/{NAME}/report.png\n" in ended, ended
     report = (folder / "report.md").read_text()
+    assert re.search(r"^- minute \d+: 42\.1 Double earned$", report, re.MULTILINE), report
     for part in (
-        "- minute 8: 42.1 Double earned\n",
         "- readable: 1 of 1 requirements",
         "Judged when you push: this copy has no answers to run it on.\n",
-        "- minute 0: a new tensor\n",
+        ": a new tensor\n",
         "- **what no check looks at**\n  ```\n  - strings\n  ```\n",
         "## Your notes\n\n- twice is a sum\n",
         "2. When does it overflow?\n\n   _your answer:_\n",

@@ -2,12 +2,12 @@
 
 import importlib.util
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.table import Table
 
 from harness.commands import history
-from harness.commands.history import Change, Track
+from harness.commands.history import Track
 from harness.model.exercise import CRITERIA, POINTS, Exercise, exercises
 from harness.model.paths import PRACTICE, shown
 from harness.practice.help import attempts
@@ -76,15 +76,15 @@ def practised(exercise: Exercise) -> str:
 def draw(there: list[Exercise], tracks: Mapping[str, Track]) -> None:
     """The points of each exercise over days, and its minutes at work."""
     begin = min((change.at for exercise in there for change in tracks[exercise.id].changes), default=0.0)
-    lines = [(exercise.id, *points(tracks[exercise.id].changes, begin, 86400.0)) for exercise in there]
+    lines = [(exercise.id, *points(tracks[exercise.id], begin, 86400.0)) for exercise in there]
     minutes = {exercise.id: tracks[exercise.id].seconds / 60 for exercise in there}
     timeline.draw(PICTURE, "progress", "days since the first point", lines, ("minutes at work", minutes))
 
 
-def points(changes: Sequence[Change], begin: float, unit: float) -> tuple[list[float], list[int]]:
-    """Times since `begin` in units, and the points from then on; 0 points at first."""
+def points(track: Track, begin: float, unit: float) -> tuple[list[float], list[int]]:
+    """Times since `begin` in units, and the points from then on: none at first, up to the last save."""
     times, sums = [0.0], [0]
-    for change in changes:
+    for change in track.changes:
         times.append(max(0.0, (change.at - begin) / unit))
         sums.append(sums[-1] + (POINTS if change.earned else -POINTS))
-    return times, sums
+    return [*times, max(times[-1], (track.last - begin) / unit)], [*sums, sums[-1]]
