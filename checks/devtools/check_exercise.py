@@ -2,7 +2,7 @@
 
 import pytest
 
-from devtools import kill_matrix, rules
+from devtools import kill_matrix, practised, rules
 from harness.commands.request import one_exercise
 from harness.model import bank
 from harness.report import terminal
@@ -29,7 +29,10 @@ def run(ex: str) -> int:
     bank.mistakes(exercise)  # Before the checks are collected, which read it too: what it cannot hold is one line.
 
     def judge(collected: pytest.Session) -> int:
-        matrix = kill_matrix.build(Judge(collected.items, halves=False), exercise)
+        judge = Judge(collected.items, halves=False)
+        matrix = kill_matrix.build(judge, exercise)
+        if not matrix.problems:
+            matrix.problems += [*practised.renew(judge, exercise), *practised.problems(judge, exercise, full=False)]
         kill_matrix.show(matrix, out)
         return len(matrix.problems)
 

@@ -39,7 +39,7 @@ def run(items: list[pytest.Item], chosen: list[Exercise], only: str, full: bool)
         matrix = build(judge, exercise, only, full)
         if not only and not matrix.problems:
             matrix.problems += list(practised.renew(judge, exercise)) if full else []
-            matrix.problems += practised.problems(judge, exercise, practised.MANY if full else practised.FEW)
+            matrix.problems += practised.problems(judge, exercise, full)
         show(matrix, terminal.console())
         problems += len(matrix.problems)
     return 1 if problems else 0

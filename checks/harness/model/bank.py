@@ -32,8 +32,8 @@ class Mistake:
         edits: pairs (old, new); each old text occurs exactly once in the answer, and the edits apply in order.
         only: True if no other requirement but "reads well" fails, so that this mistake proves that `caught_by`
             is needed.
-        wasteful: right in values, and nothing but too dear, which only requirements of efficiency catch: `make optimise`
-            begins with it. Implies `only`.
+        wasteful: right in values and only too dear, which requirements of efficiency alone catch (it implies `only`):
+            what `make optimise` begins with.
     """
 
     name: str

@@ -1,6 +1,8 @@
 """The figures of an optimisation: the bench's cases with the code before, after, and the answer."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -9,9 +11,11 @@ from harness.model.exercise import UsageError
 from harness.model.paths import BUILD, write_whole
 from harness.model.submission import LoadError, read
 from harness.practice.sessions import Session
-from harness.testing.bench import Series
+from harness.testing.bench import Case, Run, Series
 from harness.testing.subject import execute
 
+# Code that takes longer than this is not run at larger places: there it may take minutes, and all memory.
+LONGEST_SECONDS = 1.0
 # A difference that is no noise.
 _NOTABLE = 0.1
 
@@ -32,10 +36,33 @@ def figures(session: Session, before: str, out: Console) -> list[str]:
         except LoadError as error:
             out.print(f"{name} is left out: {error.fact}", markup=False, soft_wrap=True)
     settle()
-    measured = shown_beside([case for case in bench.cases(modules) if not case.long], bench, out)
+    out.print("measuring; it takes a minute or two", soft_wrap=True)
+    measured = shown_beside(bounded(case for case in bench.cases(modules) if not case.long), bench, out)
     picture = session.folder / "before-and-after.png"
     drawn(picture, f"{exercise.title}: before and after", bench, measured, out)
     return list(differences(measured)) or ["the bench shows no difference: what was wasteful costs little at its sizes"]
+
+
+def bounded(cases: Iterable[Case]) -> list[Case]:
+    """The cases, in each of which code is left out that took long at a smaller place of the same panel."""
+    slow: dict[tuple[str, str], str] = {}
+
+    def timed(case: Case, name: str, run: Run) -> Run:
+        def once() -> Mapping[str, float] | None:
+            if (why := slow.get((case.panel, name), "")) and not why.endswith(f"at {case.x:g}"):
+                raise TimeoutError(why)
+            begin = time.perf_counter()
+            numbers = run()
+            if (took := time.perf_counter() - begin) > LONGEST_SECONDS:
+                slow.setdefault((case.panel, name), f"it takes {took:.1f} s at {case.x:g}")
+            return numbers
+
+        return once
+
+    return [
+        replace(case, runs={name: timed(case, name, run) if "answer" not in name else run for name, run in case.runs.items()})
+        for case in sorted(cases, key=lambda case: case.x)
+    ]
 
 
 def differences(measured: Sequence[Series]) -> Iterator[str]:

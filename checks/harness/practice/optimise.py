@@ -15,10 +15,10 @@ def run(request: Request) -> int:
     """Opens an optimisation, or ends it with its figures."""
     session, out = opened(request, first_text), terminal.console()
     if request.end and not session.ended:
-        how = "done" if verdict_now(session, out).state == "done" else "given up"
-        # torch and matplotlib are loaded only where something is measured.
+        # torch is loaded only where something is measured, and before the checks, which are content with one thread.
         from harness.practice.measuring import figures
 
+        how = "done" if verdict_now(session, out).state == "done" else "given up"
         lines = figures(session, first_text(session), out)
         session.end(how, lambda: [*report(session, how), *lines])
     if session.ended:

@@ -31,14 +31,16 @@ class Refactoring:
 
 
 def proposed(exercise: Exercise) -> Iterator[Refactoring]:
-    """Every function that a variant writes differently, of the same name and parameters; the answer's docstring stays."""
+    """Every function that a variant writes differently, of the same name and parameters and by means of the same others;
+    the answer's docstring stays.
+    """
     answer, lines = bank.answer(exercise), planted.code(exercise)
     above = len(planted.parts(answer)[0])
     ours = functions(answer)
     for variant, path in exercise.variant_files.items():
         text = path.read_text(encoding="utf-8")
         for name, theirs in functions(text).items():
-            if name.startswith("test_") or name not in ours or ast.dump(ours[name].args) != ast.dump(theirs.args):
+            if name.startswith("test_") or name not in ours or not _replaces(theirs, ours[name], set(ours)):
                 continue
             start, end = (number - above for number in _body(ours[name]))
             first, last = _body(theirs)
@@ -59,6 +61,24 @@ def right(exercise: Exercise) -> list[Refactoring]:
     """Those that are right."""
     names = listed(exercise)
     return [one for one in proposed(exercise) if one.name in names]
+
+
+def _replaces(theirs: _Function, ours: _Function, functions_there: set[str]) -> bool:
+    """Whether a body can stand in another's place: the parameters are the same, and no function of the answer goes idle,
+    in which a fault would then be none.
+    """
+    there = {name.rpartition(".")[2] for name in functions_there}
+    return _parameters(theirs) == _parameters(ours) and _names(theirs) & there >= _names(ours) & there
+
+
+def _parameters(function: _Function) -> list[str]:
+    return [node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+
+
+def _names(function: _Function) -> set[str]:
+    nodes = [node for statement in function.body for node in ast.walk(statement)]
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return attributes | {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
 def _body(function: _Function) -> tuple[int, int]:

@@ -5,10 +5,11 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from harness.commands.request import Request
 from harness.model import bank
-from harness.model.exercise import UsageError
+from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import shown
 from harness.practice import planted, refactorings, sessions
 from harness.practice.opening import closed, opened, tell
@@ -97,7 +98,11 @@ def change(session: Session) -> Reviewed:
     Raises:
         UsageError: the bank holds no mistake to review.
     """
-    exercise, seed = session.exercise, f"review {session.exercise.id} {session.seed}"
+    return _drawn(session.exercise, f"review {session.exercise.id} {session.seed}")
+
+
+@cache
+def _drawn(exercise: Exercise, seed: str) -> Reviewed:
     drawn = random.Random(seed)
     hunks = drawn.randint(FEWEST, MOST)
     wrong = drawn.randint(2, hunks - 1)
@@ -108,11 +113,11 @@ def change(session: Session) -> Reviewed:
             right.append(one)
             taken.append(one.around)
     faults: list[Change] = []
-    for one in planted.mistaken(exercise, seed):
-        fits = one.size <= _MOST_LINES and len(one.lines) <= _MOST_LINES and not planted.too_long(one)
-        if fits and _free(one.lines, taken) and planted.parses(planted.file_text(exercise, [one])):
-            faults.append(one)
-            taken.append(one.lines)
+    for fault in planted.mistaken(exercise, seed):
+        fits = max(fault.size, len(fault.lines)) <= _MOST_LINES and not planted.too_long(fault)
+        if fits and _free(fault.lines, taken) and planted.parses(planted.file_text(exercise, [fault])):
+            faults.append(fault)
+            taken.append(fault.lines)
         if len(faults) + len(right) == hunks:
             break
     if not faults:
