@@ -2,7 +2,7 @@
 
 import pytest
 
-from devtools import kill_matrix, patterns, rules
+from devtools import kill_matrix, patterns, practised, rules
 from harness.commands.request import one_exercise
 from harness.model import bank
 from harness.report import terminal
@@ -31,6 +31,8 @@ def run(ex: str) -> int:
     def judge(collected: pytest.Session) -> int:
         judging = Judge(collected.items, halves=False)
         matrix = kill_matrix.build(judging, exercise)
+        if not matrix.problems:
+            matrix.problems += [*practised.renew(judging, exercise), *practised.problems(judging, exercise, full=False)]
         kill_matrix.show(matrix, out)
         if not matrix.problems:
             out.print(patterns.write(judging, exercise, matrix.patterns), soft_wrap=True)

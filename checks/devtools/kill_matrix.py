@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from devtools import patterns
+from devtools import patterns, practised
 from harness.model import bank
 from harness.model.bank import Mistake
 from harness.model.exercise import Exercise
@@ -41,6 +41,9 @@ def run(items: list[pytest.Item], chosen: list[Exercise], only: str, full: bool)
     use_huge_pages()
     for exercise in chosen:
         matrix = build(judge, exercise, only, full)
+        if not only and not matrix.problems:
+            matrix.problems += list(practised.renew(judge, exercise)) if full else []
+            matrix.problems += practised.problems(judge, exercise, full)
         show(matrix, terminal.console())
         problems += len(matrix.problems)
         if full and not only and not matrix.problems:
@@ -105,7 +108,10 @@ def _slips(exercise: Exercise, mistakes: dict[str, Mistake]) -> Iterator[str]:
 
 def _form(exercise: Exercise, mistakes: dict[str, Mistake]) -> Iterator[str]:
     ids = {requirement.id for requirement in exercise.requirements}
+    efficiency = {requirement.id for requirement in exercise.requirements if requirement.criterion == "efficiency"}
     for mistake in mistakes.values():
+        if mistake.wasteful and not efficiency.issuperset(mistake.requirements):
+            yield f"mistake {mistake.name} is wasteful, but {', '.join(mistake.requirements)} is not about efficiency"
         for number in set(mistake.requirements) - ids:
             yield f"mistake {mistake.name} is caught by {number}, which is no requirement"
     alone = {mistake.requirements[0] for mistake in mistakes.values() if mistake.only}

@@ -95,6 +95,11 @@ class Exercise:
         return self.folder / "bench.py"
 
     @property
+    def refactorings_file(self) -> Path:
+        """Which functions of which variants are right in the answer too, each by itself."""
+        return self.folder / "refactorings.txt"
+
+    @property
     def answer_file(self) -> Path:
         return ANSWERS / self.file_name
 

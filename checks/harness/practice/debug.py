@@ -8,7 +8,7 @@ from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict
 from harness.model.submission import LoadError, read
 from harness.practice import planted, sessions
-from harness.practice.opening import another, opened, verdict_now
+from harness.practice.opening import closed, opened, tell, verdict_now
 from harness.practice.planted import Change, Hunk
 from harness.practice.sessions import Session
 from harness.report import terminal
@@ -23,11 +23,11 @@ def run(request: Request) -> int:
     """Opens a hunt, or ends it."""
     session, out = opened(request, first_text, _asked(request.bugs), bugs=1), terminal.console()
     if request.end and not session.ended:
-        verdict = verdict_now(session, out)
-        session.end("done" if verdict.state == "done" else "given up")
+        verdict_now(session, out)
+        if not session.ended:  # A verdict that finds it done has ended it.
+            session.end("given up", lambda: report(session))
     if session.ended:
-        out.print("\n".join([*report(session), another(session)]), markup=False, soft_wrap=True)
-        return 0
+        return closed(session, out)
     sessions.put(session.folder / "notes.md", _form(session))
     lines = [
         f"{session.name}: the answer to {session.exercise.title} with {_count(session)} in it",
@@ -35,7 +35,7 @@ def run(request: Request) -> int:
         f"  then mend {shown(session.file)}; make watch judges every save",
         f"  give up, and see: {session.command} END=1",
     ]
-    out.print("\n".join(lines), markup=False, soft_wrap=True)
+    tell(out, lines)
     return 0
 
 
@@ -43,8 +43,7 @@ def says(session: Session, verdict: ExerciseVerdict) -> list[str]:
     """What follows from a verdict: the report once all is mended."""
     if verdict.state != "done":
         return [f"next: mend {shown(session.file)} and save; give up, and see: {session.command} END=1"]
-    session.end("done")
-    return report(session)
+    return session.end("done", lambda: report(session))
 
 
 def first_text(session: Session) -> str:

@@ -4,15 +4,20 @@ from collections.abc import Callable
 
 from harness.commands.request import Request
 from harness.model.results import ExerciseVerdict
-from harness.practice import debug, overview
+from harness.practice import debug, optimise, overview, review
 from harness.practice.interview import clock
 from harness.practice.sessions import Session
 
 # Says, in a sentence each, what follows from a verdict; it may end the session.
 Say = Callable[[Session, ExerciseVerdict], list[str]]
 # The modes whose files a save judges.
-SAYS: dict[str, Say] = {"debug": debug.says, "interview": clock.says}
-_RUNS: dict[str, Callable[[Request], int]] = {"debug": debug.run, "practice": overview.run}
+SAYS: dict[str, Say] = {"debug": debug.says, "optimise": optimise.says, "interview": clock.says}
+_RUNS: dict[str, Callable[[Request], int]] = {
+    "debug": debug.run,
+    "optimise": optimise.run,
+    "review": review.run,
+    "practice": overview.run,
+}
 
 
 def run(request: Request) -> int:

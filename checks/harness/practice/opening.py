@@ -1,6 +1,6 @@
 """How a session that begins with the answer is opened: the one to go on with, or a new one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -39,22 +39,21 @@ def opened(request: Request, text: Text, options: dict[str, Any] | None = None, 
         found.options["text"] = digest(text(found))
     elif any(found.options.get(name) != value for name, value in (options or {}).items()):
         raise UsageError(f"{shown(found.folder)} was begun otherwise; take another SEED, or go on: {found.command}")
-    again(found, text)
+    if not found.ended:
+        _put(found, text(found))
     return found
 
 
-def again(session: Session, text: Text) -> None:
-    """Puts a session's file where it is missing; one that has ended stays as it is.
+def _put(session: Session, first: str) -> None:
+    """Puts a session's file where it is missing.
 
     Raises:
-        UsageError: the bank has changed since it began, so that it cannot be made again.
+        UsageError: the bank has changed since it began, so that what was planted is not known any more.
     """
-    first = text(session)
     if digest(first) != session.options.get("text"):
         name = f"make {session.mode} EX={session.exercise.number}"
         raise UsageError(f"{shown(session.folder)}: the bank has changed since; another one: {name} SEED=…")
-    if not session.ended:
-        sessions.begin(session, first)
+    sessions.begin(session, first)
 
 
 def _begun_by(mode: str, exercise: Exercise, seed: str) -> str:
@@ -69,9 +68,16 @@ def _not_yet(mode: str, exercise: Exercise) -> str:
     )
 
 
-def another(session: Session) -> str:
-    """The command that begins another one."""
-    return f"another one: make {session.mode} EX={session.exercise.number}"
+def tell(out: Console, lines: Iterable[str]) -> None:
+    """Prints lines as they are."""
+    out.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def closed(session: Session, out: Console) -> int:
+    """Shows the report of a session that has ended, and how to begin another; the exit code."""
+    report = sessions.notes(session, "report.md").rstrip() or f"{session.name}: {session.how}"
+    tell(out, [report, f"another one: make {session.mode} EX={session.exercise.number}"])
+    return 0
 
 
 def verdict_now(session: Session, out: Console) -> ExerciseVerdict:

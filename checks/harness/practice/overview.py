@@ -16,7 +16,8 @@ def run(request: Request) -> int:
     for folder in unreadable():
         out.print(f"{shown(folder)}: holds no session.json that can be read; left out", markup=False, soft_wrap=True)
     if not found:
-        out.print("no practice session yet; make debug EX=1, make optimise EX=1 or make review EX=1 begins one")
+        begins = "make debug EX=1, make optimise EX=1 or make review EX=1 begins one"
+        out.print(f"no practice session yet; {begins}", soft_wrap=True)
         return 0
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
     for head in ("mode", "exercise", "seed", "state"):

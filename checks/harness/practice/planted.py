@@ -33,11 +33,15 @@ class Hunk:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of an answer's code: a mistake of its bank, or a right way to write it."""
+    """A change of an answer's code. `mistake` is the bank's, if it is one."""
 
     hunks: tuple[Hunk, ...]
     mistake: Mistake | None = None
-    variant: str = ""
+
+    @property
+    def lines(self) -> range:
+        """The lines from its first to its last, also those between its hunks."""
+        return range(self.hunks[0].first, max(self.hunks[-1].last, self.hunks[0].first + 1))
 
     @property
     def size(self) -> int:
@@ -84,9 +88,9 @@ def shuffled(all: Iterable[Item], seed: str) -> list[Item]:
     return items
 
 
-def apart(one: Change, other: Change, lines: int = 1) -> bool:
-    """Whether two changes leave at least `lines` lines between them."""
-    return all(a.last + lines <= b.first or b.last + lines <= a.first for a in one.hunks for b in other.hunks)
+def apart(one: Change, other: Change) -> bool:
+    """Whether two changes leave at least a line between them."""
+    return all(a.last < b.first or b.last < a.first for a in one.hunks for b in other.hunks)
 
 
 def too_long(change: Change) -> bool:
@@ -102,7 +106,7 @@ def applied(lines: Sequence[str], changes: Iterable[Change]) -> list[str]:
     return changed
 
 
-def file_text(exercise: Exercise, changes: Iterable[Change]) -> str:
+def file_text(exercise: Exercise, changes: Iterable[Change] = ()) -> str:
     """A session's file: the starter's docstring, then the answer's code with the changes."""
     return "\n".join([*parts(exercise.starter)[0], *applied(code(exercise), changes), ""])
 

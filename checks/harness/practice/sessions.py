@@ -9,7 +9,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,13 @@ class Session:
         kept = {name: value for name, value in vars(self).items() if name not in ("mode", "exercise", "seed")}
         write(self.folder / "session.json", json.dumps({**kept, "saves": [asdict(save) for save in self.saves]}) + "\n")
 
-    def end(self, how: str) -> None:
-        """Notes, once, that it has ended."""
-        if not self.ended:
-            self.ended, self.how = time.time(), how
-            self.store()
+    def end(self, how: str, report: Callable[[], list[str]]) -> list[str]:
+        """Notes that it has ended; returns the report, which stays beside the file."""
+        self.ended, self.how = time.time(), how
+        lines = report()
+        write(self.folder / "report.md", "\n".join([*lines, ""]))
+        self.store()
+        return lines
 
 
 def sessions() -> list[Session]:

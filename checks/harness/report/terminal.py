@@ -18,6 +18,7 @@ from harness.model.source import todo_lines
 from harness.model.submission import LoadError, read
 
 _STYLES = {"done": "green", "in progress": "yellow", "not started": "", "does not import": "red"}
+DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan"}
 MESSAGE_LINES = 12
 _NEXT_LINES = 2
 _TITLE = 8

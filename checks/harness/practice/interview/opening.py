@@ -25,8 +25,9 @@ def run(request: Request) -> int:
     if request.end and not session.ended:
         terminal.begin(out, exercise, session.folder)
         verdict = _whole_verdict(session)
-        session.end("done" if report.earned_in_time(session) >= _counting(session) else "ended")
-        lines = report.write(session, verdict)
+        how = "done" if report.earned_in_time(session) >= _counting(session) else "ended"
+        session.end(how, lambda: report.text(session, verdict).splitlines())
+        lines = report.summary(session, verdict)
     elif session.ended:
         lines = [f"{session.name} has ended: {shown(session.folder / report.NAME)}"]
     else:

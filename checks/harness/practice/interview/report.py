@@ -19,9 +19,8 @@ _WORDS = {"correctness": "correct", "efficiency": "efficient", "robustness": "ro
 _ROOM = "\n   _your answer:_\n"
 
 
-def write(session: Session, verdict: ExerciseVerdict) -> list[str]:
-    """Writes the report and draws the picture; returns what to say of it."""
-    sessions.put(session.folder / NAME, text(session, verdict))
+def summary(session: Session, verdict: ExerciseVerdict) -> list[str]:
+    """What to say of a report; draws its picture."""
     counting = session.scope.requirements
     lines = [
         f"{session.name}: {POINTS * len(earned_in_time(session))} of {POINTS * len(counting)} points in "
