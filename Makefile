@@ -9,13 +9,19 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 ALL ?=
+BUGS ?=
 DEVICE ?=
+END ?=
 EX ?=
 FORCE ?=
 FULL ?=
 GITHUB ?=
+MINUTES ?=
+N ?=
 NAME ?=
 OUT ?= gradesheet.json
+RESTORE ?=
+SEED ?=
 SUBMISSION ?= exercises
 
 export PYTHONPATH := $(CURDIR)/checks
@@ -49,6 +55,18 @@ board: .venv/ready ## the board, after judging what is not yet judged: make boar
 reset: .venv/ready ## start one over, your work is kept: make reset EX=1
 	@$(RUN) -m harness reset --ex '$(EX)'
 
+.PHONY: attempts
+attempts: .venv/ready ## what reset kept, or one of them back: make attempts EX=1 [RESTORE=name]
+	@$(RUN) -m harness attempts --ex '$(EX)' --restore '$(RESTORE)'
+
+.PHONY: hint
+hint: .venv/ready ## a hint on the first open requirement, one more per attempt: make hint EX=1
+	@$(RUN) -m harness hint --ex '$(EX)'
+
+.PHONY: progress
+progress: .venv/ready ## what happened so far, a table and a picture; yours alone
+	@$(RUN) -m harness progress
+
 .PHONY: answer
 answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
 	@$(RUN) -m harness answer --ex '$(EX)' $(if $(FORCE),--force)
@@ -56,6 +74,34 @@ answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
 .PHONY: bench
 bench: .venv/bench ## measure your code beside the answer and others: make bench EX=3 [FULL=1]
 	@$(RUN) -m harness bench --ex '$(EX)' $(if $(FULL),--full)
+
+##@ Practice
+# What a session is opened and ended by.
+SESSION = --ex '$(EX)' --seed '$(SEED)' $(if $(FORCE),--force) $(if $(END),--end)
+
+.PHONY: debug
+debug: .venv/ready ## mend the answer, in which bugs are planted: make debug EX=1 [BUGS=2] [SEED=7] [END=1] [FORCE=1]
+	@$(RUN) -m harness debug $(SESSION) --bugs '$(BUGS)'
+
+.PHONY: optimise
+optimise: $(if $(END),.venv/bench,.venv/ready) ## make right but wasteful code cheap: make optimise EX=1 [SEED=7] [END=1] [FORCE=1]
+	@$(RUN) -m harness optimise $(SESSION)
+
+.PHONY: review
+review: .venv/ready ## review a change of the answer: make review EX=1 [SEED=7] [END=1] [FORCE=1]
+	@$(RUN) -m harness review $(SESSION)
+
+.PHONY: interview
+interview: .venv/ready ## a mock interview, with a clock and a report: make interview EX=1 [MINUTES=45] [SEED=7] [END=1]
+	@$(RUN) -m harness interview --ex '$(EX)' --minutes '$(MINUTES)' --seed '$(SEED)' $(if $(END),--end)
+
+.PHONY: ask
+ask: .venv/ready ## what you may ask in the interview, or one answer: make ask [EX=1] [N=3]
+	@$(RUN) -m harness ask --ex '$(EX)' --n '$(N)'
+
+.PHONY: practice
+practice: .venv/ready ## the practice sessions and how they stand: make practice [EX=1]
+	@$(RUN) -m harness practice --ex '$(EX)'
 
 ##@ Teach
 .PHONY: grade

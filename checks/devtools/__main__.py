@@ -1,12 +1,13 @@
-"""The authors' commands: `python -m devtools (bank|bank-quick|new|check-exercise) …`."""
+"""The authors' commands: `python -m devtools (bank|bank-quick|patterns|new|check-exercise) …`."""
 
 import argparse
 import sys
 
-from devtools import check_exercise, kill_matrix, new
+from devtools import check_exercise, kill_matrix, new, patterns
 from harness.model.bank import BankError, BanksAbsent, mistakes
 from harness.model.exercise import SpecificationError, UsageError, selected
 from harness.runner import session
+from harness.runner.supervisor import Judge
 
 
 def main(arguments: list[str]) -> int:
@@ -16,6 +17,7 @@ def main(arguments: list[str]) -> int:
     for name, help, option in (
         ("bank", "every mistake and variant through every check", "--only"),
         ("bank-quick", "most mistakes through the checks of the requirement that they name", "--only"),
+        ("patterns", "how each mistake fails, for what the board says of a file that fails alike", "--only"),
         ("new", "begin an exercise", "--name"),
         ("check-exercise", "say what an exercise lacks", ""),
     ):
@@ -32,6 +34,10 @@ def main(arguments: list[str]) -> int:
         chosen, full = selected(asked.ex), asked.command == "bank"
         for exercise in chosen:
             mistakes(exercise)  # Before the checks are collected, which read them too.
+        if asked.command == "patterns":
+            return session.collected(
+                lambda one: patterns.run(Judge(one.items, halves=False), chosen, asked.only), asked.ex
+            )
         return session.collected(lambda one: kill_matrix.run(one.items, chosen, asked.only, full), asked.ex)
     except (UsageError, SpecificationError, BanksAbsent, BankError) as error:
         print(error)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from devtools import kill_matrix, rules
+from devtools import kill_matrix, patterns, practised, rules
 from harness.commands.request import one_exercise
 from harness.model import bank
 from harness.report import terminal
@@ -29,8 +29,13 @@ def run(ex: str) -> int:
     bank.mistakes(exercise)  # Before the checks are collected, which read it too: what it cannot hold is one line.
 
     def judge(collected: pytest.Session) -> int:
-        matrix = kill_matrix.build(Judge(collected.items, halves=False), exercise)
+        judging = Judge(collected.items, halves=False)
+        matrix = kill_matrix.build(judging, exercise)
+        if not matrix.problems:
+            matrix.problems += [*practised.renew(judging, exercise), *practised.problems(judging, exercise, full=False)]
         kill_matrix.show(matrix, out)
+        if not matrix.problems:
+            out.print(patterns.write(judging, exercise, matrix.patterns), soft_wrap=True)
         return len(matrix.problems)
 
     bank_fails = session.collected(judge, exercise.id)

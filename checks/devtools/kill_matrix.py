@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from devtools import patterns, practised
 from harness.model import bank
 from harness.model.bank import Mistake
 from harness.model.exercise import Exercise
+from harness.model.patterns import Pattern, pattern
 from harness.model.results import READABILITY, ExerciseVerdict, Result, verdict_of
 from harness.report import terminal
 from harness.runner import plugin
@@ -22,22 +24,36 @@ _LATER = "the rest of the bank is judged once this is done"
 
 @dataclass
 class Matrix:
-    """What each mistake failed, by requirement, and what is wrong with the bank or the checks, one sentence each."""
+    """What each mistake failed, by requirement, and what is wrong with the bank or the checks, one sentence each; where
+    all checks ran on a mistake, also how it fails.
+    """
 
     exercise: Exercise
     rows: dict[str, dict[str, str]] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    patterns: dict[str, Pattern] = field(default_factory=dict)
 
 
 def run(items: list[pytest.Item], chosen: list[Exercise], only: str, full: bool) -> int:
     """Prints the kill matrix of each exercise; 1 if anything does not hold."""
-    judge, problems = Judge(items, halves=False), 0
+    judge, problems, shares = Judge(items, halves=False), 0, patterns.Shares()
     use_huge_pages()
     for exercise in chosen:
         matrix = build(judge, exercise, only, full)
+        if not only and not matrix.problems:
+            matrix.problems += list(practised.renew(judge, exercise)) if full else []
+            matrix.problems += practised.problems(judge, exercise, full)
         show(matrix, terminal.console())
         problems += len(matrix.problems)
+        if full and not only and not matrix.problems:
+            print(patterns.write(judge, exercise, matrix.patterns), flush=True)
+            patterns.prove(judge, exercise, shares)
+    if shares.failing:
+        print(shares)
+    for problem in shares.problems():
+        print(f"problem: {problem}")
+        problems += 1
     return 1 if problems else 0
 
 
@@ -66,6 +82,8 @@ def build(judge: Judge, exercise: Exercise, only: str = "", full: bool = True) -
     for mistake in mistakes.values():
         if only in mistake.name:
             _wrong(judge, matrix, mistake, full, proofs.get(mistake.requirements[0]) == mistake)
+    if not full and not only:
+        matrix.problems += patterns.stale(judge, exercise)
     return matrix
 
 
@@ -90,7 +108,10 @@ def _slips(exercise: Exercise, mistakes: dict[str, Mistake]) -> Iterator[str]:
 
 def _form(exercise: Exercise, mistakes: dict[str, Mistake]) -> Iterator[str]:
     ids = {requirement.id for requirement in exercise.requirements}
+    efficiency = {requirement.id for requirement in exercise.requirements if requirement.criterion == "efficiency"}
     for mistake in mistakes.values():
+        if mistake.wasteful and not efficiency.issuperset(mistake.requirements):
+            yield f"mistake {mistake.name} is wasteful, but {', '.join(mistake.requirements)} is not about efficiency"
         for number in set(mistake.requirements) - ids:
             yield f"mistake {mistake.name} is caught by {number}, which is no requirement"
     alone = {mistake.requirements[0] for mistake in mistakes.values() if mistake.only}
@@ -136,6 +157,8 @@ def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool, proof: bo
     results: list[Result] = []
     if full:
         _, results = _judged(judge, exercise, text, ("code", *kinds(mistake.requirements)))
+        of_the_code = judge.names(exercise, "code")
+        matrix.patterns[mistake.name] = pattern(one for one in results if one.name in of_the_code)
     else:
         for number in mistake.requirements:
             results += _judged(judge, exercise, text, tuple(kinds((number,))), number, at_first=True)[1]

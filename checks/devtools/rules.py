@@ -11,6 +11,7 @@ from harness.model.exercise import Exercise
 from harness.model.paths import TOP, shown
 from harness.model.results import READABILITY
 from harness.model.source import todo_lines
+from harness.practice.help.hints import WANTED, all_hints
 
 MARK = re.compile(r"\bFILL\b")
 LINES = 500
@@ -19,6 +20,8 @@ _HEADINGS = (
     *("Steps", "Requirements", "In plain text", "Shapes", "By hand", "Conventions", "Not defined"),
     *("Your own test", "Discuss", "Sources"),
 )
+# A hint, and what of an answer is long enough to be quoted.
+_LETTERS_OF_A_HINT, _QUOTABLE = 220, 10
 _LINES_OF_A_TEXT, _LINES_TO_THE_REQUIREMENTS_END, _COLUMNS, _TITLE, _FIRST_STEP_MINUTES = 160, 60, 100, 40, 40
 # What gives the checks that are the same in every exercise, with the requirement that they decide.
 _STOCK = ("own_test_checks", "style_checks")
@@ -26,7 +29,7 @@ _STOCK = ("own_test_checks", "style_checks")
 
 def missing(exercise: Exercise) -> Iterator[str]:
     """Files that an exercise consists of and that are not there."""
-    for path in (exercise.file, exercise.answer_file, exercise.replies_file):
+    for path in (exercise.file, exercise.answer_file, exercise.replies_file, exercise.hints_file):
         if not path.exists():
             yield f"{shown(path)}: no such file"
     if not exercise.check_files:
@@ -42,7 +45,7 @@ def unfilled(exercise: Exercise) -> Iterator[str]:
     starter = set(exercise.starter.splitlines())
     if MARK.search(exercise.file.read_text(encoding="utf-8")):
         yield from not_as_shipped(exercise)
-    for path in (*files(exercise), exercise.answer_file, exercise.replies_file):
+    for path in (*files(exercise), exercise.answer_file, exercise.replies_file, exercise.hints_file):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if MARK.search(line) and (path == exercise.starter_file or line not in starter):
                 yield f"{shown(path)}:{number}: to fill: {line.strip()}"
@@ -188,6 +191,25 @@ def variants_say_what_is_unusual(exercise: Exercise) -> Iterator[str]:
             yield f"{shown(path)}: its docstring is not one line on what is unusual about it"
 
 
+def hints_are_three_and_no_code(exercise: Exercise) -> Iterator[str]:
+    """Every requirement has three hints, each short and without a line of the answer."""
+    where, hints = shown(exercise.hints_file), all_hints(exercise)
+    ids = [requirement.id for requirement in exercise.requirements]
+    yield from (f"{where}: no requirement {number}" for number in hints if number not in ids)
+    starter = set(exercise.starter.splitlines())
+    lines = {line.strip() for line in answer(exercise).splitlines() if line not in starter}
+    quotable = [line for line in lines if len(line) >= _QUOTABLE]
+    for number in ids:
+        found = hints.get(number, ())
+        if len(found) != WANTED:
+            yield f"{where}: {number} has {len(found)} hints; {WANTED} are wanted: a question, the idea, numbers"
+        for place, hint in enumerate(found, start=1):
+            if len(hint) > _LETTERS_OF_A_HINT:
+                yield f"{where}: hint {place} of {number} has {len(hint)} letters; at most {_LETTERS_OF_A_HINT}"
+            if "`" in hint or any(line in hint for line in quotable):
+                yield f"{where}: hint {place} of {number} holds code or a line of the answer"
+
+
 def the_readme_lists_it(exercise: Exercise) -> Iterator[str]:
     """README's table has a row of it."""
     row = f"| {exercise.number} | {exercise.title} |"
@@ -206,6 +228,7 @@ FORM: tuple[Callable[[Exercise], Iterator[str]], ...] = (
     imports_keep_to_the_rooms,
     files_are_short,
     variants_say_what_is_unusual,
+    hints_are_three_and_no_code,
     the_readme_lists_it,
 )
 

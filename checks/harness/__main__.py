@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from harness.commands.request import Request, parse, refuse
+from harness.commands.request import PRACTICE, Request, parse, refuse
 from harness.model.bank import BanksAbsent
 from harness.model.exercise import SpecificationError, UsageError
 
@@ -22,6 +22,16 @@ def main(arguments: list[str]) -> int:
 def _run(request: Request) -> int:
     if request.command in ("check", "grade", "save", "serve"):
         return _run_on_checks(request)
+    if request.command in ("hint", "progress", "attempts"):
+        return _help(request)
+    if request.command in ("interview", "ask"):
+        from harness.practice.interview import asking, opening
+
+        return opening.run(request) if request.command == "interview" else asking.run(request.ex, request.n)
+    if request.command == "practice" or request.command in PRACTICE:
+        from harness.practice import modes
+
+        return modes.run(request)
     from harness.commands import answer, reset, watch
 
     if request.command == "bench":
@@ -33,9 +43,21 @@ def _run(request: Request) -> int:
     return watch.run(request.ex) if request.command == "watch" else reset.run(request.ex)
 
 
+def _help(request: Request) -> int:
+    from harness.practice.help import attempts, hints, progress
+
+    if request.command == "hint":
+        return hints.run(request.ex)
+    return progress.run() if request.command == "progress" else attempts.run(request.ex, request.restore)
+
+
 def _run_on_checks(request: Request) -> int:
     from harness.commands import devices, judge
+    from harness.practice import saving
     from harness.runner import server, session, supervisor
+
+    def judged(asked: Request, one: supervisor.Judge) -> int:
+        return saving.save(asked, one) if asked.command == "save" else judge.run(asked, one)
 
     def answer(arguments: list[str], one: supervisor.Judge) -> int:
         """What the fork server does with a client's command line."""
@@ -43,7 +65,7 @@ def _run_on_checks(request: Request) -> int:
         def run() -> int:
             asked = parse(arguments)
             refuse(asked)
-            return judge.run(asked, one)
+            return judged(asked, one)
 
         return _said(run)
 
@@ -51,7 +73,7 @@ def _run_on_checks(request: Request) -> int:
         return session.collected(lambda collected: server.serve(collected, set(request.owner), answer))
     if request.device != "cpu":
         return devices.check(request)
-    return session.collected(lambda collected: judge.run(request, supervisor.Judge(collected.items)), request.ex)
+    return session.collected(lambda collected: judged(request, supervisor.Judge(collected.items)), request.ex)
 
 
 def _said(run: Callable[[], int]) -> int:

@@ -97,7 +97,14 @@ def test_the_settings_find_checks_and_hide_answers() -> None:
 
     assert settings["python.testing.pytestEnabled"] is True
     assert settings["python.defaultInterpreterPath"] == "${workspaceFolder}/.venv/bin/python"
-    assert settings["[python]"] == {"editor.defaultFormatter": "charliermarsh.ruff", "editor.formatOnSave": True}
+    assert settings["[python]"] == {
+        "editor.defaultFormatter": "charliermarsh.ruff",
+        "editor.formatOnSave": True,
+        # What is to be learned is not completed; the chat stays.
+        "editor.inlineSuggest.enabled": False,
+    }
+    assert settings["github.copilot.enable"] == {"*": True, "python": False}
+    assert settings["search.exclude"]["checks/*/hints.md"] and settings["search.exclude"]["checks/*/patterns.json"]
     assert settings["search.exclude"]["answers"] and settings["files.watcherExclude"]["**/answers/**"]
     # What stands alone after an option is lost when the Test Explorer runs single checks.
     assert all("=" in word for word in settings["python.testing.pytestArgs"] if word.startswith("-"))

@@ -16,7 +16,7 @@ MISTAKES = [
         "1.3",
         "multiply matrices",
         (PRODUCT, "        return (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1) / q.size(-1) ** 0.5\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "broadcast_context",
@@ -26,14 +26,14 @@ MISTAKES = [
             "        context = weights @ v  # [B, H, Lq, Dh]\n",
             "        context = (weights.unsqueeze(-1) * v.unsqueeze(2)).sum(3)\n",
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "mask_repeated",
         "1.3",
         "is copied to",
         (APPLIED, "            mask = mask.expand(scores.shape).contiguous()\n" + APPLIED),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "mask_as_full_bias",
@@ -70,14 +70,14 @@ MISTAKES = [
         "1.3",
         "stay alive",
         (RETURN, "        self.last_weights = weights.detach()\n" + RETURN),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "query_kept_in_the_module",
         "1.3",
         "query stays alive",
         (RETURN, "        self.last_query = query\n" + RETURN),
-        only=True,
+        wasteful=True,
     ),
     # Narrow code: right in the sizes, modes and masks that come first to mind.
     Mistake(
@@ -99,7 +99,7 @@ MISTAKES = [
         "1.3",
         "stay alive",
         (RETURN, "        self._last = weights if self.dropout.p > 0 else None\n" + RETURN),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "broadcast_product_in_eval",
@@ -113,7 +113,7 @@ MISTAKES = [
 """
             + PRODUCT,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "mask_repeated_per_head",
@@ -127,7 +127,7 @@ MISTAKES = [
 """
             + APPLIED,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "mask_repeated_in_eval",
@@ -141,7 +141,7 @@ MISTAKES = [
 """
             + APPLIED,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "float_mask_repeated",
@@ -155,7 +155,7 @@ MISTAKES = [
 """
             + APPLIED,
         ),
-        only=True,
+        wasteful=True,
     ),
     # What one situation hides.
     Mistake(
@@ -170,14 +170,14 @@ MISTAKES = [
 """
             + RETURN,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "weights_kept_in_a_closure",
         "1.3",
         "stay alive",
         (RETURN, "        self.entropy = lambda: -(weights * weights.log()).sum(-1)\n" + RETURN),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "five_scores_kept_in_eval",
@@ -191,7 +191,7 @@ MISTAKES = [
 """
             + SOFTMAX,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "mask_of_queries_repeated",
@@ -205,7 +205,7 @@ MISTAKES = [
 """
             + APPLIED,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "broadcast_product_for_many_queries",
@@ -219,7 +219,7 @@ MISTAKES = [
 """
             + PRODUCT,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "refusal_kept_in_the_module",

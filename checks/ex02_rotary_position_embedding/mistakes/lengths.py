@@ -36,7 +36,7 @@ GROW_SHARED = "            self._cos, self._sin = _shared(self, max(seq_len, row
 HEADS = "        self.num_heads = num_heads\n"
 
 MISTAKES = [
-    Mistake("table_rebuilt_on_every_call", "2.3", "computes cos", (STALE, ALWAYS), only=True),
+    Mistake("table_rebuilt_on_every_call", "2.3", "computes cos", (STALE, ALWAYS), wasteful=True),
     Mistake(
         "rebuilt_by_complex_exponentials",
         "2.3",
@@ -49,7 +49,7 @@ MISTAKES = [
         return z.real.float(), z.imag.float()
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "rebuilt_by_polar",
@@ -63,7 +63,7 @@ MISTAKES = [
         return z.real.float(), z.imag.float()
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "rebuilt_by_powers",
@@ -78,7 +78,7 @@ MISTAKES = [
 """,
         ),
         (INIT, INIT.replace("self._table(max_position_embeddings", "self._table(2 + max_position_embeddings")),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "rebuilt_by_python",
@@ -98,7 +98,7 @@ MISTAKES = [
         ),
         (INIT, INIT.replace("self._table(max_position_embeddings", "self._table(0")),
         (GROW, "            self._cos, self._sin = self._table(seq_len, x.device)\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "in_place_cosines_on_every_call",
@@ -106,7 +106,7 @@ MISTAKES = [
         "computes cos",
         (STALE, ALWAYS),
         (TABLE, "        return angles.clone().cos_().float(), angles.sin_().float()\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "rebuilt_for_another_length",
@@ -115,7 +115,7 @@ MISTAKES = [
         (STALE, "        if seq_len != len(self._cos) or x.device != self._cos.device:\n"),
         (GROW, "            self._cos, self._sin = self._table(seq_len, x.device)\n"),
         (INIT, WITH_CACHE),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "a_table_per_length",
@@ -130,7 +130,7 @@ MISTAKES = [
 """,
         ),
         (INIT, WITH_CACHE),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "a_table_per_dtype",
@@ -145,7 +145,7 @@ MISTAKES = [
 """,
         ),
         (INIT, WITH_CACHE),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "a_table_per_shape",
@@ -160,14 +160,14 @@ MISTAKES = [
 """,
         ),
         (INIT, WITH_CACHE),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "nothing_kept_at_inference",
         "2.3",
         "inference_mode",
         (STALE, "        if seq_len > rows or x.device != self._cos.device or torch.is_inference_mode_enabled():\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "not_kept_beyond_the_expected",
@@ -182,7 +182,7 @@ MISTAKES = [
         return self.apply_rotary_pos_emb(x, cos[positions], sin[positions])
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "a_long_table_trimmed_by_a_short_call",
@@ -193,7 +193,7 @@ MISTAKES = [
             "        if rows > 4096 and seq_len <= 64:\n            self._cos, self._sin = (t[:2048].clone() "
             "for t in (self._cos, self._sin))\n        rows = len(self._cos)\n" + STALE,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "only_the_rows_of_the_call_kept",
@@ -208,7 +208,7 @@ MISTAKES = [
 """,
         ),
         (INIT, WITH_CACHE),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "cache_keyed_on_length_only",
@@ -304,7 +304,7 @@ MISTAKES = [
         "2.3",
         "attention(7 rows)",
         (Q, "        self.rotary_emb = RotaryPositionEmbedding(x.size(-1) // self.num_heads, x.size(1))\n" + Q),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "attention_keeps_a_constant_on_the_cpu",
@@ -329,6 +329,6 @@ MISTAKES = [
 """
             + NO_INFERENCE,
         ),
-        only=True,
+        wasteful=True,
     ),
 ]

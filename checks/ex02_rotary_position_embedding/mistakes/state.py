@@ -192,14 +192,14 @@ MISTAKES = [
         "2.3",
         "stays alive",
         (TURN, "        self.last = x.detach()\n" + TURN),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "output_kept_by_the_attention",
         "2.3",
         "stays alive",
         (OUT, OUT.replace("return", "self.last =") + "        return self.last\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "base_of_the_last_module",
@@ -226,7 +226,7 @@ MISTAKES = [
 """
             + TURN,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "cosines_again_beside_eval",
@@ -241,7 +241,7 @@ MISTAKES = [
 """
             + TURN,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "tables_shared_by_the_whole_part_of_the_base",

@@ -71,7 +71,7 @@ MISTAKES = [
 """,
         ),
         (BUFFER, BUFFER.replace("n * m", "n * self.m")),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "all_queries_times_key_blocks",
@@ -93,7 +93,7 @@ MISTAKES = [
         "3.1",
         "made of the mask",
         ("mask.expand", "mask.bool().expand"),
-        only=True,
+        wasteful=True,
     ),
     # 3.5: work
     Mistake(
@@ -101,14 +101,14 @@ MISTAKES = [
         "3.5",
         "1.00 of the exponentials",
         (COLUMNS, "        return self._slices(self.m)\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "row_by_row",
         "3.5",
         "loop over its rows",
         (ROWS, "        return (slice(i, i + 1) for i in range(self.n))\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "key_by_key",
@@ -121,7 +121,7 @@ MISTAKES = [
         return (slice(j, j + 1) for j in range(stop))
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "earlier_blocks_visited_again",
@@ -136,7 +136,7 @@ MISTAKES = [
                     q_rows @ k[:, columns].to(work).mT
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "key_blocks_that_grow_with_the_length",
@@ -151,7 +151,7 @@ MISTAKES = [
 """,
         ),
         (BUFFER, BUFFER.replace("n * m", "n * max(m, self.m // 4)")),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "integer_mask_converted_whole",
@@ -161,14 +161,14 @@ MISTAKES = [
             EXPANDED,
             "        mask = mask.bool() if mask is not None and mask.dtype == torch.int32 else mask\n" + EXPANDED,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "blocks_above_the_diagonal_computed_with_a_mask",
         "3.5",
         "with a mask",
         (COLUMNS, COLUMNS.replace("self.diagonal is None", "self.diagonal is None or self.mask is not None")),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "earlier_keys_visited_again",
@@ -183,14 +183,14 @@ MISTAKES = [
                         q_rows @ k[:, start : start + blocks.size].to(work).mT
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "blocks_of_4_at_least",
         "3.1",
         "one_by_one",
         (APPLY, APPLY.replace("self.block_size", "max(self.block_size, 4)")),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "positions_kept_beside_the_module",
@@ -206,7 +206,7 @@ MISTAKES = [
                 _Blocks.kept = torch.arange(self.m, device=Q.device)
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "left_over_rows_one_by_one",
@@ -220,14 +220,14 @@ MISTAKES = [
         return iter([*self._slices(whole), *tail])
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "expanded_mask_copied",
         "3.1",
         "made of the mask",
         (EXPANDED, EXPANDED.replace("mask.expand", "mask.contiguous().expand")),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "blocks_above_the_diagonal_computed_with_a_mask_per_head",
@@ -240,7 +240,7 @@ MISTAKES = [
             ),
         ),
         (EXPANDED, "        self.per_head = mask is not None and mask.size(1) > 1\n" + EXPANDED),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "blocks_above_the_diagonal_computed_with_a_mask_of_keys",
@@ -253,7 +253,7 @@ MISTAKES = [
             ),
         ),
         (EXPANDED, "        self.of_keys = mask is not None and mask.size(2) == 1\n" + EXPANDED),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "begun_again_when_the_maximum_rises",
@@ -268,13 +268,13 @@ MISTAKES = [
 """
             + WEIGHTS,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "heads_kept_for_a_later_look",
         "3.1",
         "leaves",
         (APPLY, "        self.last = [(Q, K, V)]\n" + APPLY),
-        only=True,
+        wasteful=True,
     ),
 ]

@@ -72,7 +72,7 @@ MISTAKES = [
 """
             + WEIGHTS,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake("autograd_through_the_loop", "3.6", "stay alive for backward", (APPLY, AUTOGRAD_THROUGH_THE_LOOP)),
     Mistake(
@@ -80,7 +80,7 @@ MISTAKES = [
         "3.6",
         "N·M is",
         (BACKWARD_BLOCKS, BACKWARD_BLOCKS.replace("block_size)", "max(Q.size(2), K.size(2)))")),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "no_gradient",
@@ -232,7 +232,7 @@ MISTAKES = [
         "3.6",
         "bfloat16",
         (SAVE, SAVE + "        ctx.copies = [x.to(work, copy=True) for x in (Q, K, V, result)]\n"),
-        only=True,
+        wasteful=True,
     ),
     # 3.7: half precision
     Mistake(

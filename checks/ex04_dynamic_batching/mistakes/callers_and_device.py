@@ -154,7 +154,7 @@ MISTAKES = [
         only=True,
     ),
     # 4.4
-    Mistake("full_batch_waits", "4.4", "a full batch goes at once", (FULL, "full = False"), only=True),
+    Mistake("full_batch_waits", "4.4", "a full batch goes at once", (FULL, "full = False"), wasteful=True),
     Mistake(
         "full_batch_waits_behind_an_older_one",
         "4.4",

@@ -209,7 +209,7 @@ MISTAKES = [
         "4.4",
         "do not share a call of generate",
         (RESULTS, "results = [row for i in range(0, len(batch), 8) for row in self._generate(batch[i : i + 8])]"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "a_cancelled_one_makes_it_longer",
@@ -237,7 +237,7 @@ MISTAKES = [
             output = self.model.generate(output, visible, new, do_sample=False, pad_token_id=0)
             visible = functional.pad(visible, (0, new), value=1)""",
         ),
-        only=True,
+        wasteful=True,
     ),
     # 4.5
     Mistake(

@@ -244,21 +244,21 @@ MISTAKES = [
         "5.4",
         "B A is as large as W",
         (RETURN, "        if x.dim() == 1 and not self.training:\n" + DENSE + RETURN),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "dense_at_rank_1",
         "5.4",
         "B A is as large as W",
         (RETURN, "        if self.rank == 1 and not self.training:\n" + DENSE + RETURN),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "dense_once_frozen",
         "5.4",
         "B A is as large as W",
         (RETURN, "        if not (self.original_layer.weight.requires_grad or self.training):\n" + DENSE + RETURN),
-        only=True,
+        wasteful=True,
     ),
     # Kept or copied.
     Mistake(

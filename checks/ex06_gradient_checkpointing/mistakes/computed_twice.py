@@ -46,13 +46,13 @@ MISTAKES = [
         ("        return self.module(*args, **kwargs)\n", "        return None\n"),
     ),
     # 6.2
-    Mistake("active_in_eval", "6.2", "entered 2 times; once was wanted", (" and self.training", ""), only=True),
+    Mistake("active_in_eval", "6.2", "entered 2 times; once was wanted", (" and self.training", ""), wasteful=True),
     Mistake(
         "active_in_eval_if_a_part_trains",
         "6.2",
         "eval but for a part",
         ("self.training and", "any(part.training for part in self.module.modules()) and"),
-        only=True,
+        wasteful=True,
     ),
     Mistake("use_checkpoint_ignored", "6.2", "use_checkpoint=False", ("self.use_checkpoint and ", ""), only=True),
     Mistake(
@@ -85,14 +85,14 @@ MISTAKES = [
         "6.2",
         "kept once",
         (DETACHED, "    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor.clone()\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "inputs_with_gradient_copied",
         "6.2",
         "kept once",
         (DETACHED, "    return tensor.detach().clone().requires_grad_() if tensor.requires_grad else tensor\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "recomputed_for_every_tensor",

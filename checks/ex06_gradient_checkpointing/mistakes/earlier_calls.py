@@ -150,14 +150,14 @@ MISTAKES = [
         "6.2",
         "still alive",
         (RECOMPUTED, '            vars(self)["latest"] = args, kwargs\n' + RECOMPUTED),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "outputs_kept_in_eval",
         "6.2",
         "still alive",
         (PLAIN, '        vars(self)["latest"] = self.module(*args, **kwargs)\n        return vars(self)["latest"]\n'),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "recomputed_tensors_kept",
@@ -165,7 +165,7 @@ MISTAKES = [
         "still alive",
         ("        return saved\n", "        _LATEST[:] = saved\n        return saved\n"),
         (CLASS, "_LATEST: list[Tensor] = []\n\n\n" + CLASS),
-        only=True,
+        wasteful=True,
     ),
     # Modes.
     Mistake(

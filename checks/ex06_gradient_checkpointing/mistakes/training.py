@@ -47,7 +47,7 @@ MISTAKES = [
         "6.6",
         "the model is called 2 times",
         (LOGITS, '    model(batch["input_ids"])\n' + LOGITS),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "step_before_backward",

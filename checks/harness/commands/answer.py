@@ -12,8 +12,6 @@ from harness.model.exercise import Exercise
 from harness.model.submission import LoadError, read
 from harness.report import terminal
 
-_STYLES = {"+": "green", "-": "red", "@": "cyan"}
-
 
 def run(ex: str, force: bool) -> int:
     """Prints the diff and the replies; asks for FORCE=1 before an exercise is done."""
@@ -26,7 +24,7 @@ def run(ex: str, force: bool) -> int:
     except LoadError:
         theirs = ""
     for line in difference(theirs, bank.answer(exercise), exercise.file_name):
-        out.print(line, style=_STYLES.get(line[0], ""), markup=False, soft_wrap=True)
+        out.print(line, style=terminal.DIFF_STYLES.get(line[0], ""), markup=False, soft_wrap=True)
     replies = exercise.replies_file.read_text(encoding="utf-8") if exercise.replies_file.exists() else ""
     out.print(f"\n{replies.strip()}", markup=False, soft_wrap=True)
     return 0

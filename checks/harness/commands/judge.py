@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from harness.commands import history
 from harness.commands.request import Request, out_path, submission_folder
 from harness.model import bank
 from harness.model.cache import Entry, OwnTests, VerdictCache, checks_version, stamp
@@ -73,7 +74,7 @@ def check(request: Request, judge: Judge) -> int:
         entry = judge_file(exercise, folder, judge, cache.own_tests[exercise.id] if cache is not None else None)
         verdicts.append(entry.verdict(exercise))
         if cache is not None:
-            trouble = cache.store(exercise, entry) or trouble
+            trouble = cache.store(exercise, entry) or history.note(verdicts[-1], entry.stamp) or trouble
     terminal.board(out, verdicts)
     _details(out, verdicts, folder, request.all)
     terminal.line(out, "\n".join([trouble, _next_step(verdicts, folder)]))
@@ -118,7 +119,7 @@ def save(request: Request, judge: Judge) -> int:
     chosen, folder = selected(request.ex), EXERCISES
     out, started = terminal.console(), time.perf_counter()
     cache = VerdictCache(checks_version())
-    stale = [exercise for exercise in chosen if cache.stale(exercise, folder / exercise.file_name)]
+    stale = stale_in(chosen, cache)
     one: Saved | None = None
     trouble = ""
     for exercise in stale:
@@ -126,7 +127,7 @@ def save(request: Request, judge: Judge) -> int:
         if len(stale) == 1 and not request.once:
             one = Saved(out, exercise, folder, judge.expected(exercise), cache.entries.get(exercise.id))
         entry = judge_file(exercise, folder, judge, cache.own_tests[exercise.id], saved=one)
-        trouble = cache.store(exercise, entry) or trouble
+        trouble = cache.store(exercise, entry) or history.note(entry.verdict(exercise), entry.stamp) or trouble
     verdicts = [cache.entries[exercise.id].verdict(exercise) for exercise in chosen]
     saved = [verdict for verdict in verdicts if verdict.exercise in stale]
     if one is not None:
@@ -137,11 +138,20 @@ def save(request: Request, judge: Judge) -> int:
     terminal.line(out, "\n".join([trouble, _next_step(saved if one is not None else verdicts, folder)]))
     if one is not None:
         terminal.line(out, terminal.closing(saved[0], one.before))
-    names = ", ".join(exercise.id for exercise in stale) or "nothing new"
-    took = f"{time.strftime('%H:%M:%S')} judged {names} in {time.perf_counter() - started:.2f} s"
-    then = "make watch judges every save" if request.once else "waiting for the next save, Ctrl-C ends"
-    out.print(f"{took}; {then}", soft_wrap=True)  # Editors wait for it: it is one line everywhere.
+    ended(out, [exercise.id for exercise in stale], started, request.once)
     return 0
+
+
+def stale_in(chosen: list[Exercise], cache: VerdictCache) -> list[Exercise]:
+    """The exercises among some whose files have no verdict of their present state."""
+    return [exercise for exercise in chosen if cache.stale(exercise, exercise.file)]
+
+
+def ended(out: Console, names: list[str], started: float, once: bool) -> None:
+    """The last line of a save, which editors wait for: it is one line everywhere."""
+    took = f"{time.strftime('%H:%M:%S')} judged {', '.join(names) or 'nothing new'} in "
+    then = "make watch judges every save" if once else "waiting for the next save, Ctrl-C ends"
+    out.print(f"{took}{time.perf_counter() - started:.2f} s; {then}", soft_wrap=True)
 
 
 def _at_hand(verdicts: list[ExerciseVerdict]) -> list[ExerciseVerdict]:
@@ -162,7 +172,7 @@ def _next_step(verdicts: list[ExerciseVerdict], folder: Path) -> str:
     return terminal.following(verdicts[0], folder) if len(verdicts) == 1 else "all done"
 
 
-_COMMANDS = {"check": check, "grade": grade, "save": save}
+_COMMANDS = {"check": check, "grade": grade}
 
 
 def run(request: Request, judge: Judge) -> int:

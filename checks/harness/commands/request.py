@@ -9,6 +9,13 @@ from typing import Any
 from harness.model.exercise import Exercise, UsageError, exercises, selected
 from harness.model.paths import TOP
 
+# The modes of practice that begin with the answer.
+PRACTICE = {
+    "debug": "mend what is planted in the answer",
+    "optimise": "make right code cheap",
+    "review": "review a change of the answer",
+}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -25,6 +32,12 @@ class Request:
     force: bool = False
     all: bool = False
     full: bool = False
+    restore: str = ""
+    seed: str = ""
+    bugs: str = ""
+    end: bool = False
+    minutes: str = ""
+    n: str = ""
     owner: tuple[int, ...] = ()
 
 
@@ -59,6 +72,24 @@ def parse(arguments: list[str]) -> Request:
     command("answer", "compare with the answer").add_argument("--force", action="store_true", help="before it is done")
     bench = command("bench", "measure beside the answer and others")
     bench.add_argument("--full", action="store_true", help="the whole table, which takes many minutes")
+    interview = command("interview", "a mock interview")
+    interview.add_argument("--minutes", default="", help="how long it takes")
+    interview.add_argument("--seed", default="", help="which one")
+    interview.add_argument("--end", action="store_true", help="the report at the end")
+    command("ask", "what can be asked in an interview, or an answer").add_argument(
+        "--n", default="", help="which topic"
+    )
+    command("hint", "one more hint on what is open")
+    command("progress", "what happened so far", ex=False)
+    command("attempts", "list or restore what reset kept").add_argument("--restore", default="", help="one of the list")
+    for name, help in PRACTICE.items():
+        mode = command(name, help)
+        mode.add_argument("--seed", default="", help="which one: the same number gives the same session")
+        mode.add_argument("--force", action="store_true", help="before the exercise is done")
+        mode.add_argument("--end", action="store_true", help="the report at the end")
+        if name == "debug":
+            mode.add_argument("--bugs", default="", help="how many, 1 to 4")
+    command("practice", "list the practice sessions")
     options: dict[str, Any] = vars(parser.parse_args(arguments))
     options.pop("watched", None)
     if "owner" in options:
@@ -110,7 +141,7 @@ def refuse(request: Request) -> None:
     Raises:
         UsageError: an option names what is not there, or must not be used here.
     """
-    if request.command not in ("reset", "answer", "bench"):
+    if request.command not in ("reset", "answer", "bench", "hint", "attempts", *PRACTICE):
         selected(request.ex)
     if request.command in ("check", "grade"):
         submission_folder(request.submission)

@@ -1,11 +1,12 @@
-"""Starts pytest-watch on exercises/ with the thin client as its runner."""
+"""Starts pytest-watch on exercises/ and practice/ with the thin client as its runner."""
 
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 from harness.model.exercise import UsageError
-from harness.model.paths import EXERCISES, TOP
+from harness.model.paths import EXERCISES, PRACTICE, TOP, shown
 from harness.sandbox.processes import CAN_FORK
 
 
@@ -24,6 +25,16 @@ def _events() -> bool:
     return bool(watched)
 
 
+def _is_there(folder: Path) -> bool:
+    """Whether a folder is there, made where it is missing; what cannot be is said."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        print(f"{shown(folder)}/ cannot be made ({error.strerror}): practice sessions are not watched", flush=True)
+        return False
+    return True
+
+
 def run(ex: str) -> int:
     """Becomes pytest-watch; returns only if it cannot start.
 
@@ -33,6 +44,7 @@ def run(ex: str) -> int:
     os.chdir(TOP)
     if not EXERCISES.is_dir():
         raise UsageError(f"{EXERCISES.name}/: no such folder; make reset EX=1 brings a starter back")
+    folders = [EXERCISES.name, *([PRACTICE.name] if _is_there(PRACTICE) else [])]
     if not CAN_FORK:
         print("this system cannot fork safely: each save is judged cold, which takes some seconds", flush=True)
     # pytest-watch splits the runner at single spaces, so no path in it may hold any: relative ones do not.
@@ -49,4 +61,4 @@ def run(ex: str) -> int:
         *(["--poll"] if os.environ.get("POLL") or not _events() else []),
     ]
     environment = {**os.environ, "EXERCISES_WATCH": str(os.getpid()), "PYTHONWARNINGS": "ignore"}
-    os.execve(sys.executable, [sys.executable, "-P", "-m", "pytest_watch", *options, EXERCISES.name], environment)
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "pytest_watch", *options, *folders], environment)

@@ -32,6 +32,8 @@ class Mistake:
         edits: pairs (old, new); each old text occurs exactly once in the answer, and the edits apply in order.
         only: True if no other requirement but "reads well" fails, so that this mistake proves that `caught_by`
             is needed.
+        wasteful: right in values and only too dear, which requirements of efficiency alone catch (it implies `only`):
+            what `make optimise` begins with.
     """
 
     name: str
@@ -39,12 +41,20 @@ class Mistake:
     says: str
     edits: tuple[Edit, ...] = field(repr=False)
     only: bool
+    wasteful: bool
 
     def __init__(
-        self, name: str, caught_by: str | tuple[str, ...], says: str, *edits: Edit, only: bool = False
+        self,
+        name: str,
+        caught_by: str | tuple[str, ...],
+        says: str,
+        *edits: Edit,
+        only: bool = False,
+        wasteful: bool = False,
     ) -> None:
         requirements = (caught_by,) if isinstance(caught_by, str) else caught_by
-        vars(self).update(name=name, requirements=requirements, says=says, edits=edits, only=only)
+        vars(self).update(name=name, requirements=requirements, says=says, edits=edits)
+        vars(self).update(only=only or wasteful, wasteful=wasteful)
 
     def applied_to(self, answer: str) -> str:
         """The wrong answer's text.

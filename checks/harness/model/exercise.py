@@ -2,7 +2,7 @@
 
 import ast
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -81,8 +81,23 @@ class Exercise:
         return {path.stem: path for path in sorted(self.folder.glob("variants/*.py"))}
 
     @property
+    def hints_file(self) -> Path:
+        """Three hints for each requirement."""
+        return self.folder / "hints.md"
+
+    @property
+    def patterns_file(self) -> Path:
+        """How each known mistake fails."""
+        return self.folder / "patterns.json"
+
+    @property
     def bench_file(self) -> Path:
         return self.folder / "bench.py"
+
+    @property
+    def refactorings_file(self) -> Path:
+        """Which functions of which variants are right in the answer too, each by itself."""
+        return self.folder / "refactorings.txt"
 
     @property
     def answer_file(self) -> Path:
@@ -101,6 +116,13 @@ class Exercise:
     def number(self) -> int:
         """As people type it: EX=3."""
         return int(self.id[2:])
+
+
+def first_step(exercise: Exercise) -> Exercise:
+    """An exercise of which its first step alone counts."""
+    step = exercise.steps[0]
+    of_it = tuple(one for one in exercise.requirements if one.id in step.requirements)
+    return replace(exercise, requirements=of_it, steps=(step,))
 
 
 def parse(text: str, file_name: str) -> Exercise:

@@ -10,6 +10,7 @@ CHECKS = TOP / "checks"
 EXERCISES = TOP / "exercises"
 ANSWERS = TOP / "answers"
 BUILD = TOP / "build"
+PRACTICE = TOP / "practice"
 
 
 def shown(path: Path) -> str:

@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.model import patterns
 from harness.model.exercise import Exercise, Step
-from harness.model.paths import shown
+from harness.model.paths import PRACTICE, shown
 from harness.model.results import ExerciseVerdict, RequirementVerdict, Result
 from harness.model.source import todo_lines
 from harness.model.submission import LoadError, read
 
 _STYLES = {"done": "green", "in progress": "yellow", "not started": "", "does not import": "red"}
+DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan"}
 MESSAGE_LINES = 12
 _NEXT_LINES = 2
 _TITLE = 8
@@ -83,10 +85,13 @@ def detail(
     exercise, path = verdict.exercise, folder / verdict.exercise.file_name
     gained = f"{verdict.score} of {verdict.max_score} points"
     left = sum(step.minutes for step in exercise.steps if _opened(verdict, step))
-    ahead = f", about {left} minutes to go" if left and verdict.state != "done" else ""
-    out.print(f"\n[bold]{exercise.id} {escape(exercise.title)}[/]: {gained}, {verdict.state}{ahead}")
+    practised = folder.parent == PRACTICE
+    ahead = f", about {left} minutes to go" if left and verdict.state != "done" and not practised else ""
+    name = folder.name if practised else exercise.id
+    out.print(f"\n[bold]{name} {escape(exercise.title)}[/]: {gained}, {verdict.state}{ahead}")
     if verdict.reason and verdict.state == "not started":
-        back = f"make reset EX={exercise.number} brings the starter back"
+        reset = f"make reset EX={exercise.number} brings the starter back"
+        back = "make practice lists the sessions" if practised else reset
         out.print(f"  {shown(path)}: {verdict.reason}; {back}", soft_wrap=True)
         return
     if verdict.state == "does not import":
@@ -100,6 +105,7 @@ def detail(
     if everything:
         for one in (one for failed in found for one in failed):
             failure(out, path, one)
+        _resembles(out, verdict, folder)
         return
     alike: dict[tuple[int, str], list[Result]] = {}
     for failed in found:
@@ -108,6 +114,7 @@ def detail(
         failure(out, path, one, full=not number)
         if others:
             line(out, f"  the same: {' '.join(other.requirement for other in others)}")
+    _resembles(out, verdict, folder)
 
 
 def rows(
@@ -158,16 +165,23 @@ def failure(out: Console, path: Path, one: Result, *, full: bool = True) -> None
             out.print(f"  | {text}", markup=False, soft_wrap=True)
 
 
+def _resembles(out: Console, verdict: ExerciseVerdict, folder: Path) -> None:
+    """Names the known mistake that fails alike; not in practice, where finding it is the task."""
+    if folder.parent != PRACTICE and (known := patterns.diagnosis(verdict.exercise, verdict.results())):
+        out.print()
+        line(out, f"looks like: {known}")
+
+
 def lost(verdict: ExerciseVerdict, before: ExerciseVerdict | None) -> list[str]:
     """The requirements that were earned before and are not now."""
     earned = {one.requirement.id for one in before.requirements if one.score} if before is not None else set()
     return [one.requirement.id for one in verdict.requirements if one.requirement.id in earned and not one.score]
 
 
-def closing(verdict: ExerciseVerdict, before: ExerciseVerdict | None) -> str:
-    """What counts, in a line: points, what changed, what is open."""
+def closing(verdict: ExerciseVerdict, before: ExerciseVerdict | None, name: str = "") -> str:
+    """What counts, in a line: points, what changed, what is open. `name` is the session's, in practice."""
     change = verdict.score - before.score if before is not None else 0
-    facts = [f"{verdict.exercise.id} {points(verdict)}" + (f" ({change:+d})" if change else "")]
+    facts = [f"{name or verdict.exercise.id} {points(verdict)}" + (f" ({change:+d})" if change else "")]
     if gone := lost(verdict, before):
         facts.append(f"lost: {' '.join(gone)}")
     if opened := [one.requirement.id for one in _in_order(verdict) if not one.score and one.judged]:
@@ -181,24 +195,35 @@ def following(verdict: ExerciseVerdict, folder: Path) -> str:
     if verdict.state == "done":
         measured = f"; make bench EX={exercise.number} measures" if exercise.bench_file.exists() else ""
         return f"next: make answer EX={exercise.number} compares with the answer{measured}"
-    step = next(step for step in exercise.steps if _opened(verdict, step) or step is exercise.steps[-1])
+    step = open_step(verdict)
     about = f"step {step.number} of {len(exercise.steps)}, {step.name} (about {step.minutes} minutes)"
     if verdict.state == "not started":
         return f"next: open {shown(path)}: {about}; every save is judged"
+    number, line = open_requirement(verdict, step, path)
+    over = f"make reset EX={exercise.number} starts it over"
+    if line:
+        return f"next: {about}: {shown(path)}:{line} TODO({number}); {over}"
+    return f"next: {about}: edit {shown(path)} and save; {over}"
+
+
+def open_step(verdict: ExerciseVerdict) -> Step:
+    """The first step of which something is still to be earned, or the last."""
+    steps = verdict.exercise.steps
+    return next(step for step in steps if _opened(verdict, step) or step is steps[-1])
+
+
+def open_requirement(verdict: ExerciseVerdict, step: Step, path: Path) -> tuple[str, int]:
+    """The requirement to work on in a step, and its line: that of the first TODO that is left in the file; without
+    any, the first that is open, and 0.
+    """
     try:
         places = todo_lines(read(path))
     except LoadError:
         places = {}
-    opened = [number for number in step.requirements if number in places and not _earned(verdict, number)]
-    over = f"make reset EX={exercise.number} starts it over"
-    if opened:
-        number = min(opened, key=places.__getitem__)
-        return f"next: {about}: {shown(path)}:{places[number]} TODO({number}); {over}"
-    return f"next: {about}: edit {shown(path)} and save; {over}"
-
-
-def _earned(verdict: ExerciseVerdict, number: str) -> bool:
-    return any(one.score for one in verdict.requirements if one.requirement.id == number)
+    opened = [one.requirement.id for one in _in_order(verdict) if not one.score and one.judged]
+    wanted = [number for number in opened if number in step.requirements]
+    number = min(wanted, key=lambda one: places.get(one, sys.maxsize), default=step.requirements[0])
+    return number, places.get(number, 0)
 
 
 def _opened(verdict: ExerciseVerdict, step: Step) -> bool:

@@ -54,8 +54,9 @@ class Judge:
         self._halves = halves and (os.cpu_count() or 1) > 1
 
     def items(self, exercise: Exercise) -> list[pytest.Item]:
-        """The checks of an exercise, as collected."""
-        return self._items[exercise.id]
+        """The checks of an exercise, or of the part of it that has these requirements, as collected."""
+        ids = {requirement.id for requirement in exercise.requirements}
+        return [item for item in self._items[exercise.id] if plugin.requirement_of(item) in ids]
 
     def expected(self, exercise: Exercise) -> list[tuple[str, str]]:
         """The list of checks that must report: requirement and name of each."""

@@ -1,0 +1,138 @@
+"""`make debug`: the answer with planted mistakes, to be found and mended."""
+
+import re
+
+from harness.commands.request import Request
+from harness.model.exercise import UsageError
+from harness.model.paths import shown
+from harness.model.results import ExerciseVerdict
+from harness.model.submission import LoadError, read
+from harness.practice import planted, sessions
+from harness.practice.opening import closed, opened, tell, verdict_now
+from harness.practice.planted import Change, Hunk
+from harness.practice.sessions import Session
+from harness.report import terminal
+
+MOST = 4
+_NOTE = re.compile(r"^- line +(\d+) *: *(\S.*)$", re.MULTILINE)
+# A note is on a bug if its line is as near as this.
+_NEAR = 3
+
+
+def run(request: Request) -> int:
+    """Opens a hunt, or ends it."""
+    session, out = opened(request, first_text, _asked(request.bugs), bugs=1), terminal.console()
+    if request.end and not session.ended:
+        verdict_now(session, out)
+        if not session.ended:  # A verdict that finds it done has ended it.
+            session.end("given up", lambda: report(session))
+    if session.ended:
+        return closed(session, out)
+    sessions.put(session.folder / "notes.md", _form(session))
+    lines = [
+        f"{session.name}: the answer to {session.exercise.title} with {_count(session)} in it",
+        f"  say first what is wrong and why, in {shown(session.folder / 'notes.md')}",
+        f"  then mend {shown(session.file)}; make watch judges every save",
+        f"  give up, and see: {session.command} END=1",
+    ]
+    tell(out, lines)
+    return 0
+
+
+def says(session: Session, verdict: ExerciseVerdict) -> list[str]:
+    """What follows from a verdict: the report once all is mended."""
+    if verdict.state != "done":
+        return [f"next: mend {shown(session.file)} and save; give up, and see: {session.command} END=1"]
+    return session.end("done", lambda: report(session))
+
+
+def first_text(session: Session) -> str:
+    """What a hunt's file begins as."""
+    return planted.file_text(session.exercise, bugs(session))
+
+
+def bugs(session: Session) -> list[Change]:
+    """The mistakes that are planted, in the order of their lines; they follow from seed and bank.
+
+    Raises:
+        UsageError: the bank holds too few that go together.
+    """
+    exercise, wanted = session.exercise, int(session.options.get("bugs", 1))
+    found: list[Change] = []
+    for change in planted.mistaken(exercise, f"debug {exercise.id} {session.seed}"):
+        small = change.size <= planted.MOST_LINES and not planted.too_long(change)
+        fits = small and all(planted.apart(change, other) for other in found)
+        if fits and planted.parses(planted.file_text(exercise, [*found, change])):
+            found.append(change)
+        if len(found) == wanted:
+            return sorted(found, key=lambda change: change.hunks[0].first)
+    raise UsageError(f"{exercise.id} has no {wanted} mistakes that go together; {len(found)} at most")
+
+
+def report(session: Session) -> list[str]:
+    """Each bug: found or not, its line, the note on it, and the smallest mend."""
+    exercise, there = session.exercise, bugs(session)
+    earned = set(session.saves[-1].earned) if session.saves else set()
+    text, notes = _text(session), _notes(session)
+    lines, used = [], set()
+    mended = [_state(change, earned, text) for change in there]
+    lines.append(f"{session.name}: {mended.count('found')} of {_count(session)} found, {session.minutes:.0f} minutes")
+    for number, (change, state) in enumerate(zip(there, mended, strict=True), start=1):
+        assert change.mistake is not None
+        places = [planted.line_of(exercise, hunk, there) for hunk in change.hunks]
+        on_it = [(line, note) for line, note in notes if any(abs(line - place) <= _NEAR for place in places)]
+        used |= set(on_it)
+        name = change.mistake.name.replace("_", " ")
+        lines.append(f"{number}. line {places[0]}, {state}: {name} ({', '.join(change.mistake.requirements)})")
+        lines += [f"   your note, line {line}: {note}" for line, note in on_it] or ["   no note of yours is on it"]
+        lines += ["   the smallest mend:", *(f"   {line}" for line in planted.mend(exercise, change))]
+    lines += [f"   on no bug: line {line}: {note}" for line, note in notes if (line, note) not in used]
+    return lines
+
+
+def _state(change: Change, earned: set[str], text: list[str]) -> str:
+    """Whether a bug was found: what it costs is earned, or else its lines are no longer as planted."""
+    assert change.mistake is not None
+    if earned.issuperset(change.mistake.requirements):
+        return "found"
+    return "not found" if all(_stands(hunk, text) for hunk in change.hunks) else "changed, not mended"
+
+
+def _stands(hunk: Hunk, text: list[str]) -> bool:
+    """Whether a hunk's lines still stand in the file; where it has none, what it removed is not looked for."""
+    size = len(hunk.new)
+    return any(tuple(text[place : place + size]) == hunk.new for place in range(len(text)))
+
+
+def _text(session: Session) -> list[str]:
+    try:
+        return read(session.file).splitlines()
+    except LoadError:
+        return []
+
+
+def _notes(session: Session) -> list[tuple[int, str]]:
+    return [(int(line), note.strip()) for line, note in _NOTE.findall(sessions.notes(session))]
+
+
+def _form(session: Session) -> str:
+    line = "- line : \n"
+    return f"""# {session.name}: {_count(session)}
+
+What is wrong, and why? A line for each, before you mend it, as in
+`- line 123: sums over the keys, where the rows have to sum to 1`
+
+{line * int(session.options["bugs"])}"""
+
+
+def _count(session: Session) -> str:
+    number = int(session.options["bugs"])
+    return f"{number} bug" if number == 1 else f"{number} bugs"
+
+
+def _asked(bugs: str) -> dict[str, int]:
+    if not bugs.strip():
+        return {}
+    if bugs.strip() not in map(str, range(1, MOST + 1)):
+        raise UsageError(f"BUGS={bugs.strip()}: a number from 1 to {MOST} is wanted")
+    return {"bugs": int(bugs)}

@@ -1,0 +1,1 @@
+"""Help for a learner: hints, what happened so far, earlier attempts."""

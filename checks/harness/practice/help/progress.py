@@ -1,0 +1,90 @@
+"""What happened so far, for the learner alone: a table, and a picture where matplotlib is there."""
+
+import importlib.util
+import time
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from harness.commands import history
+from harness.commands.history import Track
+from harness.model.exercise import CRITERIA, POINTS, Exercise, exercises
+from harness.model.paths import PRACTICE, shown
+from harness.practice.help import attempts
+from harness.practice.sessions import sessions
+from harness.report import terminal, timeline
+
+PICTURE = PRACTICE / "progress.png"
+
+
+def run() -> int:
+    """Prints the table, and draws the picture."""
+    out, tracks = terminal.console(), history.load()
+    there = [exercise for exercise in exercises().values() if exercise.id in tracks]
+    if not there:
+        terminal.line(out, "nothing noted yet: make watch EX=1 judges each save, and notes what it earns")
+        return 0
+    out.print(table(there, tracks))
+    terminal.line(out, criteria(there, tracks))
+    terminal.line(out, f"kept in {shown(history.FILE)}, on this machine alone")
+    if importlib.util.find_spec("matplotlib") is None:
+        terminal.line(out, "no picture: matplotlib is not there yet; make .venv/bench installs it")
+        return 0
+    draw(there, tracks)
+    terminal.line(out, f"picture: {shown(PICTURE)}")
+    return 0
+
+
+def table(there: list[Exercise], tracks: Mapping[str, Track]) -> Table:
+    """A row per exercise that has been begun."""
+    names = ("exercise", "points", "steps", "saves", "minutes", "hints", "lost", "kept", "sessions", "last")
+    grid = Table(*names, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for exercise in there:
+        track = tracks[exercise.id]
+        earned = set(track.earned)
+        grid.add_row(
+            exercise.id,
+            f"{POINTS * len(earned)}/{POINTS * len(exercise.requirements)}",
+            f"{sum(earned.issuperset(step.requirements) for step in exercise.steps)} of {len(exercise.steps)}",
+            str(track.saves),
+            f"{track.seconds / 60:.0f}",
+            str(sum(hint.shown for hint in track.hints.values())),
+            str(sum(not change.earned for change in track.changes)),
+            str(len(attempts.kept(exercise))),
+            practised(exercise),
+            time.strftime("%m-%d", time.localtime(track.last)) if track.last else "",
+        )
+    return grid
+
+
+def criteria(there: list[Exercise], tracks: Mapping[str, Track]) -> str:
+    """How many requirements of each criterion are earned, of those of the exercises that have been begun."""
+    parts = []
+    for criterion in CRITERIA:
+        of_it = [(e.id, one.id) for e in there for one in e.requirements if one.criterion == criterion]
+        earned = sum(number in tracks[name].earned for name, number in of_it)
+        parts.append(f"{criterion} {earned} of {len(of_it)}")
+    return ", ".join(parts)
+
+
+def practised(exercise: Exercise) -> str:
+    """How many practice sessions on an exercise were finished, of how many."""
+    of_it = [session for session in sessions() if session.exercise == exercise]
+    return f"{sum(session.how == 'done' for session in of_it)} of {len(of_it)}" if of_it else "0"
+
+
+def draw(there: list[Exercise], tracks: Mapping[str, Track]) -> None:
+    """The points of each exercise over days, and its minutes at work."""
+    begin = min((change.at for exercise in there for change in tracks[exercise.id].changes), default=0.0)
+    lines = [(exercise.id, *points(tracks[exercise.id], begin, 86400.0)) for exercise in there]
+    minutes = {exercise.id: tracks[exercise.id].seconds / 60 for exercise in there}
+    timeline.draw(PICTURE, "progress", "days since the first point", lines, ("minutes at work", minutes))
+
+
+def points(track: Track, begin: float, unit: float) -> tuple[list[float], list[int]]:
+    """Times since `begin` in units, and the points from then on: none at first, up to the last save."""
+    times, sums = [0.0], [0]
+    for change in track.changes:
+        times.append(max(0.0, (change.at - begin) / unit))
+        sums.append(sums[-1] + (POINTS if change.earned else -POINTS))
+    return [*times, max(times[-1], (track.last - begin) / unit)], [*sums, sums[-1]]

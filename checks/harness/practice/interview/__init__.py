@@ -1,0 +1,1 @@
+"""Mock interviews: a problem with its signatures, questions to ask, a clock, and a report."""

@@ -1,0 +1,47 @@
+"""`make ask`: the topics of the interview that runs, or the answer to one; what was asked is in the report."""
+
+from harness.model.exercise import UsageError, selected
+from harness.practice.interview import clock
+from harness.practice.interview.statement import topics
+from harness.practice.sessions import Session, sessions
+from harness.report import terminal
+
+
+def run(ex: str, number: str) -> int:
+    """Lists the topics, or answers the one that N names."""
+    session, out = under_way(ex), terminal.console()
+    there = topics(session.exercise)
+    if not number.strip():
+        asked = {one for _, one in questions(session)}
+        terminal.line(out, f"{session.name}: what you may ask")
+        for place, topic in enumerate(there, start=1):
+            terminal.line(out, f" {place:>2}. {topic.name}{' (asked)' if place in asked else ''}")
+        terminal.line(out, f"ask: make ask EX={session.exercise.number} N=1; {clock.reading(session)}")
+        return 0
+    if not number.strip().isascii() or not number.strip().isdigit() or not 1 <= int(number) <= len(there):
+        raise UsageError(f"N={number.strip()}: a number from 1 to {len(there)} is wanted; make ask lists the topics")
+    session.options.setdefault("asked", []).append([round(clock.minute(session), 1), int(number)])
+    session.store()
+    topic = there[int(number) - 1]
+    terminal.line(out, f"{number.strip()}. {topic.name}")
+    terminal.line(out, topic.text)
+    terminal.line(out, clock.reading(session))
+    return 0
+
+
+def under_way(ex: str) -> Session:
+    """The last interview that has not ended.
+
+    Raises:
+        UsageError: there is none.
+    """
+    wanted = selected(ex)
+    found = [one for one in sessions() if one.mode == "interview" and not one.ended and one.exercise in wanted]
+    if not found:
+        raise UsageError(f"no interview is under way; make interview EX={wanted[0].number} begins one")
+    return found[-1]
+
+
+def questions(session: Session) -> list[tuple[float, int]]:
+    """The minute and the topic's number of each question."""
+    return [(float(minute), int(number)) for minute, number in session.options.get("asked", [])]

@@ -1,0 +1,53 @@
+"""The clock of an interview, and what it asks for at set minutes."""
+
+import time
+
+from harness.model.paths import shown
+from harness.model.results import ExerciseVerdict
+from harness.practice.sessions import Session
+
+# Parts of the time after which the learner is asked to think aloud.
+_PROMPTS = (0.1, 0.35, 0.7)
+
+
+def minute(session: Session, at: float | None = None) -> float:
+    """Minutes from the beginning to a time, or to now, or to the end of one that has ended."""
+    return ((at or session.ended or time.time()) - session.created) / 60
+
+
+def length(session: Session) -> int:
+    """How many minutes it may take."""
+    return int(session.options.get("minutes", 45))
+
+
+def notes_head(session: Session) -> str:
+    """The first line of its notes."""
+    return f"# {session.name}: what I try, and why"
+
+
+def is_on(session: Session) -> bool:
+    """Whether it is an interview that runs."""
+    return session.mode == "interview" and not session.ended and minute(session) < length(session)
+
+
+def reading(session: Session) -> str:
+    """The clock in words."""
+    gone, whole = minute(session), length(session)
+    ends = f"make interview EX={session.exercise.number} SEED={session.seed} END=1"
+    if gone >= whole:
+        return f"clock: time is over ({whole} minutes); {ends} writes the report"
+    return f"clock: {gone:.0f} of {whole} minutes, {whole - gone:.0f} left"
+
+
+def says(session: Session, verdict: ExerciseVerdict) -> list[str]:
+    """What an interviewer says after a save: the time; at set minutes, that thoughts are to be said or noted."""
+    lines = [reading(session)]
+    due = sum(minute(session) >= part * length(session) for part in _PROMPTS)
+    if is_on(session) and due > session.options.get("prompts", 0):
+        session.options["prompts"] = due
+        session.store()
+        lines.append(f"say aloud what you are about to try, and why, or note it in {shown(session.folder / 'notes.md')}")
+    if verdict.state == "done" and is_on(session):
+        ends = f"make interview EX={session.exercise.number} SEED={session.seed} END=1"
+        lines.append(f"all that counts is earned; test more, or end it: {ends}")
+    return lines

@@ -1,0 +1,91 @@
+"""`make interview`: begins one, goes on with it, or ends it with a report."""
+
+from typing import TYPE_CHECKING
+
+from harness.commands.request import Request, one_exercise
+from harness.model.exercise import Exercise, UsageError
+from harness.model.paths import shown
+from harness.model.results import ExerciseVerdict
+from harness.practice import sessions
+from harness.practice.interview import clock, report
+from harness.practice.interview.statement import first_text
+from harness.practice.sessions import Session
+from harness.report import terminal
+
+if TYPE_CHECKING:
+    import pytest
+
+MINUTES, LONGEST = 45, 240
+
+
+def run(request: Request) -> int:
+    """Opens an interview, or ends it."""
+    exercise, out = one_exercise("interview", request.ex), terminal.console()
+    session = _session(request, exercise)
+    if request.end and not session.ended:
+        terminal.begin(out, exercise, session.folder)
+        verdict = _whole_verdict(session)
+        how = "done" if report.earned_in_time(session) >= _counting(session) else "ended"
+        session.end(how, lambda: report.text(session, verdict).splitlines())
+        lines = report.summary(session, verdict)
+    elif session.ended:
+        lines = [f"{session.name} has ended: {shown(session.folder / report.NAME)}"]
+    else:
+        lines = [
+            f"{session.name}: {exercise.title}, {clock.length(session)} minutes",
+            f"  the problem and the signatures: {shown(session.file)}; make watch judges every save",
+            f"  what counts: {' '.join(one.id for one in session.scope.requirements)}",
+            f"  ask what is not said: make ask EX={exercise.number}",
+            f"  think aloud, or note what you try: {shown(session.folder / 'notes.md')}",
+            f"  end it, and get the report: {session.command} END=1",
+            clock.reading(session),
+        ]
+    for line in lines:
+        terminal.line(out, line)
+    return 0
+
+
+def _session(request: Request, exercise: Exercise) -> Session:
+    minutes = _asked(request.minutes)
+    found = sessions.chosen("interview", exercise, request.seed)
+    if found is None:
+        if request.end:
+            raise UsageError(f"no session to end: make interview EX={exercise.number} begins one")
+        found = sessions.new("interview", exercise, request.seed, minutes=minutes or MINUTES)
+    elif minutes and minutes != clock.length(found):
+        raise UsageError(f"{shown(found.folder)} was begun otherwise; take another SEED, or go on: {found.command}")
+    if not found.ended:
+        sessions.begin(found, first_text(exercise, clock.length(found)))
+        sessions.put(found.folder / "notes.md", f"{clock.notes_head(found)}\n\n")
+    return found
+
+
+def _asked(minutes: str) -> int:
+    text = minutes.strip()
+    if text and not (text.isascii() and text.isdigit() and 1 <= int(text) <= LONGEST):
+        raise UsageError(f"MINUTES={text}: a number from 1 to {LONGEST} is wanted")
+    return int(text) if text else 0
+
+
+def _counting(session: Session) -> set[str]:
+    return {one.id for one in session.scope.requirements}
+
+
+def _whole_verdict(session: Session) -> ExerciseVerdict:
+    """The verdict on all of the exercise, own test and style included, as the file is now."""
+    # torch is loaded only here.
+    from harness.commands.judge import judge_file
+    from harness.runner import session as collecting
+    from harness.runner.supervisor import Judge
+
+    verdicts: list[ExerciseVerdict] = []
+
+    def use(collected: "pytest.Session") -> int:
+        entry = judge_file(session.exercise, session.folder, Judge(collected.items))
+        verdicts.append(entry.verdict(session.exercise))
+        return 0
+
+    collecting.collected(use, session.exercise.id)
+    return verdicts[0]
+
+

@@ -1,0 +1,77 @@
+"""The figures of an optimisation: the bench's cases with the code before, after, and the answer."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from rich.console import Console
+
+from harness.commands.bench import bench_of, cell, drawn, settle, shown_beside
+from harness.model.exercise import UsageError
+from harness.model.paths import BUILD, write_whole
+from harness.model.submission import LoadError, read
+from harness.practice.sessions import Session
+from harness.testing.bench import Case, Run, Series
+from harness.testing.subject import execute
+
+# Code that takes longer than this is not run at larger places: there it may take minutes, and all memory.
+LONGEST_SECONDS = 1.0
+# A difference that is no noise.
+_NOTABLE = 0.1
+
+
+def figures(session: Session, before: str, out: Console) -> list[str]:
+    """Measures, prints the tables, draws the picture, and returns what differs, a line each."""
+    exercise = session.exercise
+    try:
+        bench = bench_of(exercise)
+    except UsageError as error:
+        return [str(error)]
+    kept = BUILD / "practice" / session.name / exercise.file_name
+    write_whole(kept, before)
+    modules = {}
+    for name, path in (("before", kept), ("after", session.file), ("answer", exercise.answer_file)):
+        try:
+            modules[name] = execute(read(path), path, f"{name}_{exercise.id}")
+        except LoadError as error:
+            out.print(f"{name} is left out: {error.fact}", markup=False, soft_wrap=True)
+    settle()
+    out.print("measuring; it takes a minute or two", soft_wrap=True)
+    measured = shown_beside(bounded(case for case in bench.cases(modules) if not case.long), bench, out)
+    picture = session.folder / "before-and-after.png"
+    drawn(picture, f"{exercise.title}: before and after", bench, measured, out)
+    return list(differences(measured)) or ["the bench shows no difference: what was wasteful costs little at its sizes"]
+
+
+def bounded(cases: Iterable[Case]) -> list[Case]:
+    """The cases, in each of which code is left out that took long at a smaller place of the same panel."""
+    slow: dict[tuple[str, str], str] = {}
+
+    def timed(case: Case, name: str, run: Run) -> Run:
+        def once() -> Mapping[str, float] | None:
+            if (why := slow.get((case.panel, name), "")) and not why.endswith(f"at {case.x:g}"):
+                raise TimeoutError(why)
+            begin = time.perf_counter()
+            numbers = run()
+            if (took := time.perf_counter() - begin) > LONGEST_SECONDS:
+                slow.setdefault((case.panel, name), f"it takes {took:.1f} s at {case.x:g}")
+            return numbers
+
+        return once
+
+    return [
+        replace(case, runs={name: timed(case, name, run) if "answer" not in name else run for name, run in case.runs.items()})
+        for case in sorted(cases, key=lambda case: case.x)
+    ]
+
+
+def differences(measured: Sequence[Series]) -> Iterator[str]:
+    """What differs before and after, at the largest place of each series."""
+    for one in measured:
+        before, after, answer = (one.values.get(name, {}) for name in ("before", "after", "answer"))
+        place = max(before.keys() & after.keys(), default=None)
+        if place is None or abs(before[place] - after[place]) <= _NOTABLE * abs(before[place]):
+            continue
+        values = (cell(one.metric, values.get(place), None) for values in (before, after, answer))
+        was, now, ideal = values
+        yield f"{one.panel}, {one.metric} at {place:g}: {was} before, {now} after, {ideal} the answer"

@@ -1,0 +1,100 @@
+"""How a session that begins with the answer is opened: the one to go on with, or a new one."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from harness.commands.answer import is_done
+from harness.commands.request import Request, one_exercise
+from harness.model.exercise import Exercise, UsageError
+from harness.model.paths import shown
+from harness.model.results import ExerciseVerdict
+from harness.practice import sessions
+from harness.practice.sessions import Session, digest
+if TYPE_CHECKING:
+    import pytest
+
+Text = Callable[[Session], str]
+
+
+def opened(request: Request, text: Text, options: dict[str, Any] | None = None, **usual: Any) -> Session:
+    """The session that is asked for; its file is there.
+
+    Args:
+        text: what a session's file begins as.
+        options: what is asked for of what the mode needs to make it again, and `usual` what it is where not asked for.
+
+    Raises:
+        UsageError: it cannot be opened; the text says why.
+    """
+    exercise = one_exercise(request.command, request.ex)
+    found = sessions.chosen(request.command, exercise, request.seed)
+    if found is None:
+        if request.end:
+            raise UsageError(f"no session to end: {_begun_by(request.command, exercise, request.seed)} begins one")
+        if not request.force and not is_done(exercise):
+            raise UsageError(_not_yet(request.command, exercise))
+        found = sessions.new(request.command, exercise, request.seed, **{**usual, **(options or {})})
+        found.options["text"] = digest(text(found))
+    elif any(found.options.get(name) != value for name, value in (options or {}).items()):
+        raise UsageError(f"{shown(found.folder)} was begun otherwise; take another SEED, or go on: {found.command}")
+    if not found.ended:
+        _put(found, text(found))
+    return found
+
+
+def _put(session: Session, first: str) -> None:
+    """Puts a session's file where it is missing.
+
+    Raises:
+        UsageError: the bank has changed since it began, so that what was planted is not known any more.
+    """
+    if digest(first) != session.options.get("text"):
+        name = f"make {session.mode} EX={session.exercise.number}"
+        raise UsageError(f"{shown(session.folder)}: the bank has changed since; another one: {name} SEED=…")
+    sessions.begin(session, first)
+
+
+def _begun_by(mode: str, exercise: Exercise, seed: str) -> str:
+    return f"make {mode} EX={exercise.number}" + (f" SEED={seed.strip()}" if seed else "")
+
+
+def _not_yet(mode: str, exercise: Exercise) -> str:
+    return (
+        f"{exercise.id} is not done yet by its last verdict; a session shows much of the answer\n"
+        f"judge it now: make check EX={exercise.number}; "
+        f"open it all the same: make {mode} EX={exercise.number} FORCE=1"
+    )
+
+
+def tell(out: Console, lines: Iterable[str]) -> None:
+    """Prints lines as they are."""
+    out.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def closed(session: Session, out: Console) -> int:
+    """Shows the report of a session that has ended, and how to begin another; the exit code."""
+    report = sessions.notes(session, "report.md").rstrip() or f"{session.name}: {session.how}"
+    tell(out, [report, f"another one: make {session.mode} EX={session.exercise.number}"])
+    return 0
+
+
+def verdict_now(session: Session, out: Console) -> ExerciseVerdict:
+    """The verdict on a session's file as it is now, judged where there is none yet."""
+    cache, exercise = session.verdicts(), session.exercise
+    if not cache.stale(exercise, session.file):
+        return cache.entries[exercise.id].verdict(exercise)
+    # torch is loaded only where something is judged.
+    from harness.practice import saving
+    from harness.runner import session as collecting
+    from harness.runner.supervisor import Judge
+
+    verdicts: list[ExerciseVerdict] = []
+
+    def use(collected: "pytest.Session") -> int:
+        verdicts.append(saving.judge_session(session, Judge(collected.items), out))
+        return 0
+
+    collecting.collected(use, exercise.id)
+    return verdicts[0]

@@ -1,0 +1,55 @@
+"""What a save does where there are practice sessions: theirs are judged by the same checks, on the same board."""
+
+import time
+
+from rich.console import Console
+
+from harness.commands import judge as judging
+from harness.commands.request import Request
+from harness.model.cache import VerdictCache, checks_version
+from harness.model.exercise import selected
+from harness.model.results import ExerciseVerdict
+from harness.practice.modes import SAYS
+from harness.practice.sessions import Save, Session, sessions
+from harness.report import terminal
+from harness.report.saved import Saved
+from harness.runner.supervisor import Judge
+
+
+def save(request: Request, judge: Judge) -> int:
+    """Judges the sessions whose files have no verdict of their present state, then the exercises as ever."""
+    out, started = terminal.console(), time.perf_counter()
+    changed = stale(request.ex)
+    for session in changed:
+        judge_session(session, judge, out, whole=len(changed) == 1)
+    if changed and not request.once and not judging.stale_in(selected(request.ex), VerdictCache(checks_version())):
+        judging.ended(out, [session.name for session in changed], started, once=False)
+        return 0
+    return judging.save(request, judge)
+
+
+def stale(ex: str) -> list[Session]:
+    """The sessions under way whose files have no verdict of their present state."""
+    wanted = selected(ex)
+    under_way = (one for one in sessions() if not one.ended and one.mode in SAYS and one.exercise in wanted)
+    return [one for one in under_way if one.file.exists() and one.verdicts().stale(one.exercise, one.file)]
+
+
+def judge_session(session: Session, judge: Judge, out: Console, *, whole: bool = True) -> ExerciseVerdict:
+    """Judges a session's file, notes the verdict and shows it, with what its mode says of it; or, in short, a line."""
+    exercise, cache = session.scope, session.verdicts()
+    terminal.begin(out, exercise, session.folder)
+    last = cache.entries.get(exercise.id)
+    shown = Saved(out, exercise, session.folder, judge.expected(exercise), last) if whole else None
+    entry = judging.judge_file(exercise, session.folder, judge, cache.own_tests[exercise.id], saved=shown)
+    trouble, verdict = cache.store(exercise, entry), entry.verdict(exercise)
+    if shown is not None:
+        shown.rest(verdict)
+    session.saves.append(Save(time.time(), tuple(one.requirement.id for one in verdict.requirements if one.score)))
+    session.store()
+    said = SAYS[session.mode](session, verdict)
+    if whole or session.ended:
+        out.print("\n".join(["", *said]), markup=False, soft_wrap=True)
+    terminal.line(out, trouble)
+    terminal.line(out, terminal.closing(verdict, last.verdict(exercise) if last else None, session.name))
+    return verdict

@@ -1,0 +1,125 @@
+"""A mock interview by make's real targets on the toy exercise, in a copy without answers and banks."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from devtools.workspace import Workspace
+from harness.model.exercise import exercises
+from harness.practice.interview.statement import discussion, first_text, topics
+from selftest.toys import ANSWER, FILE, STARTER, plant
+
+EACH = pytest.mark.parametrize("exercise", exercises())
+NAME = "interview-ex42-7"
+
+
+@pytest.fixture
+def bare(workspace: Workspace) -> Workspace:
+    """A copy with the toy exercise alone, without answers and banks."""
+    workspace.keep()
+    plant(workspace)
+    shutil.rmtree(workspace.top / "answers")
+    for name in ("mistakes", "variants"):
+        shutil.rmtree(workspace.top / "checks" / FILE.removesuffix(".py") / name)
+    return workspace
+
+
+def test_a_whole_interview(bare: Workspace) -> None:
+    folder = bare.top / "practice" / NAME
+    own = bare.top / "exercises" / FILE
+
+    began = bare.make("interview", "EX=42", "SEED=7", "MINUTES=20").stdout
+    assert began == (
+        f"{NAME}: Doubling, 20 minutes\n"
+        f"  the problem and the signatures: practice/{NAME}/{FILE}; make watch judges every save\n"
+        "  what counts: 42.1\n"
+        "  ask what is not said: make ask EX=42\n"
+        f"  think aloud, or note what you try: practice/{NAME}/notes.md\n"
+        "  end it, and get the report: make interview EX=42 SEED=7 END=1\n"
+        "clock: 0 of 20 minutes, 20 left\n"
+    )
+    off = bare.make("hint", "EX=42")
+    assert (
+        off.returncode == 2 and "an interview on ex42 is on: no hints; make interview EX=42 END=1 ends it" in off.stdout
+    )
+    listed = bare.make("ask").stdout
+    assert f"{NAME}: what you may ask\n  1. 42.1 Double, in full\n" in listed and "  4. a new tensor\n" in listed, (
+        listed
+    )
+    assert listed.endswith("ask: make ask EX=42 N=1; clock: 0 of 20 minutes, 20 left\n")
+    assert bare.make("ask", "N=4").stdout.startswith("4. a new tensor\na new tensor comes out\nclock: 0 of 20")
+    assert "  4. a new tensor (asked)\n" in bare.make("ask", "EX=42").stdout
+
+    kept = json.loads((folder / "session.json").read_text())
+    kept["created"] -= 8 * 60
+    (folder / "session.json").write_text(json.dumps(kept))
+    (folder / FILE).write_text(ANSWER)
+    with (folder / "notes.md").open("a") as notes:
+        notes.write("- twice is a sum\n")
+    saved = bare.make("board", "EX=42").stdout
+    assert f"{NAME} Doubling: 5 of 5 points, done\n" in saved and "42.2 Write" not in saved.partition("judging exer")[0]
+    assert re.search(r"^clock: \d+ of 20 minutes, 1\d left$", saved, re.MULTILINE), saved
+    assert f"say aloud what you are about to try, and why, or note it in practice/{NAME}/notes.md\n" in saved, saved
+    assert "all that counts is earned; test more, or end it: make interview EX=42 SEED=7 END=1\n" in saved, saved
+
+    ended = bare.make("interview", "EX=42", "END=1").stdout
+    assert re.search(rf"^{NAME}: 5 of 5 points in \d+ of 20 minutes$", ended, re.MULTILINE), ended
+    assert "\n  correct: 1 of 2 requirements of the whole exercise\n" in ended, ended
+    assert f"\nreport: practice/{NAME}/report.md; its questions are yours to answer\n" in ended, ended
+    assert f"\npicture: practice/{NAME}/report.png\n" in ended, ended
+    report = (folder / "report.md").read_text()
+    assert re.search(r"^- minute \d+: 42\.1 Double earned$", report, re.MULTILINE), report
+    for part in (
+        "- readable: 1 of 1 requirements",
+        "Judged when you push: this copy has no answers to run it on.\n",
+        ": a new tensor\n",
+        "- **what no check looks at**\n  ```\n  - strings\n  ```\n",
+        "## Your notes\n\n- twice is a sum\n",
+        "2. When does it overflow?\n\n   _your answer:_\n",
+    ):
+        assert part in report, f"{part}\n{report}"
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    (folder / "report.md").write_text(report + "my answer")
+    again = bare.make("interview", "EX=42", "SEED=7").stdout
+    assert again == f"{NAME} has ended: practice/{NAME}/report.md\n" and own.read_text() == STARTER
+    assert (folder / "report.md").read_text().endswith("my answer")
+
+
+def test_time_is_over_and_what_cannot_be_done(bare: Workspace) -> None:
+    bare.make("interview", "EX=42", "SEED=7")
+    path = bare.top / "practice" / NAME / "session.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "created": 0}))
+
+    over = bare.make("interview", "EX=42").stdout
+    ends = "make interview EX=42 SEED=7 END=1 writes the report\n"
+    assert over.endswith(f"clock: time is over (45 minutes); {ends}"), over
+    assert bare.make("hint", "EX=42").stdout.startswith("ex42 42.1 Double"), "hints come back"
+    for arguments, says in (
+        (("interview",), "make interview wants one exercise, as in: make interview EX=1"),
+        (("interview", "EX=9"), "EX=9: no such exercise; there are ex42"),
+        (("interview", "EX=42", "MINUTES=0"), "MINUTES=0: a number from 1 to 240 is wanted"),
+        (
+            ("interview", "EX=42", "MINUTES=30"),
+            f"practice/{NAME} was begun otherwise; take another SEED, or go on: make interview EX=42 SEED=7",
+        ),
+        (("interview", "EX=42", "SEED=8", "END=1"), "no session to end: make interview EX=42 begins one"),
+        (("ask", "N=x"), "N=x: a number from 1 to 6 is wanted; make ask lists the topics"),
+    ):
+        done = bare.make(*arguments)
+        lines = [line for line in done.stdout.splitlines() if not line.startswith("make: ***")]
+        assert done.returncode == 2 and lines == [says], done.stdout
+    shutil.rmtree(path.parent)
+    assert bare.make("ask").stdout.startswith("no interview is under way; make interview EX=42 begins one\n")
+
+
+@EACH
+def test_every_exercise_can_be_asked_about(exercise: str) -> None:
+    one = exercises()[exercise]
+    text, there = first_text(one, 45), topics(one)
+
+    compile(text, one.file_name, "exec")
+    assert "Conventions" not in text and "TODO(" not in text and f"make ask EX={one.number} lists the topics." in text
+    assert len(there) > 6 and all(topic.name and topic.text for topic in there), there
+    assert len({topic.name for topic in there}) == len(there) and len(discussion(one)) == 4
