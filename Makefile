@@ -147,8 +147,8 @@ picture: .venv/ready ## render README's picture of the watch
 
 .PHONY: lint
 lint: .venv/lint ## ruff and mypy on everything but exercises/
-	@$(VENV)/ruff check --quiet --extend-exclude exercises,practice .
-	@$(VENV)/ruff format --check --quiet --extend-exclude exercises,practice .
+	@$(VENV)/ruff check --quiet --extend-exclude exercises .
+	@$(VENV)/ruff format --check --quiet --extend-exclude exercises .
 	@$(VENV)/lint-imports --no-cache --no-logo >build/imports.txt || { cat build/imports.txt; exit 1; }
 	@$(VENV)/mypy $(STRICT) --exclude '/variants/|/(starter|answer)\.py$$' checks
 	@$(RUN) -m devtools.spliced build/spliced
@@ -156,7 +156,7 @@ lint: .venv/lint ## ruff and mypy on everything but exercises/
 
 .PHONY: format
 format: .venv/ready ## ruff's formatting and fixes, on everything but exercises/
-	@$(VENV)/ruff check --fix --quiet --extend-exclude exercises,practice . ; $(VENV)/ruff format --extend-exclude exercises,practice .
+	@$(VENV)/ruff check --fix --quiet --extend-exclude exercises . ; $(VENV)/ruff format --extend-exclude exercises .
 
 .PHONY: help
 help: ## this list
