@@ -12,6 +12,7 @@ from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict
 from harness.practice import sessions
 from harness.practice.sessions import Session, digest
+
 if TYPE_CHECKING:
     import pytest
 

@@ -60,9 +60,8 @@ def waste(session: Session) -> Change:
         UsageError: the bank holds none.
     """
     exercise = session.exercise
-    for change in planted.mistaken(exercise, f"optimise {exercise.id} {session.seed}"):
-        if change.mistake is not None and change.mistake.wasteful:
-            return change
+    for change in planted.mistaken(exercise, f"optimise {exercise.id} {session.seed}", wasteful=True):
+        return change
     raise UsageError(f"{exercise.id} has nothing to optimise: its bank holds no code that is right but wasteful")
 
 

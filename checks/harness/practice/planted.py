@@ -1,10 +1,11 @@
-"""What is planted in an answer: changes of its lines that do not touch each other, taken from the bank. Without torch."""
+"""What is planted in an answer: changes of its lines, taken from the bank, that do not touch each other."""
 
 import ast
 import difflib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeVar
 
 from harness.model import bank
@@ -62,18 +63,29 @@ def code(exercise: Exercise) -> list[str]:
 
 def hunks(before: Sequence[str], after: Sequence[str]) -> tuple[Hunk, ...]:
     """What turns one text into another, line by line."""
-    found = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-    return tuple(Hunk(i, j, tuple(after[k:m])) for tag, i, j, k, m in found if tag != "equal")
+    # Compared is what lies between the first line that differs and the last: a whole file would take 50 ms.
+    head = sum(1 for _ in takewhile(_same, zip(before, after, strict=False)))
+    tail = sum(1 for _ in takewhile(_same, zip(before[head:][::-1], after[head:][::-1], strict=False)))
+    ours, theirs = before[head : len(before) - tail], after[head : len(after) - tail]
+    found = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes()
+    return tuple(Hunk(head + i, head + j, tuple(theirs[k:m])) for tag, i, j, k, m in found if tag != "equal")
 
 
-def mistaken(exercise: Exercise, seed: str) -> Iterator[Change]:
+def _same(pair: tuple[str, str]) -> bool:
+    return pair[0] == pair[1]
+
+
+def mistaken(exercise: Exercise, seed: str, *, wasteful: bool = False) -> Iterator[Change]:
     """The mistakes of the bank as changes, in the order that a seed gives; those in the learner's own test or in what
     only readability catches are left out, and those that write no code of their own: a function left out, or a stub.
+    `wasteful`: those alone that are right but wasteful.
     """
     answer = bank.answer(exercise)
     criteria = {requirement.id: requirement.criterion for requirement in exercise.requirements}
     own, whole = _own_tests(answer), functions(answer)
     for mistake in shuffled(bank.mistakes(exercise).values(), seed):
+        if wasteful and not mistake.wasteful:
+            continue
         text = mistake.applied_to(answer)
         change = Change(hunks(code(exercise), parts(text)[1]), mistake)
         readable = all(criteria.get(number) == "readability" for number in mistake.requirements)

@@ -31,8 +31,8 @@ class Refactoring:
 
 
 def proposed(exercise: Exercise) -> Iterator[Refactoring]:
-    """Every function that a variant writes differently, of the same name and parameters and by means of the same others;
-    the answer's docstring stays.
+    """Every function that a variant writes differently, with the same name and parameters and by means of the same
+    others; the answer's docstring stays.
     """
     answer, lines = bank.answer(exercise), planted.code(exercise)
     above = len(planted.parts(answer)[0])
@@ -64,8 +64,8 @@ def right(exercise: Exercise) -> list[Refactoring]:
 
 
 def _replaces(theirs: _Function, ours: _Function, functions_there: set[str]) -> bool:
-    """Whether a body can stand in another's place: the parameters are the same, and no function of the answer goes idle,
-    in which a fault would then be none.
+    """Whether a body can stand in another's place: its parameters are the same, and no function of the answer goes
+    idle, in which a fault would then be none.
     """
     there = {name.rpartition(".")[2] for name in functions_there}
     return _parameters(theirs) == _parameters(ours) and _names(theirs) & there >= _names(ours) & there

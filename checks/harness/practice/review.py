@@ -135,7 +135,7 @@ def filled(session: Session) -> list[Row]:
     rows = []
     for line, requirement, why in _ROW.findall(sessions.notes(session, _FORM)):
         line, requirement = line.strip(), requirement.strip()
-        if line in ("line", "") and requirement in ("requirement", "") or set(line) <= set("-: ") and line:
+        if (line in ("line", "") and requirement in ("requirement", "")) or (set(line) <= set("-: ") and line):
             continue
         if line and not line.isdecimal():
             raise UsageError(f"{shown(session.folder / _FORM)}: line {line}: a number is wanted, of the new file")

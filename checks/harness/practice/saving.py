@@ -50,6 +50,7 @@ def judge_session(session: Session, judge: Judge, out: Console, *, whole: bool =
     said = SAYS[session.mode](session, verdict)
     if whole or session.ended:
         out.print("\n".join(["", *said]), markup=False, soft_wrap=True)
-    terminal.line(out, trouble)
+    if trouble:
+        terminal.line(out, trouble)
     terminal.line(out, terminal.closing(verdict, last.verdict(exercise) if last else None, session.name))
     return verdict

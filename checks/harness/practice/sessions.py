@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Session:
     def minutes(self) -> float:
         """Minutes at work: from the beginning over the saves to the end, pauses counted in part."""
         times = [self.created, *(save.at for save in self.saves), *([self.ended] if self.ended else [])]
-        gaps = (later - earlier for earlier, later in zip(times, times[1:], strict=False))
+        gaps = (later - earlier for earlier, later in pairwise(times))
         return sum(min(max(gap, 0.0), PAUSE_SECONDS) for gap in gaps) / 60
 
     @property
