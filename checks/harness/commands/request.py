@@ -25,6 +25,9 @@ class Request:
     force: bool = False
     all: bool = False
     full: bool = False
+    prompt: str = ""
+    model: str = ""
+    draft: str = ""
     owner: tuple[int, ...] = ()
 
 
@@ -59,6 +62,11 @@ def parse(arguments: list[str]) -> Request:
     command("answer", "compare with the answer").add_argument("--force", action="store_true", help="before it is done")
     bench = command("bench", "measure beside the answer and others")
     bench.add_argument("--full", action="store_true", help="the whole table, which takes many minutes")
+    demo = command("demo", "let a language model write with the code")
+    demo.add_argument("--submission", default=Request.submission, help="a folder, relative to the top")
+    demo.add_argument("--prompt", default="", help="how the text begins")
+    demo.add_argument("--model", default="", help="a folder with a Llama-format checkpoint; by default a toy")
+    demo.add_argument("--draft", default="", help="a folder with a smaller one of the same tokens")
     options: dict[str, Any] = vars(parser.parse_args(arguments))
     options.pop("watched", None)
     if "owner" in options:
@@ -110,9 +118,11 @@ def refuse(request: Request) -> None:
     Raises:
         UsageError: an option names what is not there, or must not be used here.
     """
-    if request.command not in ("reset", "answer", "bench"):
+    if request.command in ("bench", "demo"):
+        one_exercise(request.command, request.ex)
+    elif request.command not in ("reset", "answer"):
         selected(request.ex)
-    if request.command in ("check", "grade"):
+    if request.command in ("check", "grade", "demo"):
         submission_folder(request.submission)
     if request.command == "grade":
         out_path(request.out)

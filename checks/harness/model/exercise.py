@@ -85,6 +85,10 @@ class Exercise:
         return self.folder / "bench.py"
 
     @property
+    def demo_file(self) -> Path:
+        return self.folder / "demo.py"
+
+    @property
     def answer_file(self) -> Path:
         return ANSWERS / self.file_name
 
