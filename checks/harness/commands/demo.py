@@ -52,7 +52,9 @@ def run(request: Request) -> int:
         raise
     except Exception as error:
         fact = f"{shown(path)}:{line_in(error, path) or 1}: {describe(error)}"
-        raise UsageError(f"{fact}\nthe demo runs your code: make watch EX={exercise.number} says what is open") from None
+        raise UsageError(
+            f"{fact}\nthe demo runs your code: make watch EX={exercise.number} says what is open"
+        ) from None
     for sentence in compared(writers):
         out.print(sentence, soft_wrap=True)
     return 0
