@@ -6,7 +6,6 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import cast
 
 import torch
@@ -52,9 +51,8 @@ def run(request: Request) -> int:
         raise
     except Exception as error:
         fact = f"{shown(path)}:{line_in(error, path) or 1}: {describe(error)}"
-        raise UsageError(
-            f"{fact}\nthe demo runs your code: make watch EX={exercise.number} says what is open"
-        ) from None
+        way = f"the demo runs your code: make watch EX={exercise.number} says what is open"
+        raise UsageError(f"{fact}\n{way}") from None
     for sentence in compared(writers):
         out.print(sentence, soft_wrap=True)
     return 0

@@ -1,4 +1,4 @@
-"""Reads a Llama-format checkpoint (config.json, *.safetensors, tokenizer.json) into a Decoder that an exercise gives."""
+"""Reads a Llama-format checkpoint (config.json, *.safetensors, tokenizer.json) into a Decoder of an exercise."""
 
 import json
 from collections.abc import Mapping
