@@ -8,20 +8,8 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-ALL ?=
-BUGS ?=
-DEVICE ?=
-END ?=
-EX ?=
-FORCE ?=
-FULL ?=
-GITHUB ?=
-MINUTES ?=
-N ?=
-NAME ?=
+# Options (EX, ALL, SEED, … as `make help` shows them) are empty unless given, but for these.
 OUT ?= gradesheet.json
-RESTORE ?=
-SEED ?=
 SUBMISSION ?= exercises
 
 export PYTHONPATH := $(CURDIR)/checks
@@ -74,6 +62,11 @@ answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
 .PHONY: bench
 bench: .venv/bench ## measure your code beside the answer and others: make bench EX=3 [FULL=1]
 	@$(RUN) -m harness bench --ex '$(EX)' $(if $(FULL),--full)
+
+.PHONY: demo
+demo: .venv/demo ## let a language model write with your code: make demo EX=9 [PROMPT="Once"] [MODEL=folder]
+	@$(RUN) -m harness demo --ex '$(EX)' --submission '$(SUBMISSION)' --prompt="$$PROMPT" --model '$(MODEL)' \
+		--draft '$(DRAFT)'
 
 ##@ Practice
 # What a session is opened and ended by.
@@ -132,9 +125,9 @@ test: .venv/test lint ## the project's own tests: answers, mistakes, variants, s
 	@$(RUN) -m pytest -c checks/selftest/pytest.ini checks/selftest -n 3 --dist loadfile --no-loadscope-reorder
 
 # All files at once: mypy's caches are then filled once for all of it.
-.venv/test: requirements-bench.txt requirements-lint.txt requirements-test.txt .venv/ready
+.venv/test: requirements-bench.txt requirements-demo.txt requirements-lint.txt requirements-test.txt .venv/ready
 	@$(PIP) $(patsubst %,-r %,$(wildcard requirements-*.txt))
-	@$(RUN) -m harness.testing.lint && touch .venv/bench .venv/lint $@
+	@$(RUN) -m harness.testing.lint && touch .venv/bench .venv/demo .venv/lint $@
 
 .PHONY: new
 new: .venv/ready ## begin an exercise: make new EX=12 NAME="Grouped query attention"
@@ -163,6 +156,10 @@ picture: .venv/ready ## render README's picture of the watch
 .venv/bench: requirements-bench.txt .venv/ready
 	@$(PIP) -r $<
 	@$(RUN) -m harness.testing.lint && touch $@
+
+.venv/demo: requirements-demo.txt .venv/ready
+	@$(PIP) -r $<
+	@touch $@
 
 .venv/lint: requirements-lint.txt .venv/ready
 	@$(PIP) -r $<

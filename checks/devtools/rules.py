@@ -165,9 +165,12 @@ def it_stands_on_torch(exercise: Exercise) -> Iterator[str]:
 
 
 def imports_keep_to_the_rooms(exercise: Exercise) -> Iterator[str]:
-    """Of the harness, checks and bench import harness.testing, mistakes harness.model.bank, variants nothing."""
+    """Of the harness, checks and bench import harness.testing, a demo harness.language, mistakes harness.model.bank,
+    variants nothing.
+    """
     for path in files(exercise):
         room = {"mistakes": "harness.model.bank", "variants": ""}.get(path.parent.name, "harness.testing")
+        room = "harness.language" if path == exercise.demo_file else room
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []

@@ -38,6 +38,10 @@ def _run(request: Request) -> int:
         from harness.commands import bench
 
         return bench.run(request.ex, full=request.full)
+    if request.command == "demo":
+        from harness.commands import demo
+
+        return demo.run(request)
     if request.command == "answer":
         return answer.run(request.ex, request.force)
     return watch.run(request.ex) if request.command == "watch" else reset.run(request.ex)

@@ -38,6 +38,9 @@ class Request:
     end: bool = False
     minutes: str = ""
     n: str = ""
+    prompt: str = ""
+    model: str = ""
+    draft: str = ""
     owner: tuple[int, ...] = ()
 
 
@@ -90,6 +93,11 @@ def parse(arguments: list[str]) -> Request:
         if name == "debug":
             mode.add_argument("--bugs", default="", help="how many, 1 to 4")
     command("practice", "list the practice sessions")
+    demo = command("demo", "let a language model write with the code")
+    demo.add_argument("--submission", default=Request.submission, help="a folder, relative to the top")
+    demo.add_argument("--prompt", default="", help="how the text begins")
+    demo.add_argument("--model", default="", help="a folder with a Llama-format checkpoint; by default a toy")
+    demo.add_argument("--draft", default="", help="a folder with a smaller one of the same tokens")
     options: dict[str, Any] = vars(parser.parse_args(arguments))
     options.pop("watched", None)
     if "owner" in options:
@@ -141,9 +149,11 @@ def refuse(request: Request) -> None:
     Raises:
         UsageError: an option names what is not there, or must not be used here.
     """
-    if request.command not in ("reset", "answer", "bench", "hint", "attempts", *PRACTICE):
+    if request.command in ("bench", "demo"):
+        one_exercise(request.command, request.ex)
+    elif request.command not in ("reset", "answer", "hint", "attempts", *PRACTICE):
         selected(request.ex)
-    if request.command in ("check", "grade"):
+    if request.command in ("check", "grade", "demo"):
         submission_folder(request.submission)
     if request.command == "grade":
         out_path(request.out)

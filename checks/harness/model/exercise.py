@@ -95,6 +95,10 @@ class Exercise:
         return self.folder / "bench.py"
 
     @property
+    def demo_file(self) -> Path:
+        return self.folder / "demo.py"
+
+    @property
     def refactorings_file(self) -> Path:
         """Which functions of which variants are right in the answer too, each by itself."""
         return self.folder / "refactorings.txt"
