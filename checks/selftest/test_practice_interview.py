@@ -45,12 +45,12 @@ def test_a_whole_interview(bare: Workspace) -> None:
         off.returncode == 2 and "an interview on ex42 is on: no hints; make interview EX=42 END=1 ends it" in off.stdout
     )
     listed = bare.make("ask").stdout
-    assert f"{NAME}: what you may ask\n  1. 42.1 Double, in full\n" in listed and "  4. a new tensor\n" in listed, (
+    assert f"{NAME}: what you may ask\n  1. 42.1 Double, in full\n" in listed and "  4. a new tensor …\n" in listed, (
         listed
     )
     assert listed.endswith("ask: make ask EX=42 N=1; clock: 0 of 20 minutes, 20 left\n")
-    assert bare.make("ask", "N=4").stdout.startswith("4. a new tensor\na new tensor comes out\nclock: 0 of 20")
-    assert "  4. a new tensor (asked)\n" in bare.make("ask", "EX=42").stdout
+    assert bare.make("ask", "N=4").stdout.startswith("4. a new tensor …\na new tensor comes out\nclock: 0 of 20")
+    assert "  4. a new tensor … (asked)\n" in bare.make("ask", "EX=42").stdout
 
     kept = json.loads((folder / "session.json").read_text())
     kept["created"] -= 8 * 60

@@ -37,7 +37,9 @@ def show(exercise: Exercise) -> None:
     out, there = terminal.console(), kept(exercise)
     if not there:
         number = exercise.number
-        terminal.line(out, f"{exercise.id}: no attempts yet; make reset EX={number} keeps your file when it starts over")
+        terminal.line(
+            out, f"{exercise.id}: no attempts yet; make reset EX={number} keeps your file when it starts over"
+        )
         return
     table = Table("attempt", "last changed", "lines", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for path in there:

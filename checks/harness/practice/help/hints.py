@@ -23,7 +23,9 @@ def run(ex: str) -> int:
     """Prints the hints on the first open requirement that have been shown, and one more after a new attempt."""
     exercise, out = one_exercise("hint", ex), terminal.console()
     if any(clock.is_on(session) for session in sessions() if session.exercise == exercise):
-        raise UsageError(f"an interview on {exercise.id} is on: no hints; make interview EX={exercise.number} END=1 ends it")
+        raise UsageError(
+            f"an interview on {exercise.id} is on: no hints; make interview EX={exercise.number} END=1 ends it"
+        )
     text = _text(exercise)
     verdict = _verdict(exercise, text)
     if verdict.state == "done":
@@ -64,7 +66,9 @@ def _text(exercise: Exercise) -> str:
     try:
         return read(exercise.file)
     except LoadError as error:
-        raise UsageError(f"{shown(exercise.file)}: {error.fact}; make reset EX={exercise.number} brings the starter back") from None
+        raise UsageError(
+            f"{shown(exercise.file)}: {error.fact}; make reset EX={exercise.number} brings the starter back"
+        ) from None
 
 
 def _verdict(exercise: Exercise, text: str) -> ExerciseVerdict:

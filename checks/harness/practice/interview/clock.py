@@ -46,7 +46,9 @@ def says(session: Session, verdict: ExerciseVerdict) -> list[str]:
     if is_on(session) and due > session.options.get("prompts", 0):
         session.options["prompts"] = due
         session.store()
-        lines.append(f"say aloud what you are about to try, and why, or note it in {shown(session.folder / 'notes.md')}")
+        lines.append(
+            f"say aloud what you are about to try, and why, or note it in {shown(session.folder / 'notes.md')}"
+        )
     if verdict.state == "done" and is_on(session):
         ends = f"make interview EX={session.exercise.number} SEED={session.seed} END=1"
         lines.append(f"all that counts is earned; test more, or end it: {ends}")

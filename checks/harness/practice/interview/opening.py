@@ -87,5 +87,3 @@ def _whole_verdict(session: Session) -> ExerciseVerdict:
 
     collecting.collected(use, session.exercise.id)
     return verdicts[0]
-
-

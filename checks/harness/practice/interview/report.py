@@ -95,7 +95,10 @@ def scores(verdict: ExerciseVerdict) -> Iterator[tuple[str, int, int]]:
 
 
 def _scores(verdict: ExerciseVerdict) -> list[str]:
-    return [f"{_WORDS[name]}: {earned} of {count} requirements of the whole exercise" for name, earned, count in scores(verdict)]
+    return [
+        f"{_WORDS[name]}: {earned} of {count} requirements of the whole exercise"
+        for name, earned, count in scores(verdict)
+    ]
 
 
 def _own_test(one: RequirementVerdict) -> str:

@@ -9,14 +9,8 @@ from harness.model.exercise import Exercise, first_step
 from harness.model.source import todo_numbers
 
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-# A convention's topic ends where it begins to say something.
-_SAYS = re.compile(
-    r"(:|,|;|\.(?!\w)| (is|are|has|have|may|means|mean|gets|get|gives|give|counts|count|takes|take|depends|aligns|stay|stays"
-    r"|comes|come|draws|equals|does|matches|never|alone|can|cannot|that|which|puts|apply|applies|keeps|asks"
-    r"|continues|read|says|repeat|cancels|carries|carry|where|goes|stands|leaves|returns|will)\b).*",
-    re.DOTALL,
-)
-_LONGEST = 60
+# So many words of a convention tell what it is about, and not yet what it says.
+_WORDS_OF_A_TOPIC = 3
 
 
 @dataclass(frozen=True)
@@ -101,5 +95,5 @@ def _bullets(text: str) -> list[str]:
 
 def _topic(text: str) -> str:
     """What a convention is about, without what it says of it."""
-    name = _SAYS.sub("", text).strip().replace("`", "")
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1].rsplit(' ', 1)[0]} …"
+    words = text.replace("`", "").split()
+    return " ".join(words[:_WORDS_OF_A_TOPIC]) + " …" * (len(words) > _WORDS_OF_A_TOPIC)
