@@ -1,0 +1,216 @@
+"""Cancellation, requests that cannot be valid, and errors of the model (9.9)."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from harness.testing import Subject, refuses, requirement
+
+from .stage import Stage, distinct
+
+CANCEL = ("tokens", "memory", "metrics", "schedule")
+
+
+@requirement("9.9")
+def test_cancel_frees_blocks_at_once(subject: Subject, rng: torch.Generator) -> None:
+    """Whether it waits or runs; its place is the next one's, and the others' answers are theirs."""
+    stage = Stage(subject, 20, 3, size=2, watch=CANCEL)
+    prompts = distinct(rng, 4, 7, 2, 5, 3, 6)
+    for prompt in prompts[:4]:
+        stage.submit(prompt, 5)
+    stage.cancel(2)
+    stage.step()
+    stage.cancel(0)
+    stage.judge_metrics()
+    stage.step()
+    for prompt in prompts[4:]:
+        stage.submit(prompt, 4)
+    stage.step()
+    stage.cancel(5)
+    stage.drain()
+    result = stage.engine.run()
+    finished = [one.number for one in stage.rules.requests if one.state == "finished"]
+    assert sorted(result) == finished, f"run(): answers of {sorted(result)} came, of {finished} were wanted"
+
+
+@requirement("9.9")
+def test_cancel_of_what_is_not_there(subject: Subject, rng: torch.Generator) -> None:
+    """False for ids that are unknown, finished or cancelled, and nothing changes."""
+    stage = Stage(subject, 20, 3, watch=CANCEL)
+    stage.cancel(0)
+    for prompt, most in zip(distinct(rng, 4, 7, 2), (1, 5, 4), strict=True):
+        stage.submit(prompt, most)
+    stage.step()
+    for number in (0, 3, -1, 700, 1, 1, 0):
+        stage.cancel(number)
+    stage.judge_metrics()
+    stage.drain()
+    for number in (0, 1, 2):
+        stage.cancel(number)
+    stage.judge_metrics()
+
+
+@requirement("9.9")
+def test_cancel_of_those_that_share(subject: Subject) -> None:
+    """Those who share blocks with a cancelled request go on; blocks that nobody else holds are free."""
+    base = [3, 1, 4, 1, 5, 9, 2, 6]
+    for cancelled in ((0,), (1,), (2, 0), (0, 1, 2)):
+        stage = Stage(subject, 30, 3, watch=("tokens", "memory"))
+        for prompt in (base, [*base, 7], [*base[:6], 8, 8]):
+            stage.submit(prompt, 5)
+            stage.step()
+        for number in cancelled:
+            stage.cancel(number)
+        stage.submit([*base, 7, 7], 4)
+        stage.drain()
+
+
+@requirement("9.9")
+def test_cancel_of_one_that_was_preempted(subject: Subject, rng: torch.Generator) -> None:
+    """It holds no blocks, and never comes back."""
+    stage = Stage(subject, 5, 4, watch=CANCEL)
+    for prompt in distinct(rng, 6, 7):
+        stage.submit(prompt, 7)
+    while not stage.rules.preemptions and stage.live:
+        stage.step()
+    stage.cancel(1)
+    stage.drain()
+
+
+REFUSED: dict[str, tuple[list[int], int, tuple[int, ...]]] = {
+    "an empty prompt": ([], 3, ()),
+    "an empty prompt for 0 tokens": ([], 0, ()),
+    "a token of vocab_size": ([1, 13, 2], 3, ()),
+    "a last token beyond": ([1, 2, 700], 3, ()),
+    "token -1": ([1, -1], 3, ()),
+    "max_new_tokens 0": ([1, 2], 0, ()),
+    "max_new_tokens -2": ([1, 2], -2, ()),
+    "one block too many": ([1, 2, 3, 4], 14, (6, 5)),
+    "a prompt that is too long": ([1] * 21, 1, (7, 5)),
+    "max_new_tokens 700": ([1], 700, (234, 5)),
+}
+
+
+@requirement("9.9")
+def test_an_impossible_request_leaves_no_trace(subject: Subject, rng: torch.Generator) -> None:
+    """ValueError; the next request gets the next id, and what runs goes on."""
+    stage = Stage(subject, 5, 3, watch=CANCEL)
+    prompts = distinct(rng, 4, 3)
+    stage.submit(prompts[0], 4)
+    for words, (prompt, most, numbers) in REFUSED.items():
+        for _ in range(2):
+            what = f"submit of {words}"
+            if numbers:
+                what = f"{what}, which needs {numbers[0]} blocks where there are {numbers[1]}"
+            refuses(ValueError, lambda p=prompt, m=most: stage.engine.submit(p, m), what, *numbers)
+        stage.judge_metrics()
+        if words == "token -1":
+            stage.step()
+    stage.submit(prompts[1], 3)
+    stage.drain()
+
+
+@requirement("9.9")
+def test_what_fits_is_accepted(subject: Subject) -> None:
+    """The last token needs no slot; tokens 0 and vocab_size - 1 and one new token are all right."""
+    for prompt, most in (([12] * 15, 1), ([0] * 4, 12), ([5], 15)):
+        stage = Stage(subject, 5, 3, watch=CANCEL)
+        try:
+            stage.submit(prompt, most)
+        except ValueError as error:
+            blocks = (len(prompt) + most - 1) / 3
+            raise AssertionError(
+                f"submit({prompt}, {most}): ValueError ({error}) came; {blocks:g} blocks of 3 slots are needed, 5 there"
+            ) from error
+        stage.drain()
+
+
+class OddError(Exception):
+    """An error that cannot be made from its text alone."""
+
+    def __init__(self, code: int, *, reason: str) -> None:
+        super().__init__(f"{reason}: {code}")
+
+
+def errors(subject: Subject) -> dict[str, Exception]:
+    """What a model may raise, what an engine itself may catch among it."""
+    own: Exception = subject.OutOfBlocksError("the model's own")
+    return {
+        "RuntimeError": RuntimeError("device lost"),
+        "OddError": OddError(3, reason="device lost"),
+        "OutOfBlocksError": own,
+        "ValueError": ValueError("of the model"),
+        "KeyError": KeyError(0),
+    }
+
+
+@requirement("9.9")
+@pytest.mark.parametrize("place", ["at its start", "between its layers", "at its end"])
+def test_an_error_of_the_model_costs_nothing(subject: Subject, rng: torch.Generator, place: str) -> None:
+    """It goes through unchanged; the next step feeds what the failed one fed, and all answers are right."""
+    raised = errors(subject)
+    stage = Stage(subject, 30, 3, size=2, watch=CANCEL)
+    for prompt, most in zip(distinct(rng, 4, 7, 2, 5), (4, 2, 5, 3), strict=True):
+        stage.submit(prompt, most)
+    for error in raised.values():
+        stage.fails(place, error)
+        assert torch.is_grad_enabled(), "step(), in which the model raises: gradients are off after it"
+        if stage.live:
+            stage.step()
+    stage.drain()
+
+
+@requirement("9.9")
+def test_an_error_again_and_again(subject: Subject, rng: torch.Generator) -> None:
+    """Several failures one after the other, in the first step too, change nothing."""
+    stage = Stage(subject, 30, 3, watch=CANCEL)
+    for prompt in distinct(rng, 4, 7):
+        stage.submit(prompt, 4)
+    for place in ("between its layers", "at its end", "between its layers"):
+        stage.fails(place, RuntimeError("device lost"))
+    stage.step()
+    for place in ("at its end", "at its start"):
+        stage.fails(place, RuntimeError("device lost"))
+    stage.drain()
+
+
+@requirement("9.9")
+@pytest.mark.parametrize("when", [1, 2, 3, 4])
+def test_an_error_out_of_blocks(subject: Subject, rng: torch.Generator, when: int) -> None:
+    """A step that preempts, or admits who was preempted, and fails is done again as it was to be, and counted once."""
+    stage = Stage(subject, 4, 3, watch=CANCEL)
+    for prompt in distinct(rng, 5, 4, 2):
+        stage.submit(prompt, 5)
+    number = 0
+    while stage.live:
+        number += 1
+        if number % when == 0:
+            stage.fails("between its layers", RuntimeError("device lost"))
+        stage.step()
+    stage.judge_answers()
+
+
+@requirement("9.9")
+@pytest.mark.parametrize("act", ["cancel all", "cancel one", "submit"])
+def test_after_an_error_anything_may_come(subject: Subject, rng: torch.Generator, act: str) -> None:
+    """Requests that are cancelled after a failed step leave no blocks behind; those that come get their answers."""
+    stage = Stage(subject, 8, 3, watch=("tokens", "memory"))
+    prompts = distinct(rng, 4, 7, 2, 5)
+    stage.submit(prompts[0], 4)
+    stage.step()
+    stage.submit(prompts[1], 4)
+    stage.submit(prompts[2], 4)
+    stage.fails("between its layers", RuntimeError("device lost"))
+    stage.loose = True
+    if act == "cancel one":
+        stage.cancel(1)
+    elif act == "cancel all":
+        for number in (1, 0, 2):
+            stage.cancel(number)
+        free: Any = stage.cache.allocator.num_free
+        assert free == 8, f"cache.allocator.num_free once all are cancelled after an error: {free} came, 8 was wanted"
+    stage.submit(prompts[3], 4)
+    stage.drain()
+    free = stage.cache.allocator.num_free
+    assert free == 8, f"cache.allocator.num_free once nothing is left: {free} came, 8 was wanted"

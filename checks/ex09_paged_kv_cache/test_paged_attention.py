@@ -1,0 +1,296 @@
+"""Attention over keys and values that lie in blocks (9.2)."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, Where, also, forbid, is_tensor, prebuilt_attention, requirement
+
+from .reference import causal, contiguous
+
+FLOAT32 = 5e-6
+
+
+@dataclass
+class Case:
+    """Sequences of some lengths, contiguous and in blocks of a pool.
+
+    Args:
+        context, queries: lengths of the sequences, and how many of their last tokens ask.
+        heads: (H, Hkv, Dh).
+        scale, offset: of q and k; offset is added to each.
+        fill: what all slots hold that no context names.
+        further: what table entries hold that no context names.
+        spare: columns of the table beyond the longest sequence's.
+    """
+
+    rng: torch.Generator
+    context: tuple[int, ...]
+    queries: tuple[int, ...]
+    heads: tuple[int, int, int] = (4, 2, 3)
+    block_size: int = 4
+    dtype: torch.dtype = torch.float64
+    scale: float = 1.0
+    offset: tuple[float, float] = (0.0, 0.0)
+    fill: float = math.nan
+    further: int = -1
+    spare: int = 2
+    more_blocks: int = 3
+    given: dict[str, Tensor] = field(init=False)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        h, kv, dim = self.heads
+        counts = [math.ceil(length / self.block_size) for length in self.context]
+        blocks = torch.randperm(sum(counts) + self.more_blocks, generator=self.rng)
+        keys, values = (
+            torch.full((len(blocks), self.block_size, kv, dim), self.fill, dtype=torch.float64) for _ in range(2)
+        )
+        tables = torch.full((len(counts), max(counts) + self.spare), self.further)
+        self.parts, first = [], 0
+        for row, (length, asked, count) in enumerate(zip(self.context, self.queries, counts, strict=True)):
+            table = blocks[first : first + count]
+            first += count
+            tables[row, :count] = table
+            k, v = (torch.randn(length, kv, dim, generator=self.rng, dtype=torch.float64) for _ in range(2))
+            q = torch.randn(asked, h, dim, generator=self.rng, dtype=torch.float64)
+            q, k = q * self.scale + self.offset[0], k * self.scale + self.offset[1]
+            for pool, own in ((keys, k), (values, v)):
+                for position in range(length):
+                    pool[table[position // self.block_size], position % self.block_size] = own[position]
+            self.parts.append((q, k, v))
+        q = torch.cat([part[0] for part in self.parts])
+        floats = {"q": q, "keys": keys, "values": values}
+        self.given = {name: tensor.to(self.dtype) for name, tensor in floats.items()}
+        self.given |= {"block_tables": tables}
+        self.given |= {"context_lens": torch.tensor(self.context), "query_lens": torch.tensor(self.queries)}
+
+    def expected(self, part: int | None = None) -> Tensor:
+        """Attention over contiguous tensors, in float64; of one sequence, or of all."""
+        if part is None:
+            return torch.cat([self.expected(number) for number in range(len(self.parts))])
+        q, k, v = (tensor.to(self.dtype).double() for tensor in self.parts[part])
+        return contiguous(q, k, v, causal([len(k)], [len(q)]))
+
+    def to(self, device: torch.device) -> "Case":
+        self.given = {name: tensor.to(device) for name, tensor in self.given.items()}
+        return self
+
+    def __str__(self) -> str:
+        return f"paged_attention, context_lens {list(self.context)}, query_lens {list(self.queries)}"
+
+
+def attended(subject: Subject, case: Case) -> Tensor:
+    """What paged_attention gives, a tensor."""
+    return is_tensor(subject.paged_attention(**case.given), "paged_attention")
+
+
+def slip(case: Case, came: Tensor) -> str:
+    """Which slip the output shows, if it is one of the well-known ones."""
+    if came.shape != case.given["q"].shape:
+        return ""
+    came = came.detach().cpu().double()
+    bad = [
+        row for row, (mine, right) in enumerate(zip(split(case, came), split(case, case.expected()), strict=True))
+        if not torch.isclose(mine, right, 1e-4, 1e-4).all()
+    ]  # fmt: skip
+    words = [f"sequences {bad} of {len(case.parts)} are wrong"]
+    parts = [[tensor.to(case.dtype).double() for tensor in part] for part in case.parts]
+    h, kv, _ = case.heads
+    slips = {
+        "it is what query head h gets from key-value head h % Hkv": lambda q, k, v: contiguous(
+            q, k.repeat(1, h // kv, 1), v.repeat(1, h // kv, 1), causal([len(k)], [len(q)])
+        ),
+        "it is what queries get that see all of their sequence, later tokens too": lambda q, k, v: contiguous(
+            q, k, v, torch.zeros(len(q), len(k), dtype=torch.bool)
+        ),
+        "it is what queries get that stand at the beginning of their sequence": lambda q, k, v: contiguous(
+            q, k, v, torch.ones(len(q), len(k)).triu(1).bool()
+        ),
+        "it is what queries get that also see the token after them": lambda q, k, v: contiguous(
+            q, k, v, torch.ones(len(q), len(k)).triu(len(k) - len(q) + 2).bool()
+        ),
+    }
+    for meaning, wrong in slips.items():
+        if torch.isclose(came, torch.cat([wrong(*part) for part in parts]), 1e-4, 1e-4).all():
+            words.append(meaning)
+            break
+    return "; ".join(words)
+
+
+def split(case: Case, rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(list(case.queries))
+
+
+@requirement("9.2")
+def test_attention_by_hand(subject: Subject, close: Close) -> None:
+    """Queries of zeros give the mean of the values that they may see; the table says where these lie."""
+    values = torch.tensor([[70.0, 80.0], [5.0, 99.0], [3.0, 4.0]], dtype=torch.float64)[..., None, None]
+    q = torch.zeros(3, 1, 1, dtype=torch.float64)
+    one = torch.tensor([3]), torch.tensor([3])
+
+    came = subject.paged_attention(q, torch.zeros_like(values), values, torch.tensor([[2, 1]]), *one)
+
+    hint = "positions 0, 1, 2 lie in block 2 slot 0, block 2 slot 1, block 1 slot 0: values 3, 4, 5; means 3, 3.5, 4"
+    close(came, torch.tensor([3.0, 3.5, 4.0], dtype=torch.float64)[:, None, None], "paged_attention", hint=hint)
+
+
+MIXED = {
+    "prompts": ((5, 3, 8), (5, 3, 8)),
+    "pieces of prompts": ((7, 9, 4), (3, 5, 2)),
+    "single tokens": ((1, 6, 4, 9), (1, 1, 1, 1)),
+    "a prompt, a piece and single tokens": ((6, 9, 7, 4, 9), (6, 1, 3, 1, 2)),
+    "one sequence": ((7,), (2,)),
+    "one token": ((1,), (1,)),
+}
+
+
+@requirement("9.2")
+@pytest.mark.parametrize("kind", MIXED)
+def test_equals_contiguous_attention(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+    """Sequences of any lengths, of which all or some last tokens ask, in one call."""
+    case = Case(rng, *MIXED[kind], fill=0.0, further=0)
+
+    came = attended(subject, case)
+
+    with also(slip, case, came):
+        close(came, case.expected(), f"{case} ({kind})")
+
+
+@requirement("9.2")
+def test_agrees_on_every_device(subject: Subject, close: Close, rng: torch.Generator, on: Where) -> None:
+    """A prompt, a piece and single tokens, in each dtype."""
+    case = Case(rng, (6, 9, 7, 4), (6, 1, 3, 1), dtype=on.dtype).to(on.device)
+
+    came = attended(subject, case)
+
+    with also(slip, case, came):
+        close(came, case.expected().to(on.device, on.dtype), str(case), tolerance=on.tolerance)
+
+
+@requirement("9.2")
+@pytest.mark.parametrize("heads", [(6, 2, 3), (3, 3, 2), (3, 1, 5), (1, 1, 1)], ids=str)
+def test_heads_read_their_groups(
+    subject: Subject, close: Close, rng: torch.Generator, heads: tuple[int, int, int]
+) -> None:
+    """Query head h reads key-value head h // (H // Hkv)."""
+    case = Case(rng, (5, 3), (2, 3), heads=heads)
+
+    came = attended(subject, case)
+
+    with also(slip, case, came):
+        close(came, case.expected(), f"{case}, H {heads[0]}, Hkv {heads[1]}, Dh {heads[2]}")
+
+
+@requirement("9.2")
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+def test_blocks_of_any_size(subject: Subject, close: Close, rng: torch.Generator, block_size: int) -> None:
+    """One slot in a block, or all tokens in one; a last block that is full, or holds one token."""
+    case = Case(rng, (4, 5, 6), (1, 3, 6), block_size=block_size)
+
+    close(attended(subject, case), case.expected(), f"{case}, block_size {block_size}")
+
+
+@requirement("9.2")
+@pytest.mark.parametrize("fill", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("further", [-1, 2**62, 11])
+def test_what_no_context_names_is_not_read(
+    subject: Subject, close: Close, rng: torch.Generator, fill: float, further: int
+) -> None:
+    """Slots behind the last token and other blocks hold anything, further entries of the table too."""
+    case = Case(rng, (6, 9, 7), (6, 1, 3), fill=fill, further=further)
+
+    came = attended(subject, case)
+
+    hint = "a weight of 0 times NaN is NaN: slots that nobody wrote must not take part"
+    what = f"{case}, {fill} in other slots, {further} in other entries of the table"
+    close(came, case.expected(), what, hint=hint)
+
+
+@requirement("9.2")
+def test_a_table_without_further_entries(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The table is as wide as the longest sequence needs, no wider, and blocks stand in several of its rows."""
+    case = Case(rng, (8, 8), (1, 5), spare=0, more_blocks=0)
+    case.given["block_tables"] = case.given["block_tables"][[0, 0]]
+    case.parts[1] = (case.parts[1][0], *case.parts[0][1:])
+
+    close(attended(subject, case), case.expected(), f"{case}, which lie in the same blocks")
+
+
+@requirement("9.2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_scores(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Scores of 1e4, of any sign and all of one, neither overflow nor lose what is near the largest."""
+    # A score of 1e4 has an error of 1e-3 in float32, and so has its weight.
+    tolerance = 1e-8 if dtype == torch.float64 else 5e-3
+    for scale, offset in ((70.0, (0.0, 0.0)), (0.3, (80.0, 72.0)), (0.3, (80.0, -72.0))):
+        case = Case(rng, (6, 9, 5), (6, 1, 2), dtype=dtype, scale=scale, offset=offset, fill=0.0, further=0)
+
+        came = attended(subject, case)
+
+        with also(slip, case, came):
+            close(came, case.expected().to(dtype), f"{case}, scores of 1e4, {dtype}", tolerance=tolerance)
+
+
+@requirement("9.2")
+def test_float32(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """float32 stays float32, as near as it may be."""
+    case = Case(rng, (6, 9, 7, 4), (6, 1, 3, 1), dtype=torch.float32)
+
+    came = attended(subject, case)
+
+    with also(slip, case, came):
+        close(came, case.expected().float(), f"{case}, float32", tolerance=FLOAT32)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers, by other strides."""
+    return torch.stack((x, x), -1)[..., 0]
+
+
+@requirement("9.2")
+@pytest.mark.parametrize("name", ["q", "keys", "values", "block_tables", "context_lens", "query_lens"])
+def test_inputs_of_any_strides(subject: Subject, close: Close, rng: torch.Generator, name: str) -> None:
+    """Transposed and sliced inputs count like others, and are never written to."""
+    case = Case(rng, (6, 9, 7, 4), (6, 1, 3, 1))
+    first = case.given[name]
+    sliced = strided(first)
+    for words, tensor in (("sliced", sliced), ("transposed", first.transpose(0, -1).contiguous().transpose(0, -1))):
+        case.given[name] = tensor
+        versions = {name: given._version for name, given in case.given.items()}
+
+        came = attended(subject, case)
+
+        close(came, case.expected(), f"{case}, {name} {words}")
+        written = [name for name, given in case.given.items() if given._version != versions[name]]
+        assert not written, f"paged_attention: {', '.join(written)} written to, if only to be put back"
+
+
+@requirement("9.2")
+def test_every_call_reads_anew(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """The same tensors with other numbers in them, also under no_grad and inference_mode, and with gradients asked."""
+    case, other = (Case(rng, (6, 9, 7), (6, 1, 3)) for _ in range(2))
+    modes: dict[str, Any] = {"": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    for mode, enter in modes.items():
+        with enter():
+            close(attended(subject, case).detach().clone(), case.expected(), f"{case} {mode}".strip())
+    case.given["q"].requires_grad_()
+    with torch.no_grad():
+        for name, tensor in case.given.items():
+            tensor.copy_(other.given[name])
+
+    what = f"{case}, after other numbers were written to the same tensors"
+    close(attended(subject, case), other.expected(), what, hint="is something kept from call to call?")
+
+
+@requirement("9.2")
+def test_attention_is_written_from_scratch(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """No prebuilt attention is reached, and the result is right meanwhile."""
+    case = Case(rng, (6, 9, 7, 4), (6, 1, 3, 1))
+    with forbid(prebuilt_attention(), "paged_attention"):
+        came = attended(subject, case)
+    close(came, case.expected(), str(case), tolerance=1e-2)
