@@ -177,23 +177,13 @@ def paged_attention(
     Returns:
         [T, H, Dh], in q's dtype.
     """
-    block_size, output = keys.shape[1], torch.empty_like(q)
-    owners = torch.arange(len(query_lens), device=q.device).repeat_interleave(query_lens)  # [T]
-    for n in query_lens.unique().tolist():
-        # Sequences of equally many queries go together: those that decode, and mostly one prompt after the other.
-        chosen, rows = query_lens == n, (query_lens == n)[owners]
-        lens = context_lens[chosen, None]  # [S, 1]
-        positions = torch.arange(int(lens.max()), device=q.device)  # [P]
-        known = positions < lens  # [S, P]
-        blocks = block_tables[chosen][:, positions // block_size].where(known, 0)
-        k, v = (pool[blocks, positions % block_size].where(known[..., None, None], 0.0) for pool in (keys, values))
-        grouped = q[rows].unflatten(1, (k.shape[2], -1)).unflatten(0, (-1, n))  # [S, n, Hkv, H / Hkv, Dh]
-        scores = torch.einsum("snkgd,spkd->skgnp", grouped, k) * q.shape[-1] ** -0.5
-        own = lens - n + torch.arange(n, device=q.device)  # [S, n], the position of each query
-        hidden = positions > own[..., None]  # [S, n, P]
-        weights = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(dim=-1)
-        output[rows] = torch.einsum("skgnp,spkd->snkgd", weights, v).flatten(0, 1).flatten(1, 2)
-    return output
+    block_size, outputs = keys.shape[1], []
+    queries, lengths = q.split(query_lens.tolist()), context_lens.tolist()
+    for own, table, length in zip(queries, block_tables, lengths, strict=True):
+        blocks = table[: math.ceil(length / block_size)]
+        k, v = (pool[blocks].flatten(0, 1)[:length] for pool in (keys, values))  # [length, Hkv, Dh]
+        outputs.append(causal_attention(own, k, v))
+    return torch.cat(outputs)
 
 
 @dataclass
@@ -366,21 +356,22 @@ class Engine:
 
     def _call(self) -> list[int]:
         """Feeds what is not in the cache yet, in one call; the most probable token of each that runs."""
-        running = self._running
-        tables = [torch.tensor(self.cache.block_table(request.id)) for request in running]
+        running, device = self._running, self._device
+        tables = [self.cache.block_table(request.id) for request in running]
+        widest = max(map(len, tables))
+        block_tables = torch.tensor([table + [-1] * (widest - len(table)) for table in tables], device=device)  # [S, M]
+        context_lens = torch.tensor([len(request.tokens) for request in running], device=device)
+        query_lens = torch.tensor([len(request.tokens) - request.fed for request in running], device=device)
         slots = [slot for r in running for slot in self.cache._slots(r.id, r.fed, len(r.tokens))]
-        where = torch.tensor(slots, device=self._device)
-        block_tables = nn.utils.rnn.pad_sequence(tables, batch_first=True).to(self._device)  # [S, M]
-        context_lens = torch.tensor([len(request.tokens) for request in running], device=self._device)
-        query_lens = torch.tensor([len(request.tokens) - request.fed for request in running], device=self._device)
+        where = torch.tensor(slots, device=device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache.keys[layer], self.cache.values[layer]
             keys.flatten(0, 1)[where], values.flatten(0, 1)[where] = k, v
             return paged_attention(q, keys, values, block_tables, context_lens, query_lens)
 
-        tokens = torch.tensor([token for r in running for token in r.tokens[r.fed :]], device=self._device)
-        positions = torch.tensor([p for r in running for p in range(r.fed, len(r.tokens))], device=self._device)
+        tokens = torch.tensor([token for r in running for token in r.tokens[r.fed :]], device=device)
+        positions = torch.tensor([p for r in running for p in range(r.fed, len(r.tokens))], device=device)
         logits = self._model(tokens, positions, attend)  # [T, V]
         return logits[query_lens.cumsum(0) - 1].argmax(dim=-1).tolist()
 

@@ -1,7 +1,7 @@
 """A small model that records its calls, attention over contiguous tensors, and what lives of floating-point tensors."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet, finalize
@@ -33,6 +33,12 @@ class Sizes:
             f"a model of {self.layers} layer(s), {self.heads} query and {self.kv_heads} key-value head(s) of "
             f"{self.head_dim}, {str(self.dtype).removeprefix('torch.')}"
         )
+
+
+# Where only the schedule counts.
+TINY = Sizes(layers=1, heads=1, kv_heads=1, head_dim=4)
+# Where the answers count, and other checks have more layers.
+SMALL = Sizes(layers=1, heads=2, kv_heads=1)
 
 
 class Model(nn.Module):
@@ -120,16 +126,18 @@ def contiguous(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def first_wrong(model: Model, answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[int, int, int] | None:
-    """Of prompts and their answers, the first token that is not the most probable one after those before it: which
-    answer, its place in it, and what was wanted. All at once, over contiguous tensors, without the learner's code.
+def wrong_tokens(
+    model: Model, answers: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> Iterator[tuple[int, int, int]]:
+    """Of prompts and their answers, the tokens that are not the most probable ones after those before them: which
+    answer, the place in it, and what was wanted. All at once, over contiguous tensors, without the learner's code.
     """
     answers = [(list(prompt), list(came)) for prompt, came in answers]
-    if not any(came for _, came in answers):
-        return None
     rows = [prompt + came[:-1] for prompt, came in answers if came]
+    if not rows:
+        return
     hidden = causal([len(row) for row in rows])
-    tokens = torch.tensor([token for row in rows for token in row])
+    tokens = torch.tensor([min(max(token, 0), model.vocab_size - 1) for row in rows for token in row])
     positions = torch.tensor([place for row in rows for place in range(len(row))])
     logits = model.logits(tokens, positions, lambda _, q, k, v: contiguous(q, k, v, hidden))
     short = (logits.amax(-1, keepdim=True) - logits).tolist()
@@ -138,9 +146,8 @@ def first_wrong(model: Model, answers: Sequence[tuple[Sequence[int], Sequence[in
         for place, token in enumerate(came):
             gaps = short[start + len(prompt) - 1 + place]
             if not (0 <= token < len(gaps)) or not gaps[token] <= NEAR[model.sizes.dtype]:
-                return number, place, gaps.index(min(gaps))
+                yield number, place, gaps.index(min(gaps))
         start += len(prompt) + len(came) - 1 if came else 0
-    return None
 
 
 def alone(model: Model, prompt: Sequence[int], count: int) -> list[int]:

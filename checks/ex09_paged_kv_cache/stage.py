@@ -8,7 +8,7 @@ import torch
 
 from harness.testing import Subject
 
-from .reference import Model, Sizes, first_wrong
+from .reference import TINY, Model, Sizes, wrong_tokens
 from .rules import Plan, Request, Rules
 
 # What is looked at: the answers, what a call is fed, who holds which blocks, the metrics, and who shares blocks.
@@ -37,10 +37,10 @@ class Stage:
         *,
         size: int = 8,
         eos: int | None = None,
-        sizes: Sizes = Sizes(),  # noqa: B008
+        sizes: Sizes | None = None,
         watch: Sequence[str] = EVERYTHING,
     ) -> None:
-        self.model, self.watch = Model(sizes), watch
+        self.model, self.watch = Model(sizes or (Sizes() if "tokens" in watch else TINY)), watch
         self.rules = Rules(num_blocks, block_size, size, eos)
         self.what = f"Engine(num_blocks={num_blocks}, block_size={block_size}, max_batch_size={size}"
         self.what += f", eos_token_id={eos})" if eos is not None else ")"
@@ -274,11 +274,11 @@ class Stage:
         self.judge_answers()
 
     def judge_answers(self) -> None:
-        """Every token is the most probable one after those before it; `run` returns what `step` returned."""
+        """Every token is the most probable one after those before it; where answers are not watched, a quarter is."""
         asked = [(one.prompt, one.came) for one in self.rules.requests[self.answered :]]
-        wrong = first_wrong(self.model, asked)
-        if wrong is not None:
-            number, place, wanted = wrong
+        wrong = list(wrong_tokens(self.model, asked))
+        if wrong and ("tokens" in self.watch or 4 * len(wrong) > 3 * sum(len(came) for _, came in asked)):
+            number, place, wanted = wrong[0]
             prompt, came = asked[number]
             raise Fault(
                 "tokens",

@@ -1,9 +1,9 @@
 """Block tables, fork and copy on write (9.3)."""
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -22,11 +22,15 @@ class Known:
     cache: Any = field(init=False)
     rows: dict[int, list[int]] = field(default_factory=dict)
     stamp: int = 0
+    tokens: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.cache = self.subject.PagedKVCache(
             LAYERS, self.num_blocks, self.block_size, KV_HEADS, DIM, dtype=torch.float64
         )
+        # Key of each token in each layer; its value is the negative.
+        self.tokens = torch.arange(1.0, 1 + LAYERS * 60 * KV_HEADS * DIM, dtype=torch.float64)
+        self.tokens = self.tokens.view(LAYERS, 60, KV_HEADS, DIM)
 
     def add(self, sequence: int, count: int) -> None:
         """append, and write to the new slots in all layers."""
@@ -37,7 +41,7 @@ class Known:
         self.rows[sequence] = self.rows.get(sequence, []) + new
         if count:
             for layer in range(LAYERS):
-                k = tokens(new, layer)
+                k = self.tokens[layer, new]
                 self.cache.write(layer, sequence, start, k, -k)
 
     def fork(self, parent: int, child: int, length: int) -> None:
@@ -62,30 +66,22 @@ class Known:
             )
             if row:
                 where = [table[p // self.block_size] * self.block_size + p % self.block_size for p in range(len(row))]
+                wanted = self.tokens[:, row]
                 for name, sign in (("keys", 1), ("values", -1)):
-                    pool = is_tensor(getattr(self.cache, name), name).flatten(1, 2)[:, where]
-                    wanted = sign * torch.stack([tokens(row, layer) for layer in range(LAYERS)])
-                    close(
-                        pool, wanted, f"{name} of sequence {sequence} after {call}", hint=self.whose(pool * sign, row)
-                    )
+                    came = getattr(self.cache, name).flatten(1, 2)[:, where] * sign
+                    if not torch.equal(came, wanted):
+                        what = f"{name} of sequence {sequence} after {call}"
+                        close(came, wanted, f"{what}: [layers, positions, Hkv, Dh]", hint=self.whose(came, wanted))
         free = self.cache.allocator.num_free
         assert free == self.num_blocks - len(used), (
             f"allocator.num_free after {call}: {free} came, {self.num_blocks - len(used)} was wanted"
         )
 
-    def whose(self, pool: Tensor, row: list[int]) -> str:
+    def whose(self, came: Tensor, wanted: Tensor) -> str:
         """Where what came is not a sequence's own."""
-        for layer in range(LAYERS):
-            bad = (pool[layer] != tokens(row, layer)).flatten(1).any(1).nonzero().flatten().tolist()
-            if bad:
-                return f"layer {layer}: positions {bad} are not what was written there for this sequence"
-        return ""
-
-
-def tokens(numbers: list[int], layer: int) -> Tensor:
-    """[n, Hkv, Dh], by which token and layer can be told."""
-    named = torch.tensor(numbers, dtype=torch.float64)[:, None, None] + 1
-    return named * 100 + 10 * layer + torch.arange(KV_HEADS * DIM).view(KV_HEADS, DIM) / 10
+        bad = (came != wanted).flatten(2).any(2)  # [layers, positions]
+        layers, positions = (bad.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
+        return f"layers {layers}, positions {positions}: not what was written there for this sequence"
 
 
 def state(known: Known) -> tuple[Any, ...]:
@@ -121,9 +117,13 @@ def test_tables_by_hand(subject: Subject, close: Close) -> None:
 
 
 @requirement("9.3")
-@pytest.mark.parametrize("block_size", [1, 3])
-def test_slots_take_blocks(subject: Subject, close: Close, block_size: int) -> None:
+def test_slots_take_blocks(subject: Subject, close: Close) -> None:
     """n slots take ceil(n / block_size) blocks, however they are asked for; unknown sequences have none."""
+    for block_size in (3, 1):
+        taken(subject, close, block_size)
+
+
+def taken(subject: Subject, close: Close, block_size: int) -> None:
     known = Known(subject, 14, block_size)
     for sequence in (0, 7):
         came = known.cache.length(sequence), known.cache.block_table(sequence)
@@ -187,10 +187,13 @@ ORDERS = {
 
 
 @requirement("9.3")
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("length", [1, 2, 4, 5, 6])
-def test_parent_and_child_are_equals(subject: Subject, close: Close, order: str, length: int) -> None:
+def test_parent_and_child_are_equals(subject: Subject, close: Close) -> None:
     """Each sees its own tokens whoever goes on first; nobody's blocks are lost, and what is one's own stays."""
+    for order, length in product(ORDERS, (6, 1, 4, 5)):
+        go_on(subject, close, order, length)
+
+
+def go_on(subject: Subject, close: Close, order: str, length: int) -> None:
     known = Known(subject, 8, 4)
     known.add(0, 6)
     known.fork(0, 1, length)
@@ -268,21 +271,24 @@ def test_fork_copies_nothing(subject: Subject, close: Close) -> None:
     known.holds(close, "fork(0, 1, 6) with no block free")
 
 
-@requirement("9.3")
-@pytest.mark.parametrize(
-    ("what", "before", "sequence", "count"),
-    [
-        ("a new sequence", [(0, 7)], 1, 5),
-        ("a sequence that has room for some of them", [(0, 7), (1, 1)], 1, 4),
-        ("a copy and a block, one is free", [(0, 7), (1, 0, 7)], 1, 2),
-        ("a copy, none is free", [(0, 7), (1, 0, 7), (2, 4)], 0, 1),
-    ],
-    ids=["new", "some", "copy and block", "copy"],
+SHORT = (
+    ("a new sequence", [(0, 7)], 1, 5),
+    ("a sequence that has room for some of them", [(0, 7), (1, 1)], 1, 4),
+    ("a copy and a block, one is free", [(0, 7), (1, 0, 7)], 1, 2),
+    ("a copy, none is free", [(0, 7), (1, 0, 7), (2, 4)], 0, 1),
 )
-def test_all_or_nothing(
+
+
+@requirement("9.3")
+def test_all_or_nothing(subject: Subject, close: Close) -> None:
+    """After OutOfBlocksError tables, counts and contents are as before, and smaller requests still work."""
+    for what, before, sequence, count in SHORT:
+        all_or_nothing(subject, close, what, before, sequence, count)
+
+
+def all_or_nothing(
     subject: Subject, close: Close, what: str, before: list[tuple[int, ...]], sequence: int, count: int
 ) -> None:
-    """After OutOfBlocksError tables, counts and contents are as before, and smaller requests still work."""
     known = Known(subject, 3, 4)
     for one, *rest in before:
         if len(rest) == 2:
