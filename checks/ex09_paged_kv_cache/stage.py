@@ -51,6 +51,7 @@ class Stage:
         self.loose = False
         self.generated = 0
         self.history: list[str] = []
+        self.tells = False
         self.answered = 0
 
     @property
@@ -259,7 +260,7 @@ class Stage:
                 "fault", raised is error, f"step(): {raised!r} came, the model's own {error!r} was wanted, unchanged"
             )
             return
-        raise Fault("fault", f"step(): {came!r} came, the model's {error!r} was wanted")
+        raise self.fault("fault", f"step(): {came!r} came, the model's {error!r} was wanted")
 
     def drain(self) -> None:
         """Steps until nothing is left, then looks at all the answers."""
@@ -280,7 +281,7 @@ class Stage:
         if wrong and ("tokens" in self.watch or 4 * len(wrong) > 3 * sum(len(came) for _, came in asked)):
             number, place, wanted = wrong[0]
             prompt, came = asked[number]
-            raise Fault(
+            raise self.fault(
                 "tokens",
                 f"step(): token {place} of request {self.answered + number}: {came[place]} came, {wanted} was wanted",
                 f"prompt {prompt}, answer {came}; {self.what}; {self.model.sizes}",
@@ -322,7 +323,13 @@ class Stage:
     def demand(self, kind: str, holds: bool, fact: str, hint: str = "") -> None:
         """Raises what is watched, and what is asked for by name."""
         if not holds and (kind in self.watch or kind not in EVERYTHING):
-            raise Fault(kind, fact, hint)
+            raise self.fault(kind, fact, hint)
+
+    def fault(self, kind: str, fact: str, hint: str = "") -> Fault:
+        """What is not as it should be; in a walk with what was called before."""
+        if self.tells:
+            hint = f"{hint}\nafter {self.what}: {'; '.join(self.history)}".strip()
+        return Fault(kind, fact, hint)
 
 
 def play(stage: Stage, requests: Iterable[tuple[Sequence[int], int]]) -> None:
