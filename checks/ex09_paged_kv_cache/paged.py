@@ -32,8 +32,8 @@ class Case:
     dtype: torch.dtype = torch.float64
     scale: float = 1.0
     offset: tuple[float, float] = (0.0, 0.0)
-    fill: float = math.nan
-    further: int = -1
+    fill: float = 0.0
+    further: int = 0
     spare: int = 2
     more_blocks: int = 3
     given: dict[str, Tensor] = field(init=False)

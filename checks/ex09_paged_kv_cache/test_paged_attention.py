@@ -79,7 +79,7 @@ MIXED = {
 def test_equals_contiguous_attention(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Sequences of any lengths, of which all or some last tokens ask, in one call."""
     for kind, lengths in MIXED.items():
-        case = Case(rng, *lengths, fill=0.0, further=0)
+        case = Case(rng, *lengths)
 
         came = attended(subject, case)
 
@@ -123,7 +123,7 @@ def test_blocks_of_any_size(subject: Subject, close: Close, rng: torch.Generator
 def test_what_no_context_names_is_not_read(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Slots behind the last token and other blocks hold anything, further entries of the table too."""
     for fill, further in ((math.nan, 0), (0.0, -1), (0.0, 2**62), (0.0, 11), (math.inf, 0), (math.nan, -(2**63))):
-        case = Case(rng, (6, 9, 7), (6, 1, 3), fill=fill, further=further)
+        case = Case(rng, (8, 9, 7), (6, 1, 3), fill=fill, further=further)
 
         came = attended(subject, case)
 
@@ -149,7 +149,7 @@ def test_large_scores(subject: Subject, close: Close, rng: torch.Generator) -> N
     tolerances = {torch.float32: 5e-3, torch.float64: 1e-8}
     offsets = (70.0, (0.0, 0.0)), (0.3, (80.0, 72.0)), (0.3, (80.0, -72.0))
     for (dtype, tolerance), (scale, offset) in product(tolerances.items(), offsets):
-        case = Case(rng, (6, 9, 5), (6, 1, 2), dtype=dtype, scale=scale, offset=offset, fill=0.0, further=0)
+        case = Case(rng, (6, 9, 5), (6, 1, 2), dtype=dtype, scale=scale, offset=offset)
 
         came = attended(subject, case)
 
