@@ -1,6 +1,5 @@
 """The block allocator (9.1)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,39 +67,35 @@ def test_a_block_is_free_once_nobody_holds_it(subject: Subject) -> None:
     )
 
 
-WRONG: dict[str, Callable[[list[int]], int]] = {
-    "that was never handed out": lambda used: next(block for block in range(5) if block not in used),
-    "that was freed": lambda used: used[0],
-    "-1": lambda used: -1,
-    "-5, that is -num_blocks": lambda used: -5,
-    "5, that is num_blocks": lambda used: 5,
-    "700": lambda used: 700,
-}
-
-
 @requirement("9.1")
 def test_a_block_that_is_not_in_use_is_refused(subject: Subject) -> None:
     """ValueError names it, and nothing has changed, however often it is tried."""
     for call in ("free", "share"):
-        refused(subject, call)
+        allocator = subject.BlockAllocator(5)
+        first = allocator.allocate()
+        refused(allocator, call, next(block for block in range(5) if block != first), "that was never handed out")
+        for _ in range(4):
+            allocator.allocate()
+        allocator.share(2)
+        for block in (1, 2, 2, 3):
+            allocator.free(block)
+        # The first and the last one are in use, which -5 and -1 would mean in a list.
+        for block, words in ((2, "that was freed"), (1, "that was freed"), (-1, "-1"), (-5, "-5, that is -num_blocks")):
+            refused(allocator, call, block, words)
+        refused(allocator, call, 5, "5, that is num_blocks")
+        refused(allocator, call, 700, "700")
+        held = {0, 4}
+        for _ in range(3):
+            held.add(taken(allocator, 5, held, f"allocate after {call} of blocks that are not in use"))
 
 
-def refused(subject: Subject, call: str) -> None:
-    allocator = subject.BlockAllocator(5)
-    used = [allocator.allocate() for _ in range(4)]
-    allocator.share(used[0])
-    allocator.free(used[0])
-    allocator.free(used[0])
+def refused(allocator: Any, call: str, block: int, words: str) -> None:
+    """ValueError, twice, and no change."""
     before = counts(allocator, 5)
-    for words, choose in WRONG.items():
-        block = choose(used)
-        for _ in range(2):
-            refuses(ValueError, lambda b=block: getattr(allocator, call)(b), f"{call} of block {words}", block)
-            came = counts(allocator, 5)
-            assert came == before, f"(num_free, counts) after {call} of block {words}: {came} came, {before} was wanted"
-    held = set(used[1:])
     for _ in range(2):
-        held.add(taken(allocator, 5, held, f"allocate after {call} of blocks that are not in use"))
+        refuses(ValueError, lambda: getattr(allocator, call)(block), f"{call} of block {words}", block)
+        came = counts(allocator, 5)
+        assert came == before, f"(num_free, counts) after {call} of block {words}: {came} came, {before} was wanted"
 
 
 @requirement("9.1")

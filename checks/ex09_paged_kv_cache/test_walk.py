@@ -13,7 +13,7 @@ from .reference import Sizes
 from .stage import Fault, Stage, distinct
 
 # What a fault costs that needs nothing but requests.
-COSTS = {"tokens": "9.5", "schedule": "9.6", "metrics": "9.6", "memory": "9.4", "sharing": "9.8"}
+COSTS = {"tokens": "9.5", "calls": "9.6", "schedule": "9.6", "metric": "9.6", "memory": "9.4", "sharing": "9.8"}
 MODES: dict[str, Callable[[], Any]] = {
     "": torch.enable_grad,
     "no_grad": torch.no_grad,

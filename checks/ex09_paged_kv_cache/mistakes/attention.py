@@ -34,7 +34,9 @@ WEIGHTS = "scores.masked_fill(hidden, -math.inf).softmax(dim=-1)"
 MISTAKES = [
     Mistake("zeros", "9.2", "0 came", (END, "    return torch.zeros_like(q)\n")),
     Mistake("identity", "9.2", "differ", (END, "    return q.clone()\n")),
-    Mistake("mean_of_values", "9.2", "differ", by("v.repeat_interleave(q.shape[1] // v.shape[1], 1).mean(0).expand_as(own)")),
+    Mistake(
+        "mean_of_values", "9.2", "differ", by("v.repeat_interleave(q.shape[1] // v.shape[1], 1).mean(0).expand_as(own)")
+    ),
     Mistake(
         "reads_one_ahead",
         "9.2",
@@ -53,11 +55,19 @@ MISTAKES = [
         "unused_values_times_zero",
         "9.2",
         "slots that nobody wrote",
-        (GATHER, "        k, v = (pool[blocks].flatten(0, 1) for pool in (keys, values))\n        k = k.nan_to_num()\n"),
+        (
+            GATHER,
+            ("        k, v = (pool[blocks].flatten(0, 1) for pool in (keys, values))\n        k = k.nan_to_num()\n"),
+        ),
         by("causal_attention(torch.cat([own, own[-1:].expand(len(k) - length, -1, -1)]), k, v)[: len(own)]"),
         only=True,
     ),
-    Mistake("unused_slots_take_part", "9.2", "differ", (GATHER, "        k, v = (pool[blocks].flatten(0, 1) for pool in (keys, values))\n")),
+    Mistake(
+        "unused_slots_take_part",
+        "9.2",
+        "differ",
+        (GATHER, "        k, v = (pool[blocks].flatten(0, 1) for pool in (keys, values))\n"),
+    ),
     Mistake(
         "wrong_head_of_a_group",
         "9.2",
@@ -87,7 +97,7 @@ MISTAKES = [
     Mistake(
         "last_block_is_lost",
         "9.2",
-        "differ",
+        "was",
         (BLOCKS, "        blocks = table[: max(1, length // block_size)]\n"),
         (GATHER, GATHER.replace("[:length]", "[: max(length, len(own))]")),
     ),
@@ -103,7 +113,7 @@ MISTAKES = [
     Mistake(
         "prompts_see_what_follows",
         "9.2",
-        "3.5 was wanted",
+        "means 3, 3.5, 4",
         by("torch.cat([causal_attention(row[None], k, v) for row in own])"),
     ),
     Mistake(
@@ -142,7 +152,16 @@ MISTAKES = [
         own_attention(SCORES, "scores.masked_fill(hidden, -math.inf).softmax(-1, torch.float32).to(q.dtype)"),
         only=True,
     ),
-    Mistake("float32_in_float16", "9.2", "differ", by("causal_attention(own.half(), k.half(), v.half()).to(q.dtype) if q.dtype == torch.float32 else causal_attention(own, k, v)"), only=True),
+    Mistake(
+        "float32_in_float16",
+        "9.2",
+        "differ",
+        by(
+            "causal_attention(own.half(), k.half(), v.half()).to(q.dtype) if q.dtype == "
+            "torch.float32 else causal_attention(own, k, v)"
+        ),
+        only=True,
+    ),
     Mistake("output_in_float64", "9.2", "torch.float64 came", (END, "    return torch.cat(outputs).double()\n")),
     Mistake(
         "prebuilt_attention",
@@ -150,8 +169,11 @@ MISTAKES = [
         "from scratch means",
         own_attention(SCORES, WEIGHTS),
         (
-            'outputs.append(torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -math.inf).softmax(dim=-1), v))',
-            "outputs.append(F.scaled_dot_product_attention(own.mT.mT.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), ~hidden).transpose(0, 1))",
+            ('outputs.append(torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -math.inf).softmax(dim=-1), v))'),
+            (
+                "outputs.append(F.scaled_dot_product_attention(own.mT.mT.transpose(0, 1), "
+                "k.transpose(0, 1), v.transpose(0, 1), ~hidden).transpose(0, 1))"
+            ),
         ),
         only=True,
     ),
@@ -180,22 +202,41 @@ MISTAKES = [
     Mistake(
         "all_ask_as_many_as_the_first",
         "9.2",
-        "differ",
-        (SPLIT, "    queries, lengths = q.split(len(q) // len(query_lens)), context_lens.tolist()\n    queries = queries[: len(lengths)]\n"),
+        "sequences [1, 2]",
+        (
+            SPLIT,
+            (
+                "    queries, lengths = q.split(len(q) // len(query_lens)), context_lens.tolist()\n"
+                "    queries = queries[: len(lengths)]\n"
+            ),
+        ),
         (END, "    return torch.cat([*outputs, *([q[sum(map(len, outputs)) :]])])\n"),
     ),
     Mistake(
         "pool_by_its_strides",
         "9.2",
         "view",
-        (GATHER, GATHER.replace("pool[blocks].flatten(0, 1)", "pool.view(-1, *pool.shape[2:]).view_as(pool)[blocks].flatten(0, 1)")),
+        (
+            GATHER,
+            GATHER.replace(
+                "pool[blocks].flatten(0, 1)", "pool.view(-1, *pool.shape[2:]).view_as(pool)[blocks].flatten(0, 1)"
+            ),
+        ),
         only=True,
     ),
     Mistake(
         "kept_by_the_table",
         "9.2",
         "call to call",
-        (BEGIN, BEGIN + "    key = (tuple(block_tables.flatten().tolist()), keys.data_ptr(), len(q))\n    if not torch.is_grad_enabled() and key in _KEPT:\n        return _KEPT[key]\n"),
+        (
+            BEGIN,
+            BEGIN
+            + (
+                "    key = (tuple(block_tables.flatten().tolist()), keys.data_ptr(), len(q))\n"
+                "    if not torch.is_grad_enabled() and key in _KEPT:\n"
+                "        return _KEPT[key]\n"
+            ),
+        ),
         (END, "    _KEPT[key] = torch.cat(outputs)\n    return _KEPT[key]\n"),
         ("@dataclass\nclass _Request:", "_KEPT: dict[object, Tensor] = {}\n\n\n@dataclass\nclass _Request:"),
     ),
@@ -208,7 +249,7 @@ MISTAKES = [
     Mistake(
         "block_size_of_four",
         "9.2",
-        "differ",
+        "was",
         (BLOCKS, "        blocks = table[: math.ceil(length / 4)]\n"),
         (GATHER, GATHER.replace("pool[blocks]", "pool[blocks, :4]").replace("[:length]", "[: max(length, len(own))]")),
     ),
@@ -226,4 +267,4 @@ MISTAKES = [
         ),
         only=True,
     ),
-]  # fmt: skip
+]

@@ -14,10 +14,12 @@ MISTAKES = [
     Mistake(
         "block_handed_out_twice",
         "9.1",
-        "which is in use",
+        "(num_free, counts) after allocate",
         (POP, POP.replace("self._free.pop()", "self._free.pop() if self._free[0] else self._free[0]")),
     ),
-    Mistake("double_free", "9.1", "was accepted", (CHECK, "        if not 0 <= block < len(self._counts):\n"), only=True),
+    Mistake(
+        "double_free", "9.1", "was accepted", (CHECK, "        if not 0 <= block < len(self._counts):\n"), only=True
+    ),
     Mistake(
         "negative_numbers_count_from_the_end",
         "9.1",
@@ -46,7 +48,11 @@ MISTAKES = [
         "(num_free, counts) after",
         (
             BACK,
-            "        self._counts[block] -= 1\n        if self._counts[block] <= 0:\n            self._free.append(block)\n",
+            (
+                "        self._counts[block] -= 1\n"
+                "        if self._counts[block] <= 0:\n"
+                "            self._free.append(block)\n"
+            ),
         ),
         (
             '''            ValueError: the block is not in use, or does not exist.
@@ -67,7 +73,14 @@ MISTAKES = [
         "share_takes_free_blocks",
         "9.1",
         "was accepted",
-        (SHARE, "        if not 0 <= block < len(self._counts):\n            self._check_used(block)\n        self._counts[block] += 1\n"),
+        (
+            SHARE,
+            (
+                "        if not 0 <= block < len(self._counts):\n"
+                "            self._check_used(block)\n"
+                "        self._counts[block] += 1\n"
+            ),
+        ),
         only=True,
     ),
     Mistake(
@@ -86,23 +99,44 @@ MISTAKES = [
         "freed_blocks_keep_a_count",
         "9.1",
         "ref_count of a block that was handed out again",
-        (POP, POP.replace("self._counts[block] = 1", "self._counts[block] += 1 + (block in self._old)\n        self._old.add(block)")),
+        (
+            POP,
+            POP.replace(
+                "self._counts[block] = 1",
+                "self._counts[block] += 1 + (block in self._old)\n        self._old.add(block)",
+            ),
+        ),
         (START, START + "        self._old: set[int] = set()\n"),
     ),
     Mistake(
         "freed_blocks_never_come_back",
         "9.1",
         "your code raises",
-        (POP, "        block, self._next = self._next, self._next + 1\n        self._counts[block] = 1\n        self._free.remove(block)\n"),
+        (
+            POP,
+            (
+                "        block, self._next = self._next, self._next + 1\n"
+                "        self._counts[block] = 1\n"
+                "        self._free.remove(block)\n"
+            ),
+        ),
         (START, START + "        self._next = 0\n"),
     ),
-    Mistake("value_error_where_none_is_free", "9.1", "OutOfBlocksError", (NONE_FREE, "            raise ValueError()\n")),
+    Mistake(
+        "value_error_where_none_is_free", "9.1", "OutOfBlocksError", (NONE_FREE, "            raise ValueError()\n")
+    ),
     Mistake("minus_one_where_none_is_free", "9.1", "was accepted", (NONE_FREE, "            return -1\n")),
     Mistake(
         "allocators_share_their_counts",
         "9.1",
-        "two allocators",
-        (START, "        self._counts = _COUNTS.setdefault(num_blocks, [0] * num_blocks)\n        self._free = list(range(num_blocks))\n"),
+        "was wanted",
+        (
+            START,
+            (
+                "        self._counts = _COUNTS.setdefault(num_blocks, [0] * num_blocks)\n"
+                "        self._free = list(range(num_blocks))\n"
+            ),
+        ),
         ("class BlockAllocator:\n", "_COUNTS: dict[int, list[int]] = {}\n\n\nclass BlockAllocator:\n"),
     ),
     Mistake(
@@ -111,5 +145,11 @@ MISTAKES = [
         "it has changed the counts",
         (NONE_FREE, "            self._counts[-1] += 1\n" + NONE_FREE),
     ),
-    Mistake("numbers_from_1", "9.1", "a number from 0", (START, START.replace("list(range(num_blocks))", "list(range(1, num_blocks + 1))")), ("[0] * num_blocks\n", "[0] * (num_blocks + 1)\n")),
-]  # fmt: skip
+    Mistake(
+        "numbers_from_1",
+        "9.1",
+        "a number from 0",
+        (START, START.replace("list(range(num_blocks))", "list(range(1, num_blocks + 1))")),
+        ("[0] * num_blocks\n", "[0] * (num_blocks + 1)\n"),
+    ),
+]

@@ -40,28 +40,61 @@ MISTAKES = [
         "slots_reserved_when_submitted",
         "9.4",
         "waiting, which has fed 0 tokens",
-        (ADMITTED, "        self.cache.append(request.id, len(request.tokens) - self.cache.length(request.id))\n"),
+        (ADMITTED, ("        self.cache.append(request.id, len(request.tokens) - self.cache.length(request.id))\n")),
         (
             "        self._submitted += 1\n        return self._submitted - 1\n",
-            "        self._submitted += 1\n        if self.cache.allocator.num_free > 3 * needed:\n"
-            "            self.cache.append(self._submitted - 1, len(tokens))\n        return self._submitted - 1\n",
+            "        self._submitted += 1\n        if self.cache.allocator.num_free > 3 * needed:\n"(
+                "            self.cache.append(self._submitted - 1, len(tokens))\n        return self._submitted - 1\n"
+            ),
         ),
     ),
-    Mistake("blocks_leak_at_eos", "9.4", "finished", (DONE, DONE.replace("                self.cache.free(request.id)", "                if len(request.tokens) == request.most:\n                    self.cache.free(request.id)"))),
-    Mistake("blocks_leak_at_the_end", "9.4", "finished", (DONE, DONE.replace("                self.cache.free(request.id)\n", ""))),
+    Mistake(
+        "blocks_leak_at_eos",
+        "9.4",
+        "finished",
+        (
+            DONE,
+            DONE.replace(
+                "                self.cache.free(request.id)",
+                (
+                    "                if len(request.tokens) == request.most:\n"
+                    "                    self.cache.free(request.id)"
+                ),
+            ),
+        ),
+    ),
+    Mistake(
+        "blocks_leak_at_the_end",
+        "9.4",
+        "finished",
+        (DONE, DONE.replace("                self.cache.free(request.id)\n", "")),
+    ),
     Mistake(
         "blocks_free_in_the_next_step",
         "9.4",
         "finished",
         (START, START + "        self._ended: list[int] = []\n"),
         (DONE, DONE.replace("self.cache.free(request.id)", "self._ended.append(request.id)")),
-        (PLAN, "        for number in self._ended:\n            self.cache.free(number)\n        self._ended.clear()\n" + PLAN),
+        (
+            PLAN,
+            ("        for number in self._ended:\n            self.cache.free(number)\n        self._ended.clear()\n")
+            + PLAN,
+        ),
     ),
     Mistake(
         "blocks_leak_at_a_first_token",
         "9.4",
         "finished",
-        (DONE, DONE.replace("                self.cache.free(request.id)", "                if len(request.tokens) > request.prompt + 1:\n                    self.cache.free(request.id)")),
+        (
+            DONE,
+            DONE.replace(
+                "                self.cache.free(request.id)",
+                (
+                    "                if len(request.tokens) > request.prompt + 1:\n"
+                    "                    self.cache.free(request.id)"
+                ),
+            ),
+        ),
     ),
     Mistake(
         "pool_made_anew",
@@ -73,7 +106,7 @@ MISTAKES = [
     Mistake(
         "pool_copied_for_the_attention",
         "9.4",
-        "does not grow",
+        "read the blocks that the tables name",
         (GATHER, GATHER.replace("pool[blocks]", "pool.clone()[blocks]")),
     ),
     Mistake(
@@ -119,7 +152,11 @@ MISTAKES = [
         "half_of_a_larger_pool",
         "9.4",
         "are alive",
-        (POOLS, "        shape = (2 * num_layers, *shape[1:])\n" + POOLS.replace("device=device)", "device=device)[:num_layers]")),
+        (
+            POOLS,
+            "        shape = (2 * num_layers, *shape[1:])\n"
+            + POOLS.replace("device=device)", "device=device)[:num_layers]"),
+        ),
         only=True,
     ),
-]  # fmt: skip
+]

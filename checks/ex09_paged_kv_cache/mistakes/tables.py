@@ -27,15 +27,32 @@ MISTAKES = [
     Mistake("no_copy_on_write", "9.3", "not what was written there", (COPIES, "        copies = False\n")),
     Mistake("copies_the_first_layer", "9.3", "layers [1, 2]", (COPY, COPY.replace("[:, ", "[0, ")), only=True),
     Mistake(
-        "copies_the_keys_alone", "9.3", "values of sequence", (COPY, COPY.replace("(self.keys, self.values)", "(self.keys,)"))
+        "copies_the_keys_alone",
+        "9.3",
+        "values of sequence",
+        (COPY, COPY.replace("(self.keys, self.values)", "(self.keys,)")),
     ),
     Mistake(
         "copies_one_slot_less",
         "9.3",
         "not what was written there",
-        (COPY, COPY.replace("pool[:, added[0]] = pool[:, shared]", "pool[:, added[0], : length % self._block_size - 1] = pool[:, shared, : length % self._block_size - 1]")),
+        (
+            COPY,
+            COPY.replace(
+                "pool[:, added[0]] = pool[:, shared]",
+                (
+                    "pool[:, added[0], : length % self._block_size - 1] = pool[:, shared, : length % "
+                    "self._block_size - 1]"
+                ),
+            ),
+        ),
     ),
-    Mistake("copies_full_blocks_too", "9.3", "blocks", (COPIES, COPIES.replace("length % self._block_size > 0", "length > 0"))),
+    Mistake(
+        "copies_full_blocks_too",
+        "9.3",
+        "blocks",
+        (COPIES, COPIES.replace("length % self._block_size > 0", "length > 0")),
+    ),
     Mistake(
         "moves_what_is_its_own",
         "9.3",
@@ -93,13 +110,18 @@ MISTAKES = [
         (TOO_FEW, "        if needed - copies > self.allocator.num_free:\n"),
         only=True,
     ),
-    Mistake("the_last_block_is_kept_back", "9.3", "your code raises", (TOO_FEW, "        if needed >= self.allocator.num_free > 0:\n")),
+    Mistake(
+        "the_last_block_is_kept_back",
+        "9.3",
+        "your code raises",
+        (TOO_FEW, "        if needed >= self.allocator.num_free > 0:\n"),
+    ),
     Mistake(
         "as_many_as_there_are",
         "9.3",
         "was accepted",
         (TOO_FEW, "        if needed > self.allocator.num_free and count > 4:\n"),
-        (ADDED, "        added = [self.allocator.allocate() for _ in range(min(needed, self.allocator.num_free))]\n"),
+        (ADDED, ("        added = [self.allocator.allocate() for _ in range(min(needed, self.allocator.num_free))]\n")),
         ("        if copies:\n", "        if copies and added:\n"),
     ),
     Mistake(
@@ -114,8 +136,15 @@ MISTAKES = [
         "blocks",
         (NEEDED, "        needed = math.ceil(count / self._block_size) + copies\n"),
     ),
-    Mistake("one_block_more", "9.3", "blocks", (NEEDED, NEEDED.replace("(length + count) /", "(length + count + 1) /"))),
-    Mistake("fork_takes_the_whole_table", "9.3", "blocks", (FORK, "        self._tables[child] = list(self._tables[parent])\n")),
+    Mistake(
+        "one_block_more", "9.3", "blocks", (NEEDED, NEEDED.replace("(length + count) /", "(length + count + 1) /"))
+    ),
+    Mistake(
+        "fork_takes_the_whole_table",
+        "9.3",
+        "blocks",
+        (FORK, "        self._tables[child] = list(self._tables[parent])\n"),
+    ),
     Mistake(
         "fork_drops_the_rest",
         "9.3",
@@ -133,8 +162,19 @@ MISTAKES = [
         "one_list_for_both",
         "9.3",
         "",
-        (FORK, FORK.replace("self._tables[parent][: math.ceil(length / self._block_size)]", "self._tables[parent]"), ),
-        (FORK_LENGTH, "        if length <= (len(self._tables[child]) - 1) * self._block_size:\n            self._tables[child] = self._tables[child][: math.ceil(length / self._block_size)]\n" + FORK_LENGTH),
+        (
+            FORK,
+            FORK.replace("self._tables[parent][: math.ceil(length / self._block_size)]", "self._tables[parent]"),
+        ),
+        (
+            FORK_LENGTH,
+            (
+                "        if length <= (len(self._tables[child]) - 1) * self._block_size:\n"
+                "            self._tables[child] = self._tables[child][: math.ceil(length / "
+                "self._block_size)]\n"
+            )
+            + FORK_LENGTH,
+        ),
     ),
     Mistake(
         "fork_copies",
@@ -154,12 +194,38 @@ MISTAKES = [
         "free_gives_back_for_all",
         "9.3",
         "",
-        (FREE, "        for block in self._tables.pop(sequence):\n            while self.allocator.ref_count(block):\n                self.allocator.free(block)\n"),
+        (
+            FREE,
+            (
+                "        for block in self._tables.pop(sequence):\n"
+                "            while self.allocator.ref_count(block):\n"
+                "                self.allocator.free(block)\n"
+            ),
+        ),
     ),
-    Mistake("free_keeps_shared_blocks", "9.3", "num_free", (FREE, FREE.replace("            self.allocator.free(block)", "            if self.allocator.ref_count(block) == 1:\n                self.allocator.free(block)"))),
-    Mistake("free_gives_back_one_block", "9.3", "num_free", (FREE, FREE.replace(".pop(sequence):", ".pop(sequence)[-1:]:"))),
+    Mistake(
+        "free_keeps_shared_blocks",
+        "9.3",
+        "num_free",
+        (
+            FREE,
+            FREE.replace(
+                "            self.allocator.free(block)",
+                ("            if self.allocator.ref_count(block) == 1:\n                self.allocator.free(block)"),
+            ),
+        ),
+    ),
+    Mistake(
+        "free_gives_back_one_block", "9.3", "num_free", (FREE, FREE.replace(".pop(sequence):", ".pop(sequence)[-1:]:"))
+    ),
     Mistake("free_keeps_the_length", "9.3", "after free", (FORGET, "")),
-    Mistake("own_table_is_handed_out", "9.3", "has changed", (TABLE, "        return self._tables.get(sequence, [])\n"), only=True),
+    Mistake(
+        "own_table_is_handed_out",
+        "9.3",
+        "has changed",
+        (TABLE, "        return self._tables.get(sequence, [])\n"),
+        only=True,
+    ),
     Mistake(
         "caches_share_their_tables",
         "9.3",
@@ -180,17 +246,38 @@ MISTAKES = [
         "blocks_side_by_side",
         "9.3",
         "",
-        (SLOTS, "        first = self._slots(sequence, start, start + 1)[0]\n        slots = [slot % (len(self.keys[0]) * self._block_size) for slot in range(first, first + len(k))]\n"),
+        (
+            SLOTS,
+            (
+                "        first = self._slots(sequence, start, start + 1)[0]\n"
+                "        slots = [slot % (len(self.keys[0]) * self._block_size) for slot in "
+                "range(first, first + len(k))]\n"
+            ),
+        ),
         only=True,
     ),
-    Mistake("values_for_keys", "9.3", "differ", ("((self.keys, k), (self.values, v))", "((self.keys, v), (self.values, k))"), only=True),
-    Mistake("pool_never_in_bfloat16", "9.3", "bfloat16", (POOLS, POOLS.replace("dtype=dtype", "dtype=torch.float32 if dtype == torch.bfloat16 else dtype"))),
+    Mistake(
+        "values_for_keys",
+        "9.3",
+        "differ",
+        ("((self.keys, k), (self.values, v))", "((self.keys, v), (self.values, k))"),
+        only=True,
+    ),
+    Mistake(
+        "pool_never_in_bfloat16",
+        "9.3",
+        "bfloat16",
+        (POOLS, POOLS.replace("dtype=dtype", "dtype=torch.float32 if dtype == torch.bfloat16 else dtype")),
+    ),
     Mistake("always_on_the_cpu", "9.3", "meta", (POOLS, POOLS.replace("device=device", 'device="cpu"')), only=True),
     Mistake(
         "values_are_the_keys",
         "9.3",
         "",
-        (POOLS, "        self.keys = torch.zeros(shape, dtype=dtype, device=device)\n        self.values = self.keys\n"),
+        (
+            POOLS,
+            ("        self.keys = torch.zeros(shape, dtype=dtype, device=device)\n        self.values = self.keys\n"),
+        ),
     ),
     Mistake(
         "grandchildren_write_in_place",
@@ -199,4 +286,4 @@ MISTAKES = [
         (COPIES, COPIES.replace("> 1\n", "in (2, 3)\n")),
         only=True,
     ),
-]  # fmt: skip
+]
