@@ -1,4 +1,4 @@
-"""Many requests: tokens per second, calls of the model and slots held, one by one, in static batches, and in an engine."""
+"""Many requests: tokens per second, calls and slots held, one by one, in static batches, and in an engine."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakSet, finalize
 
@@ -132,14 +133,13 @@ def wrong_tokens(
     """Of prompts and their answers, the tokens that are not the most probable ones after those before them: which
     answer, the place in it, and what was wanted. All at once, over contiguous tensors, without the learner's code.
     """
-    answers = [(list(prompt), list(came)) for prompt, came in answers]
-    rows = [prompt + came[:-1] for prompt, came in answers if came]
+    rows = [[*prompt, *came[:-1]] for prompt, came in answers if came]
     if not rows:
         return
     hidden = causal([len(row) for row in rows])
     tokens = torch.tensor([min(max(token, 0), model.vocab_size - 1) for row in rows for token in row])
     positions = torch.tensor([place for row in rows for place in range(len(row))])
-    logits = model.logits(tokens, positions, lambda _, q, k, v: contiguous(q, k, v, hidden))
+    logits = model.logits(tokens, positions, partial(unlayered, hidden))
     short = (logits.amax(-1, keepdim=True) - logits).tolist()
     start = 0
     for number, (prompt, came) in enumerate(answers):
@@ -150,13 +150,18 @@ def wrong_tokens(
         start += len(prompt) + len(came) - 1 if came else 0
 
 
+def unlayered(hidden: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of any layer over contiguous tensors."""
+    return contiguous(q, k, v, hidden)
+
+
 def alone(model: Model, prompt: Sequence[int], count: int) -> list[int]:
     """What a prompt gets alone, without a cache."""
     tokens = list(prompt)
     for _ in range(count):
-        hidden, given = causal([len(tokens)]), torch.tensor(tokens)
+        attend = partial(unlayered, causal([len(tokens)]))
         with torch.no_grad():
-            logits = model.logits(given, torch.arange(len(tokens)), lambda _, q, k, v, h=hidden: contiguous(q, k, v, h))
+            logits = model.logits(torch.tensor(tokens), torch.arange(len(tokens)), attend)
         tokens.append(int(logits[-1].argmax()))
     return tokens[len(prompt) :]
 

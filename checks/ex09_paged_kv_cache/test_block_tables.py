@@ -188,7 +188,7 @@ def test_fork_copies_nothing(subject: Subject, close: Close) -> None:
     known.holds(close, "fork(0, 1, 6) with no block free")
 
 
-SHORT = (
+SHORT: tuple[tuple[str, list[tuple[int, ...]], int, int], ...] = (
     ("a new sequence", [(0, 7)], 1, 5),
     ("a sequence that has room for some of them", [(0, 7), (1, 1)], 1, 4),
     ("a copy and a block, one is free", [(0, 7), (1, 0, 7)], 1, 2),

@@ -1,5 +1,6 @@
 """Cancellation, requests that cannot be valid, and errors of the model (9.9)."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def test_an_impossible_request_leaves_no_trace(subject: Subject, rng: torch.Gene
             what = f"submit of {words}"
             if numbers:
                 what = f"{what}, which needs {numbers[0]} blocks where there are {numbers[1]}"
-            refuses(ValueError, lambda p=prompt, m=most: stage.engine.submit(p, m), what, *numbers)
+            refuses(ValueError, partial(stage.engine.submit, prompt, most), what, *numbers)
         stage.judge_metrics()
         if words == "token -1":
             stage.step()

@@ -43,9 +43,8 @@ MISTAKES = [
         (ADMITTED, ("        self.cache.append(request.id, len(request.tokens) - self.cache.length(request.id))\n")),
         (
             "        self._submitted += 1\n        return self._submitted - 1\n",
-            "        self._submitted += 1\n        if self.cache.allocator.num_free > 3 * needed:\n"(
-                "            self.cache.append(self._submitted - 1, len(tokens))\n        return self._submitted - 1\n"
-            ),
+            "        self._submitted += 1\n        if self.cache.allocator.num_free > 3 * needed:\n"
+            "            self.cache.append(self._submitted - 1, len(tokens))\n        return self._submitted - 1\n",
         ),
     ),
     Mistake(

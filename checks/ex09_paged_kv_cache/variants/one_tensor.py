@@ -1,4 +1,4 @@
-"""Keys and values are views of one tensor; append takes block by block and gives back what it took; counts lie in one."""
+"""Keys and values are views of one tensor; append takes block by block, and gives back what it took."""
 
 from typing import Any
 
