@@ -256,6 +256,7 @@ class Stage:
         """A step whose call of the model fails; the next one does what it should have done."""
         self.model.error = stage, error
         self.history.append(f"step(), in which the model raises {type(error).__name__} {stage}")
+        before = self.engine.metrics()
         try:
             came = self.engine.step()
         except Exception as raised:
@@ -264,6 +265,10 @@ class Stage:
             self.demand(
                 "fault", raised is error, f"step(): {raised!r} came, the model's own {error!r} was wanted, unchanged"
             )
+            after = self.engine.metrics()
+            for name in ("model_calls", "tokens_fed", "tokens_generated"):
+                what = f"metrics()[{name!r}] was {before.get(name)} before a step in which the model raised"
+                self.demand("fault", after.get(name) == before.get(name), f"{what}, and is {after.get(name)}")
             return
         raise self.fault("fault", f"step(): {came!r} came, the model's {error!r} was wanted")
 

@@ -10,7 +10,7 @@ from harness.testing import Subject, refuses, requirement
 from .reference import SMALL, Sizes
 from .stage import Stage, distinct, plays
 
-CANCEL = ("tokens", "memory", "schedule", "cancelled", "finished", "model_calls", "tokens_fed", "preemptions")
+CANCEL = ("tokens", "memory", "schedule", "cancelled", "finished", "preemptions")
 
 
 @requirement("9.9")

@@ -235,6 +235,7 @@ def test_engines_beside_each_other(subject: Subject, rng: torch.Generator) -> No
             stage.step()
     for stage in stages:
         stage.drain()
+    for stage in stages:
         stage.run()
 
 
@@ -293,6 +294,8 @@ def test_the_first_that_does_not_fit_ends_admission(subject: Subject, rng: torch
     """A newcomer needs blocks for all its tokens; smaller ones behind it wait with it. Nobody runs out of blocks."""
     stage = Stage(subject, 6, 4, watch=SCHEDULE)
     play(stage, zip(distinct(rng, 12, 14, 2, 3), (1, 2, 2, 1), strict=True))
+    stage = Stage(subject, 2, 4, watch=SCHEDULE)
+    play(stage, zip(distinct(rng, 4, 3), (1, 6), strict=True))
     stage = Stage(subject, 5, 4, watch=SCHEDULE)
     for prompt, most in zip(distinct(rng, 9, 8, 4), (3, 1, 1), strict=True):
         stage.submit(prompt, most)

@@ -97,7 +97,7 @@ MISTAKES = [
     Mistake(
         "last_block_is_lost",
         "9.2",
-        "was",
+        "NaN",
         (BLOCKS, "        blocks = table[: max(1, length // block_size)]\n"),
         (GATHER, GATHER.replace("[:length]", "[: max(length, len(own))]")),
     ),
@@ -249,7 +249,7 @@ MISTAKES = [
     Mistake(
         "block_size_of_four",
         "9.2",
-        "was",
+        "NaN",
         (BLOCKS, "        blocks = table[: math.ceil(length / 4)]\n"),
         (GATHER, GATHER.replace("pool[blocks]", "pool[blocks, :4]").replace("[:length]", "[: max(length, len(own))]")),
     ),

@@ -200,7 +200,7 @@ MISTAKES = [
     Mistake(
         "prompt_is_the_callers",
         "9.5",
-        "was",
+        "request 0",
         (TOKENS, "        tokens = prompt if isinstance(prompt, list) else list(prompt)\n"),
     ),
     Mistake(

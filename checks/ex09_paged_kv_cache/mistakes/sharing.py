@@ -52,7 +52,6 @@ MISTAKES = [
                 "other.tokens[max(n - 2, 0) : n]), default=0)\n"
             ),
         ),
-        only=True,
     ),
     Mistake("nothing_left_to_feed", "9.8", "", (LIMIT, "    limit = min(len(request.tokens), other.fed)\n")),
     Mistake("what_is_not_fed_yet", "9.8", "", (LIMIT, "    limit = min(len(request.tokens) - 1, len(other.tokens))\n")),

@@ -24,7 +24,7 @@ STATE = "        self._tables: dict[int, list[int]] = {}\n        self._lengths:
 POOLS = "        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))\n"
 
 MISTAKES = [
-    Mistake("no_copy_on_write", "9.3", "not what was written there", (COPIES, "        copies = False\n")),
+    Mistake("no_copy_on_write", "9.3", "a copy of", (COPIES, "        copies = False\n")),
     Mistake("copies_the_first_layer", "9.3", "layers [1, 2]", (COPY, COPY.replace("[:, ", "[0, ")), only=True),
     Mistake(
         "copies_the_keys_alone",
@@ -56,7 +56,7 @@ MISTAKES = [
     Mistake(
         "moves_what_is_its_own",
         "9.3",
-        "b is its own",
+        "",
         (COPIES, COPIES.replace(" > 1\n", " > 0\n")),
     ),
     Mistake(
@@ -69,7 +69,7 @@ MISTAKES = [
     Mistake(
         "only_children_copy",
         "9.3",
-        "sequence 1",
+        "its own by then",
         (COPIES, COPIES.replace("count > 0", "count > 0 and sequence in self._children")),
         (STATE, STATE + "        self._children: set[int] = set()\n"),
         (FORK_LENGTH, FORK_LENGTH + "        self._children.add(child)\n"),
@@ -222,7 +222,7 @@ MISTAKES = [
     Mistake(
         "own_table_is_handed_out",
         "9.3",
-        "has changed",
+        "block_table",
         (TABLE, "        return self._tables.get(sequence, [])\n"),
         only=True,
     ),
