@@ -33,11 +33,7 @@ class BlockAllocator:
         return len(self._free)
 
     def allocate(self) -> int:
-        """Any free block; its count is 1 from now on.
-
-        Raises:
-            OutOfBlocksError: no block is free.
-        """
+        """Any free block, whose count is 1 from now on; OutOfBlocksError if there is none."""
         if not self._free:
             raise OutOfBlocksError(f"all {len(self._counts)} blocks are in use")
         block = self._free.pop()
@@ -45,20 +41,12 @@ class BlockAllocator:
         return block
 
     def share(self, block: int) -> None:
-        """Counts one more holder.
-
-        Raises:
-            ValueError: the block is not in use, or does not exist.
-        """
+        """Counts one more holder; ValueError for a block that is not in use or does not exist."""
         self._check_used(block)
         self._counts[block] += 1
 
     def free(self, block: int) -> None:
-        """Counts one holder less; at 0 the block is free.
-
-        Raises:
-            ValueError: the block is not in use, or does not exist.
-        """
+        """Counts one holder less, at 0 the block is free; ValueError as for share."""
         self._check_used(block)
         self._counts[block] -= 1
         if not self._counts[block]:
@@ -103,11 +91,7 @@ class PagedKVCache:
         self._lengths: dict[int, int] = {}
 
     def append(self, sequence: int, count: int) -> None:
-        """Hands out slots for `count` more tokens; a sequence that is unknown is new and empty.
-
-        Raises:
-            OutOfBlocksError: there are too few free blocks; nothing has changed.
-        """
+        """Hands out slots for `count` more tokens, or raises OutOfBlocksError; an unknown sequence is new and empty."""
         table, length = self._tables.get(sequence, []), self.length(sequence)
         copies = count > 0 and length % self._block_size > 0 and self.allocator.ref_count(table[-1]) > 1
         needed = math.ceil((length + count) / self._block_size) - len(table) + copies
@@ -259,11 +243,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> dict[int, int]:
-        """Makes room, admits, and calls the model at most once.
-
-        Returns:
-            {id: new token} of every request that ran; {} if nothing is left.
-        """
+        """Makes room, admits, calls the model at most once, and returns {id: new token} of every request that ran."""
         # After a call that failed all of this has been done already, and changes nothing.
         for request in list(self._running):
             while request in self._running and not self._has_slots(request):
@@ -286,21 +266,13 @@ class Engine:
         return news
 
     def run(self) -> dict[int, list[int]]:
-        """Steps until nothing is left.
-
-        Returns:
-            {id: new tokens} of every request finished so far.
-        """
+        """Steps until nothing is left, and returns {id: new tokens} of every request finished so far."""
         while self._waiting or self._running:
             self.step()
         return {number: list(tokens) for number, tokens in self._finished.items()}
 
     def cancel(self, request_id: int) -> bool:
-        """Ends a request, and frees its blocks.
-
-        Returns:
-            True if it was waiting or running.
-        """
+        """Ends a request, and frees its blocks; True if it was waiting or running."""
         for requests in (self._waiting, self._running):
             for request in requests:
                 if request.id == request_id:
@@ -312,12 +284,7 @@ class Engine:
         return False
 
     def metrics(self) -> dict[str, int]:
-        """Numbers of now and of all time.
-
-        Returns:
-            running, waiting, blocks_used: as it is now; finished, cancelled, preemptions, model_calls, tokens_fed,
-            tokens_generated: so far.
-        """
+        """The nine numbers by name, as they are now or have added up so far."""
         return {
             "running": len(self._running),
             "waiting": len(self._waiting),

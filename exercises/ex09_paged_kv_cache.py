@@ -51,8 +51,8 @@ Requirements
     - `submit` raises ValueError for an empty prompt, a token outside 0 … vocab_size - 1,
       max_new_tokens < 1, and a request that never fits, with both numbers of blocks. Nothing has
       changed then: the next request gets the next id.
-    - An error of the model goes through unchanged, OutOfBlocksError too. The next step does what the
-      failed one should have done. It is no call for `metrics`.
+    - An error of the model goes through unchanged, OutOfBlocksError too. The next step does what
+      the failed one should have done. It is no call for `metrics`.
 9.10 (correctness) Write your own test: `test_engine` passes on right code, whoever wrote it, and
     fails on each of the slips listed below.
 9.11 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
@@ -184,29 +184,17 @@ class BlockAllocator:
         raise NotImplementedError("TODO 9.1: __init__")
 
     def allocate(self) -> int:
-        """Any free block; its count is 1 from now on.
-
-        Raises:
-            OutOfBlocksError: no block is free.
-        """
+        """Any free block, whose count is 1 from now on; OutOfBlocksError if there is none."""
         # TODO(9.1): take a free block, or raise OutOfBlocksError.
         raise NotImplementedError("TODO 9.1: allocate")
 
     def share(self, block: int) -> None:
-        """Counts one more holder.
-
-        Raises:
-            ValueError: the block is not in use, or does not exist.
-        """
+        """Counts one more holder; ValueError for a block that is not in use or does not exist."""
         # TODO(9.1): refuse a block that is not in use; count one more.
         raise NotImplementedError("TODO 9.1: share")
 
     def free(self, block: int) -> None:
-        """Counts one holder less; at 0 the block is free.
-
-        Raises:
-            ValueError: the block is not in use, or does not exist.
-        """
+        """Counts one holder less, at 0 the block is free; ValueError as for share."""
         # TODO(9.1): refuse a block that is not in use; count one less, and take it back at 0.
         raise NotImplementedError("TODO 9.1: free")
 
@@ -243,11 +231,7 @@ class PagedKVCache:
         raise NotImplementedError("TODO 9.3: __init__")
 
     def append(self, sequence: int, count: int) -> None:
-        """Hands out slots for `count` more tokens; a sequence that is unknown is new and empty.
-
-        Raises:
-            OutOfBlocksError: there are too few free blocks; nothing has changed.
-        """
+        """Hands out slots for `count` more tokens, or raises OutOfBlocksError; an unknown sequence is new and empty."""
         # TODO(9.3): take blocks for the new slots, all or none; copy a partly filled, shared last block first.
         raise NotImplementedError("TODO 9.3: append")
 
@@ -344,11 +328,7 @@ class Engine:
         raise NotImplementedError("TODO 9.5: submit")
 
     def step(self) -> dict[int, int]:
-        """Makes room, admits, and calls the model at most once.
-
-        Returns:
-            {id: new token} of every request that ran; {} if nothing is left.
-        """
+        """Makes room, admits, calls the model at most once, and returns {id: new token} of every request that ran."""
         # TODO(9.5): give the running their slots, admit the waiting, call the model, hand each its token.
         # TODO(9.6): feed all that run in one call, each token once.
         # TODO(9.4): keep no tensor and no graph from call to call; free the blocks of who is finished.
@@ -358,30 +338,17 @@ class Engine:
         raise NotImplementedError("TODO 9.5: step")
 
     def run(self) -> dict[int, list[int]]:
-        """Steps until nothing is left.
-
-        Returns:
-            {id: new tokens} of every request finished so far.
-        """
+        """Steps until nothing is left, and returns {id: new tokens} of every request finished so far."""
         # TODO(9.5): step until nothing is left; return all that is finished.
         raise NotImplementedError("TODO 9.5: run")
 
     def cancel(self, request_id: int) -> bool:
-        """Ends a request, and frees its blocks.
-
-        Returns:
-            True if it was waiting or running.
-        """
+        """Ends a request, and frees its blocks; True if it was waiting or running."""
         # TODO(9.9): take it off the waiting or the running, and free its blocks.
         raise NotImplementedError("TODO 9.9: cancel")
 
     def metrics(self) -> dict[str, int]:
-        """Numbers of now and of all time.
-
-        Returns:
-            running, waiting, blocks_used: as it is now; finished, cancelled, preemptions, model_calls, tokens_fed,
-            tokens_generated: so far.
-        """
+        """The nine numbers by name, as they are now or have added up so far."""
         # TODO(9.6): count what returned; tell what waits, runs and holds blocks.
         raise NotImplementedError("TODO 9.6: metrics")
 

@@ -48,23 +48,15 @@ MISTAKES = [
         "(num_free, counts) after",
         (
             BACK,
-            (
-                "        self._counts[block] -= 1\n"
-                "        if self._counts[block] <= 0:\n"
-                "            self._free.append(block)\n"
-            ),
+            "        self._counts[block] -= 1\n"
+            "        if self._counts[block] <= 0:\n"
+            "            self._free.append(block)\n",
         ),
         (
-            '''            ValueError: the block is not in use, or does not exist.
-        """
-        self._check_used(block)
-        self._counts[block] -= 1''',
-            '''            ValueError: the block is not in use, or does not exist.
-        """
-        if 0 <= block < len(self._counts) and not self._counts[block] and block not in self._free[:-1]:
-            self._free.append(block)
-        self._check_used(block)
-        self._counts[block] -= 1''',
+            'ValueError as for share."""\n',
+            'ValueError as for share."""\n'
+            "        if 0 <= block < len(self._counts) and not self._counts[block] and block not in self._free[:-1]:\n"
+            "            self._free.append(block)\n",
         ),
         only=True,
     ),
