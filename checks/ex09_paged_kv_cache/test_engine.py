@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from harness.testing import Subject, halfway, requirement
+from harness.testing import Subject, requirement
 
 from .reference import TINY, Floats, Model, Sizes, alone, causal, contiguous
 from .stage import Stage, distinct, play
@@ -260,7 +260,6 @@ SCHEDULE = ("calls", "schedule")
 METRICS = ("metrics",)
 
 
-@halfway
 @requirement("9.6")
 def test_one_call_feeds_all_that_run(subject: Subject, rng: torch.Generator) -> None:
     """Prompts whole in the step that admits them, then the last token of each; no call without anything to do."""

@@ -200,7 +200,7 @@ def test_every_call_reads_anew(subject: Subject, close: Close, rng: torch.Genera
     case.parts = [(q * -1.3, k, v * -0.7) for q, k, v in case.parts]
 
     what = f"{case}, after other numbers were written to the same tensors"
-    for enter in modes.values():
+    for enter in reversed(modes.values()):
         with enter():
             close(attended(subject, case), case.expected(), what, hint="is something kept from call to call?")
 

@@ -158,4 +158,4 @@ class Serving(Walk):
         return int(torch.randint(low, high + 1, (1,), generator=rng))
 
 
-test_requests_in_any_order = walk_check(Serving(), 9)
+test_requests_in_any_order = walk_check(Serving(), 7)

@@ -134,5 +134,5 @@ class Attending(Walk):
         assert not written, f"paged_attention: {', '.join(written)} written to, if only to be put back"
 
 
-test_sequences_in_any_order = walk_check(Sequences(), 8)
-test_attention_in_any_order = walk_check(Attending(), 14)
+test_sequences_in_any_order = walk_check(Sequences(), 6)
+test_attention_in_any_order = walk_check(Attending(), 10)

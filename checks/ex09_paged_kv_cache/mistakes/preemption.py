@@ -58,7 +58,6 @@ MISTAKES = [
             ),
         ),
         (QUEUED, QUEUED + "        self._waiting.sort(key=lambda request: request.id)\n"),
-        only=True,
     ),
     Mistake(
         "largest_preempted",
@@ -98,7 +97,6 @@ MISTAKES = [
                 ),
             ),
         ),
-        only=True,
     ),
     Mistake(
         "preempts_before_the_last_block",
@@ -133,7 +131,6 @@ MISTAKES = [
                 "len(request.tokens) - request.prompt\n"
             ),
         ),
-        only=True,
     ),
     Mistake(
         "prompt_is_what_came_back",
@@ -142,15 +139,12 @@ MISTAKES = [
         (FREED, FREED + "        request.prompt = len(request.tokens)\n"),
         only=True,
     ),
-    Mistake(
-        "the_preempted_wait_last", "9.7", "were wanted", (QUEUED, "        self._waiting.append(request)\n"), only=True
-    ),
+    Mistake("the_preempted_wait_last", "9.7", "were wanted", (QUEUED, "        self._waiting.append(request)\n")),
     Mistake(
         "preempted_in_the_wrong_order",
         "9.7",
         "",
         (QUEUED, "        self._waiting.insert(min(1, len(self._waiting)), request)\n"),
-        only=True,
     ),
     Mistake(
         "blocks_leak_at_preemption",
@@ -190,7 +184,7 @@ MISTAKES = [
         (COUNTED, '        self._counts["preemptions"] += len(request.tokens)\n'),
         only=True,
     ),
-    Mistake("newcomers_before_those_that_run", "9.7", "were wanted", (MAKE_ROOM + ADMIT, ADMIT + MAKE_ROOM), only=True),
+    Mistake("newcomers_before_those_that_run", "9.7", "was wanted", (MAKE_ROOM + ADMIT, ADMIT + MAKE_ROOM)),
     Mistake(
         "newcomers_preempt",
         "9.7",
@@ -218,7 +212,6 @@ MISTAKES = [
             + MAKE_ROOM
             + '        if self._counts["preemptions"] > before:\n            return {}\n',
         ),
-        only=True,
     ),
     Mistake(
         "the_oldest_waits_too",
@@ -233,7 +226,6 @@ MISTAKES = [
                 "            self._preempt(self._running[-1])\n"
             ),
         ),
-        only=True,
     ),
     Mistake(
         "fed_is_not_forgotten",
@@ -270,6 +262,5 @@ MISTAKES = [
             )
             + ENOUGH,
         ),
-        only=True,
     ),
 ]

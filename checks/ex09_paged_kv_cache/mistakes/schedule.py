@@ -53,7 +53,6 @@ MISTAKES = [
             )
             + CALL,
         ),
-        only=True,
     ),
     Mistake(
         "newcomers_in_a_call_of_their_own",
@@ -75,7 +74,6 @@ MISTAKES = [
             )
             + CALL,
         ),
-        only=True,
     ),
     Mistake(
         "a_call_to_warm_up",

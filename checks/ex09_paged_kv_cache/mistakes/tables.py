@@ -25,7 +25,7 @@ POOLS = "        self.keys, self.values = (torch.zeros(shape, dtype=dtype, devic
 
 MISTAKES = [
     Mistake("no_copy_on_write", "9.3", "a copy of", (COPIES, "        copies = False\n")),
-    Mistake("copies_the_first_layer", "9.3", "layers [1, 2]", (COPY, COPY.replace("[:, ", "[0, ")), only=True),
+    Mistake("copies_the_first_layer", "9.3", "layers [1, 2]", (COPY, COPY.replace("[:, ", "[0, "))),
     Mistake(
         "copies_the_keys_alone",
         "9.3",
@@ -62,7 +62,7 @@ MISTAKES = [
     Mistake(
         "copies_for_nothing",
         "9.3",
-        "append(1, 0)",
+        "count 0",
         (COPIES, COPIES.replace("count > 0", "count >= 0")),
         only=True,
     ),
@@ -78,7 +78,7 @@ MISTAKES = [
     Mistake(
         "once_forked_always_copied",
         "9.3",
-        "moved",
+        "",
         (COPIES, COPIES.replace("self.allocator.ref_count(table[-1]) > 1", "table[-1] in self._forked")),
         (STATE, STATE + "        self._forked: set[int] = set()\n"),
         (SHARES, "        self._forked.update(self._tables[child])\n" + SHARES),
