@@ -17,7 +17,7 @@ PANELS = {"a mix of lengths": 0, "a common prefix of 256 tokens": 256}
 COUNTS = (8, 16, 32)
 SHORT_UP_TO = 16
 BATCH, BLOCK_SIZE, NUM_BLOCKS, VOCABULARY = 8, 16, 192, 128
-SIZES = {"d_model": 256, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32, "d_ff": 512}
+SIZES = {"d_model": 512, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32, "d_ff": 1024}
 TOKENS, CALLS, SLOTS = "tokens per second", "calls of the model", "slots held per token"
 
 Asked = list[tuple[list[int], int]]
@@ -25,7 +25,7 @@ Serve = Callable[[nn.Module, Asked, Callable[[int], None]], list[list[int]]]
 
 
 def cases(modules: Mapping[str, ModuleType]) -> Iterable[Case]:
-    """Requests of 8 to 47 tokens for 8 to 47 more, all of them waiting, with and without a common beginning."""
+    """Requests of 8 to 24 tokens for 8 to 24 more, all of them waiting, with and without a common beginning."""
     given = modules.get("answer") or modules["yours"]
     for panel, prefix in PANELS.items():
         for count in COUNTS:
@@ -65,7 +65,7 @@ def requests(count: int, prefix: int) -> Asked:
         return drawn
 
     shared = numbers(prefix)
-    lengths = torch.randint(8, 48, (count, 2), generator=rng).tolist()
+    lengths = torch.randint(8, 25, (count, 2), generator=rng).tolist()
     return [([*shared, *numbers(length)], most) for length, most in lengths]
 
 

@@ -179,7 +179,7 @@ MISTAKES = [
     Mistake(
         "fork_copies",
         "9.3",
-        "the parent's",
+        "",
         (
             FORK,
             """        self.append(child, length)
