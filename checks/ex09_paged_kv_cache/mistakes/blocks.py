@@ -55,7 +55,7 @@ MISTAKES = [
         (
             'ValueError as for share."""\n',
             'ValueError as for share."""\n'
-            "        if 0 <= block < len(self._counts) and not self._counts[block] and block not in self._free[:-1]:\n"
+            "        if 0 <= block < len(self._counts) and not self._counts[block]:\n"
             "            self._free.append(block)\n",
         ),
         only=True,
