@@ -1,0 +1,1 @@
+"""What judges ex09, Paged key-value cache."""
