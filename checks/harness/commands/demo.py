@@ -39,11 +39,9 @@ def run(request: Request) -> int:
         module = load(path)
     except LoadError as error:
         raise UsageError(f"{shown(path)}:{error.line or 1}: {error.fact}") from None
-    neutral_state()
-    torch.set_num_threads(_THREADS)
     language = language_of(exercise, request, out)
     out.print(language.name, soft_wrap=True)
-    prompts = [request.prompt] if request.prompt else language.prompts
+    prompts = [*([request.prompt] if request.prompt else []), *language.prompts]
     try:
         writers = [Writer(name, one) for name, one in demo.contestants(module, language, prompts).items()]
         _race(writers, out)
@@ -77,10 +75,10 @@ def language_of(exercise: Exercise, request: Request, out: Console) -> Language:
         UsageError: there is no such folder, or the Decoder cannot hold what is in it.
     """
     given = execute(exercise.starter, exercise.starter_file, f"given_{exercise.id}")
-    neutral_state()
-    torch.set_num_threads(_THREADS)
+    neutral_state()  # One thread, which is the fastest for a toy.
     if not request.model:
         return characters(given.Decoder, exercise.starter, out)
+    torch.set_num_threads(_THREADS)
     draft = _folder("DRAFT", request.draft) if request.draft else None
     return checkpoint(_folder("MODEL", request.model), given.Decoder, draft)
 
@@ -140,6 +138,8 @@ def _race(writers: list[Writer], out: Console) -> None:
                 live.update(screen(), refresh=True)
                 painted = time.monotonic()
         live.update(screen(), refresh=True)
+    if not out.is_terminal:
+        out.print()
 
 
 def compared(writers: list[Writer]) -> Iterator[str]:
