@@ -36,8 +36,9 @@ class Model(nn.Module):
     def note(self, tokens: Tensor, positions: Tensor) -> None:
         """Notes a call, and fails if its tensors are not the contract's."""
         for name, tensor in (("tokens", tokens), ("positions", positions)):
-            came = f"{tensor.dtype} {list(tensor.shape)}"
-            assert came == f"torch.int64 {list(tokens.shape[:1])}", f"the model is called with {name} {came}; int64 [T]"
+            if tensor.dtype != torch.int64 or tensor.dim() != 1 or tensor.shape != tokens.shape:
+                came = f"{tensor.dtype} {list(tensor.shape)}"
+                raise AssertionError(f"the model is called with {name} {came}; int64 [T] was wanted")
         if tokens.device.type != "meta":
             self.calls.append((tokens.tolist(), positions.tolist()))
 
@@ -53,40 +54,61 @@ class Table(Model):
     def __init__(self, *tables: Rows, dtype: torch.dtype = torch.float64) -> None:
         super().__init__(len(tables[0]), 1, 2, 1, 2)
         self.table = nn.Parameter(torch.tensor(tables, dtype=torch.float64).log().to(dtype))  # [P, V, V]
-        self.register_buffer("q", torch.zeros(64, 2, 2, dtype=dtype))
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """Logits [T, V]."""
         self.note(tokens, positions)
-        q = self.q[: len(tokens)]
+        table = self.table
+        q = table.new_zeros(len(tokens), 2, 2)
         attend(0, q, q[:, :1], q[:, :1])
         self.passed(0)
-        return self.table[positions % len(self.table), tokens]
+        return table[0].index_select(0, tokens) if len(table) == 1 else table[positions % len(table), tokens]
 
 
 class Story(Model):
-    """Chooses by all tokens and their places: a number that they add up to, in two layers, names a row of a table.
+    """Chooses by all tokens and their places: what they add up to names a row of a table.
 
     Every key is zero, so that attention gives means, which times their count are sums of whole numbers.
     """
 
-    def __init__(self, rng: torch.Generator, vocab_size: int = 7, rows: int = 23, dtype: torch.dtype = torch.float64):
-        super().__init__(vocab_size, 2, 2, 1, 2)
+    def __init__(
+        self,
+        rng: torch.Generator,
+        vocab_size: int = 7,
+        rows: int = 23,
+        layers: int = 1,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__(vocab_size, layers, 2, 1, 2)
         self.table = nn.Parameter(3 * torch.randn(rows, vocab_size, generator=rng, dtype=torch.float64).to(dtype))
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """Logits [T, V]."""
         self.note(tokens, positions)
-        count = (positions + 1).to(self.table.dtype)
+        states, places = self.calls[-1]
         zeros = self.table.new_zeros(len(tokens), 2, 2)
-        state = tokens
         for layer in range(self.num_layers):
-            mark = (state % 11 + 1).to(self.table.dtype)
-            v = torch.stack([mark, mark * (positions % 5 + 1)], -1)[:, None]  # [T, 1, 2]
-            sums = (attend(layer, zeros, zeros[:, :1], v).detach()[:, 1] * count[:, None]).round().long()
-            state = (sums[:, 0] + 3 * sums[:, 1] + 5 * tokens) % len(self.table)
+            marks = [[[mark, mark * weight]] for mark, weight in map(mark_of, states, places)]
+            v = torch.tensor(marks, dtype=zeros.dtype)  # [T, 1, 2]
+            means = attend(layer, zeros, zeros[:, :1], v)[:, 1].tolist()
+            sums = [
+                (round(a * (place + 1)), round(b * (place + 1))) for (a, b), place in zip(means, places, strict=True)
+            ]
+            states = [
+                step_of(*pair, token, len(self.table)) for pair, token in zip(sums, self.calls[-1][0], strict=True)
+            ]
             self.passed(layer)
-        return self.table[state]
+        return self.table[states]
+
+
+def mark_of(state: int, place: int) -> tuple[int, int]:
+    """What a token adds to the two sums of a Story: the mark, and the mark times the weight."""
+    return state % 11 + 1, place % 5 + 1
+
+
+def step_of(total: int, placed: int, token: int, rows: int) -> int:
+    """The row of a Story behind the two sums."""
+    return (total + 3 * placed + 5 * token) % rows
 
 
 class Small(Model):
@@ -107,16 +129,17 @@ class Small(Model):
     def forward(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """Logits [T, V]."""
         self.note(tokens, positions)
-        x = self.embed[tokens] + self.place[positions]  # [T, D]
+        w = dict(self.named_parameters(recurse=False))
+        x = w["embed"][tokens] + w["place"][positions]  # [T, D]
         for layer in range(2):
             # A graph of this call keeps the factor; nothing else does.
             self.inside.append(weakref.ref(x.untyped_storage()))
-            x = x * self.gain
-            q, k, v = (x @ getattr(self, f"{name}{layer}") for name in "qkv")
+            x = x * w["gain"]
+            q, k, v = (x @ w[f"{name}{layer}"] for name in "qkv")
             attended = attend(layer, q.unflatten(-1, (4, 3)), k.unflatten(-1, (2, 3)), v.unflatten(-1, (2, 3)))
             self.passed(layer)
-            x = x + (attended.flatten(1) @ getattr(self, f"o{layer}")).tanh()
-        return x @ self.head
+            x = x + (attended.flatten(1) @ w[f"o{layer}"]).tanh()
+        return x @ w["head"]
 
 
 def chain(follows: dict[int, int], dtype: torch.dtype = torch.float64) -> Table:
@@ -153,7 +176,7 @@ def greedy(model: Model) -> Next:
     """The most probable token behind any tokens, the first of equals."""
     if isinstance(model, Story):
         best = [row.index(max(row)) for row in model.table.tolist()]
-        return lambda tokens: best[state_of(tokens, len(best))]
+        return lambda tokens: best[state_of(tokens, len(best), model.num_layers)]
 
     if isinstance(model, Table):
         tables = model.table.tolist()
@@ -166,14 +189,15 @@ def greedy(model: Model) -> Next:
     return next_token
 
 
-def state_of(tokens: Sequence[int], rows: int) -> int:
-    """The row of a Story's table behind some tokens, by Python's integers."""
+def state_of(tokens: Sequence[int], rows: int, layers: int = 1) -> int:
+    """The row of a Story's table behind some tokens, by sums."""
     states = list(tokens)
-    for _ in range(2):
+    for _ in range(layers):
         total, placed, following = 0, 0, []
         for place, (state, token) in enumerate(zip(states, tokens, strict=True)):
-            total, placed = total + state % 11 + 1, placed + (state % 11 + 1) * (place % 5 + 1)
-            following.append((total + 3 * placed + 5 * token) % rows)
+            mark, weight = mark_of(state, place)
+            total, placed = total + mark, placed + mark * weight
+            following.append(step_of(total, placed, token, rows))
         states = following
     return states[-1]
 
@@ -188,6 +212,12 @@ class Told:
     accepted: int = 0
     target_calls: list[Call] = field(default_factory=list)
     draft_calls: list[Call] = field(default_factory=list)
+
+
+def forget(*models: Model) -> None:
+    """What models have noted so far no longer counts."""
+    for model in models:
+        model.calls.clear()
 
 
 def told(target: Next, draft: Next, prompt: Sequence[int], new: int, k: int, eos: int | None = None) -> Told:

@@ -1,9 +1,9 @@
 """Caches (11.6): feed in any pieces, rewind, errors, no graph."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +17,11 @@ TOKENS = (3, 0, 4, 4, 1, 2, 0, 3, 1)
 def length_is(cache: Any, wanted: int, what: str) -> None:
     """Fails unless the cache says that it holds so many tokens."""
     assert cache.length == wanted, f"{what}: length is {cache.length}, {wanted} was wanted"
+
+
+def begun(subject: Subject, model: Small) -> tuple[Any, list[int]]:
+    """A new cache of the learner's, and the tokens that it has been fed."""
+    return subject.CachedModel(model), []
 
 
 def feed(cache: Any, model: Small, sequence: list[int], tokens: Sequence[int], close: Close, what: str) -> Tensor:
@@ -47,22 +52,21 @@ def the_slip(came: Tensor, model: Small, sequence: Sequence[int], tokens: Sequen
 
 
 @requirement("11.6")
-@pytest.mark.parametrize("pieces", [(9,), (1, 1, 1, 1), (4, 1, 3), (2, 7)])
-def test_feed_in_pieces(subject: Subject, close: Close, rng: torch.Generator, pieces: Sequence[int]) -> None:
+def test_feed_in_pieces(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Pieces of any length give the logits of one call with all tokens."""
     model = Small(rng)
-    cache, sequence = subject.CachedModel(model), []
-    length_is(cache, 0, "CachedModel(model)")
-
-    for size in pieces:
-        feed(cache, model, sequence, TOKENS[len(sequence) :][:size], close, f"in pieces of {pieces}")
+    for pieces in ((9,), (1, 1, 1), (4, 1, 3)):
+        cache, sequence = begun(subject, model)
+        length_is(cache, 0, "CachedModel(model)")
+        for size in pieces:
+            feed(cache, model, sequence, TOKENS[len(sequence) :][:size], close, f"in pieces of {pieces}")
 
 
 @requirement("11.6")
 def test_feed_agrees_on_every_device(subject: Subject, close: Close, rng: torch.Generator, on: Where) -> None:
     """In every dtype, on every device."""
     model = Small(rng).to(on.device, on.dtype)
-    cache, sequence = subject.CachedModel(model), []
+    cache, sequence = begun(subject, model)
 
     for size in (3, 1, 2):
         feed(cache, model, sequence, list(TOKENS[len(sequence) :][:size]), close, f"a model of {on.dtype}")
@@ -72,7 +76,7 @@ def test_feed_agrees_on_every_device(subject: Subject, close: Close, rng: torch.
 def test_feed_in_float32(subject: Subject, rng: torch.Generator) -> None:
     """A float32 model has float32 keys, values and logits."""
     model = Small(rng, torch.float32)
-    cache, sequence = subject.CachedModel(model), []
+    cache, sequence = begun(subject, model)
 
     for size in (2, 1, 1):
         feed(cache, model, sequence, TOKENS[len(sequence) :][:size], Close(2e-5), "a model of torch.float32")
@@ -83,19 +87,18 @@ def test_feed_on_another_device(subject: Subject, rng: torch.Generator) -> None:
     """What feed makes is on the model's device."""
     cache = subject.CachedModel(Small(rng).to("meta"))
 
-    for size in (2, 1):
-        came = is_tensor(cache.feed([1] * size), "feed on device meta")
+    came = is_tensor(cache.feed([1, 3]), "feed on device meta")
 
-        assert (came.device.type, tuple(came.shape)) == ("meta", (size, 5)), (
-            f"feed on device meta: {came.device}, {tuple(came.shape)} came"
-        )
+    assert (came.device.type, tuple(came.shape)) == ("meta", (2, 5)), (
+        f"feed on device meta: {came.device}, {tuple(came.shape)} came"
+    )
 
 
 @requirement("11.6")
 def test_rewind_and_feed_again(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """After any rewinding the cache is what it was with the first tokens alone."""
     model = Small(rng)
-    cache, sequence = subject.CachedModel(model), []
+    cache, sequence = begun(subject, model)
     steps: list[tuple[int, Sequence[int]]] = [(4, (1, 1)), (5, (2,)), (6, (0, 3, 3)), (0, (4, 1, 0)), (1, (2, 2, 2))]
     feed(cache, model, sequence, TOKENS[:6], close, "at first")
 
@@ -114,7 +117,7 @@ def test_rewind_and_feed_again(subject: Subject, close: Close, rng: torch.Genera
 def test_two_caches_of_one_model(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """What one is fed, or forgets, is nothing to the other; nor to one that is made later."""
     model = Small(rng)
-    caches, sequences = [subject.CachedModel(model), subject.CachedModel(model)], [[], []]
+    made = [begun(subject, model), begun(subject, model)]
     turns: list[tuple[int, int, Sequence[int]]] = [
         (0, 0, (1, 2, 3)),
         (1, 0, (4, 4)),
@@ -125,25 +128,23 @@ def test_two_caches_of_one_model(subject: Subject, close: Close, rng: torch.Gene
         (1, 4, (4,)),
     ]
     for which, length, tokens in turns:
-        if which == len(caches):
-            caches.append(subject.CachedModel(model))
-            sequences.append([])
-        caches[which].rewind(length)
-        del sequences[which][length:]
-        what = f"cache {which + 1} of {len(caches)} of one model"
-        feed(caches[which], model, sequences[which], tokens, close, what)
+        if which == len(made):
+            made.append(begun(subject, model))
+        cache, sequence = made[which]
+        cache.rewind(length)
+        del sequence[length:]
+        feed(cache, model, sequence, tokens, close, f"cache {which + 1} of {len(made)} of one model")
 
 
 @requirement("11.6")
-@pytest.mark.parametrize("layer", [0, 1])
-def test_an_error_leaves_the_cache_as_it_was(subject: Subject, close: Close, rng: torch.Generator, layer: int) -> None:
+def test_an_error_leaves_the_cache_as_it_was(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A model that raises behind a layer's attention: the error goes through, and the next call is right."""
     model = Small(rng)
-    cache, sequence = subject.CachedModel(model), []
-    for tokens in ((3, 1), (0,)):
+    cache, sequence = begun(subject, model)
+    for tokens, layer in (((3, 1), 0), ((0,), 1), ((2,), 0)):
         model.fails_behind = layer
         what = f"feed({list(tokens)}) with a model that raises behind layer {layer}"
-        refuses(Fault, lambda tokens=tokens: cache.feed((*tokens, 4)), what, f"layer {layer} fails")
+        refuses(Fault, partial(cache.feed, (*tokens, 4)), what, f"layer {layer} fails")
         model.fails_behind = -1
 
         length_is(cache, len(sequence), f"after {what}")
@@ -154,7 +155,7 @@ def test_an_error_leaves_the_cache_as_it_was(subject: Subject, close: Close, rng
 def test_no_graph_is_kept(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Weights ask for gradients, and yet nothing of a call is kept for a backward."""
     model = Small(rng)
-    cache, sequence = subject.CachedModel(model), []
+    cache, sequence = begun(subject, model)
 
     for tokens in ((1, 2, 3), (4,)):
         feed(cache, model, sequence, tokens, close, "weights that ask for gradients")
@@ -165,13 +166,13 @@ def test_no_graph_is_kept(subject: Subject, close: Close, rng: torch.Generator) 
 
 
 @requirement("11.6")
-@pytest.mark.parametrize("length", [4, 9, -1])
-def test_rewinding_to_what_is_not_there(subject: Subject, close: Close, rng: torch.Generator, length: int) -> None:
+def test_rewinding_to_what_is_not_there(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """ValueError with both numbers, and nothing has changed."""
     model = Small(rng)
-    cache, sequence = subject.CachedModel(model), []
+    cache, sequence = begun(subject, model)
     feed(cache, model, sequence, (2, 0, 1), close, "at first")
 
-    refuses(ValueError, lambda: cache.rewind(length), f"rewind({length}) of 3 tokens", length, 3)
+    for length in (4, 19, -1):
+        refuses(ValueError, partial(cache.rewind, length), f"rewind({length}) of 3 tokens", length, 3)
 
-    feed(cache, model, sequence, (4,), close, f"after a refused rewind({length})")
+    feed(cache, model, sequence, (4,), close, "after a refused rewind")

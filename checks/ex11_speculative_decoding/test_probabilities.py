@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -15,24 +14,19 @@ HALVES = (0.5, 0.25, 0.125, 0.125)
 
 
 @requirement("11.1")
-@pytest.mark.parametrize(
-    ("temperature", "top_p", "wanted"),
-    [
+def test_probabilities_by_hand(subject: Subject, close: Close) -> None:
+    """The text's case: log [1/2, 1/4, 1/8, 1/8]."""
+    for temperature, top_p, wanted in (
         (1.0, 1.0, HALVES),
         (0.5, 1.0, (16 / 22, 4 / 22, 1 / 22, 1 / 22)),
         (1.0, 0.8, (4 / 7, 2 / 7, 1 / 7, 0.0)),
         (0.5, 0.8, (0.8, 0.2, 0.0, 0.0)),
-    ],
-)
-def test_probabilities_by_hand(
-    subject: Subject, close: Close, temperature: float, top_p: float, wanted: Sequence[float]
-) -> None:
-    """The text's case: log [1/2, 1/4, 1/8, 1/8]."""
-    came = subject.token_probabilities(float64(HALVES).log(), temperature, top_p)
+    ):
+        came = subject.token_probabilities(float64(HALVES).log(), temperature, top_p)
 
-    what = f"token_probabilities(log [1/2, 1/4, 1/8, 1/8], {temperature}, {top_p})"
-    with also(the_slip, came, [math.log(one) for one in HALVES], temperature, top_p):
-        close(came, float64(wanted), what)
+        what = f"token_probabilities(log [1/2, 1/4, 1/8, 1/8], {temperature}, {top_p})"
+        with also(the_slip, came, [math.log(one) for one in HALVES], temperature, top_p):
+            close(came, float64(wanted), what)
 
 
 def the_slip(came: Tensor, row: Sequence[float], temperature: float, top_p: float) -> str:
@@ -57,12 +51,12 @@ def the_slip(came: Tensor, row: Sequence[float], temperature: float, top_p: floa
 
 
 @requirement("11.1")
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.73), (2.5, 0.4), (0.0, 0.5)])
 def test_probabilities_agree_with_pythons_numbers(
-    subject: Subject, close: Close, rng: torch.Generator, on: Where, temperature: float, top_p: float
+    subject: Subject, close: Close, rng: torch.Generator, on: Where
 ) -> None:
     """Rows of any leading shape and strides, each by itself."""
-    for shape in ((6,), (3, 6), (2, 1, 3, 6), (1,)):
+    options = (((6,), 1.0, 1.0), ((3, 6), 0.6, 0.73), ((2, 1, 3, 6), 2.5, 0.4), ((1,), 1.0, 0.5), ((3, 5), 0.0, 0.5))
+    for shape, temperature, top_p in options:
         logits = (2 * torch.randn(shape, generator=rng, dtype=torch.float64)).to(on.device, on.dtype)
         if len(shape) == 2:
             logits = logits.T.contiguous().T
@@ -111,12 +105,11 @@ def test_top_p_1_keeps_all(subject: Subject) -> None:
 
 
 @requirement("11.1")
-@pytest.mark.parametrize("top_p", [1.0, 0.3])
-def test_temperature_0_is_one_1(subject: Subject, close: Close, top_p: float) -> None:
+def test_temperature_0_is_one_1(subject: Subject, close: Close) -> None:
     """The most probable token gets exactly 1, the first of equals, whatever top_p."""
     rows = [[0.0, 2.0, 2.0], [3.0, -math.inf, 3.0], [-5.0, -math.inf, -4.0], [1e4, -1e4, 0.0]]
     wanted = [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
-    for dtype in (torch.float64, torch.float32, torch.float16):
+    for dtype, top_p in ((torch.float64, 1.0), (torch.float32, 0.3), (torch.float16, 0.3)):
         came = subject.token_probabilities(float64(rows).to(dtype).view(2, 2, 3), 0.0, top_p)
 
         what = f"token_probabilities({rows} in {dtype}, 0.0, {top_p})"
@@ -124,11 +117,10 @@ def test_temperature_0_is_one_1(subject: Subject, close: Close, top_p: float) ->
 
 
 @requirement("11.1")
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_probabilities_with_infinite_logits(subject: Subject, close: Close, top_p: float) -> None:
+def test_probabilities_with_infinite_logits(subject: Subject, close: Close) -> None:
     """A logit of -inf gets exactly 0, at any temperature."""
     rows = [[-math.inf, 0.5, -math.inf, 1.0], [2.0, -math.inf, -math.inf, -math.inf]]
-    for temperature in (0.5, 1.0, 3.0):
+    for temperature, top_p in ((0.5, 1.0), (1.0, 0.9), (3.0, 0.9)):
         came = subject.token_probabilities(float64(rows), temperature, top_p)
 
         what = f"token_probabilities({rows}, {temperature}, {top_p})"
@@ -137,25 +129,21 @@ def test_probabilities_with_infinite_logits(subject: Subject, close: Close, top_
 
 
 @requirement("11.1")
-@pytest.mark.parametrize(
-    ("row", "dtype", "temperature"),
-    [
+def test_probabilities_are_stable(subject: Subject, close: Close) -> None:
+    """Large logits and small temperatures, of low precision too, lose nothing: float64 from the start."""
+    cases: list[tuple[Sequence[float], torch.dtype, float]] = [
         ((1e4, 9999.0, -1e4), torch.float32, 1.0),
         ((-1e4, -9999.5, -9998.0), torch.float64, 0.7),
         ((1.5, 1.501, 1.25, -700.0), torch.float16, 1e-3),
         ((300.0, 298.0, 100.0), torch.bfloat16, 1e-3),
         ((0.25, 0.2501, 0.2502), torch.float32, 1e-3),
-    ],
-)
-def test_probabilities_are_stable(
-    subject: Subject, close: Close, row: Sequence[float], dtype: torch.dtype, temperature: float
-) -> None:
-    """Large logits and small temperatures, of low precision too, lose nothing: float64 from the start."""
-    logits = torch.tensor(row, dtype=dtype)
-    for top_p in (1.0, 0.6):
-        expected = float64(probabilities(logits.tolist(), temperature, top_p))
+    ]
+    for row, dtype, temperature in cases:
+        logits = torch.tensor(row, dtype=dtype)
+        for top_p in (1.0, 0.6):
+            expected = float64(probabilities(logits.tolist(), temperature, top_p))
 
-        came = subject.token_probabilities(logits, temperature, top_p)
+            came = subject.token_probabilities(logits, temperature, top_p)
 
-        what = f"token_probabilities({list(row)} in {dtype}, {temperature}, {top_p})"
-        close(came, expected, what, hint="the logits go to float64 before anything is computed")
+            what = f"token_probabilities({list(row)} in {dtype}, {temperature}, {top_p})"
+            close(came, expected, what, hint="the logits go to float64 before anything is computed")
