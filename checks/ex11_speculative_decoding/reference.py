@@ -112,13 +112,13 @@ def step_of(total: int, placed: int, token: int, rows: int) -> int:
 
 
 class Small(Model):
-    """A decoder whose keys matter: two layers, four heads that share two."""
+    """A decoder whose keys matter: four heads that share two."""
 
-    def __init__(self, rng: torch.Generator, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__(5, 2, 4, 2, 3)
+    def __init__(self, rng: torch.Generator, dtype: torch.dtype = torch.float64, layers: int = 2) -> None:
+        super().__init__(5, layers, 4, 2, 3)
         width, wide = 6, 12
         shapes = {"embed": (5, width), "place": (16, width), "gain": (width,), "head": (width, 5)}
-        for layer in range(2):
+        for layer in range(layers):
             shapes |= {f"{name}{layer}": (width, wide if name == "q" else wide // 2) for name in "qkv"}
             shapes[f"o{layer}"] = (wide, width)
         for name, shape in shapes.items():
@@ -130,13 +130,15 @@ class Small(Model):
         """Logits [T, V]."""
         self.note(tokens, positions)
         w = dict(self.named_parameters(recurse=False))
+        for tensor in (tokens, positions):
+            assert tensor.device == w["embed"].device, f"the model is on {w['embed'].device}, it is fed {tensor.device}"
         x = w["embed"][tokens] + w["place"][positions]  # [T, D]
-        for layer in range(2):
+        for layer in range(self.num_layers):
             # A graph of this call keeps the factor; nothing else does.
             self.inside.append(weakref.ref(x.untyped_storage()))
             x = x * w["gain"]
             q, k, v = (x @ w[f"{name}{layer}"] for name in "qkv")
-            attended = attend(layer, q.unflatten(-1, (4, 3)), k.unflatten(-1, (2, 3)), v.unflatten(-1, (2, 3)))
+            attended = attend(layer, q.view(-1, 4, 3), k.view(-1, 2, 3), v.view(-1, 2, 3))
             self.passed(layer)
             x = x + (attended.flatten(1) @ w[f"o{layer}"]).tanh()
         return x @ w["head"]
@@ -256,6 +258,17 @@ class Numbers:
     def __call__(self) -> float:
         self.taken += 1
         return self.numbers[self.taken % len(self.numbers)]
+
+
+class Counted:
+    """A uniform that counts what is taken of another one."""
+
+    def __init__(self, uniform: Callable[[], float]) -> None:
+        self.uniform, self.taken = uniform, 0
+
+    def __call__(self) -> float:
+        self.taken += 1
+        return self.uniform()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harness.testing import Close, Subject, Where, also, is_tensor, refuses, requirement
 
-from .reference import Fault, Small, whole
+from .reference import Fault, Small, plain_attention, whole
 
 TOKENS = (3, 0, 4, 4, 1, 2, 0, 3, 1)
 
@@ -45,9 +45,11 @@ def feed(cache: Any, model: Small, sequence: list[int], tokens: Sequence[int], c
 
 def the_slip(came: Tensor, model: Small, sequence: Sequence[int], tokens: Sequence[int]) -> str:
     """What a wrong row looks like."""
-    fresh = whole(model, tokens)
+    start = len(sequence) - len(tokens)
+    with torch.no_grad():
+        fresh = model(torch.tensor(tokens), torch.arange(start, len(sequence)), plain_attention)
     if came.shape == fresh.shape and came.double().isclose(fresh.double(), 1e-4, 1e-4).all():
-        return "they are the logits of these tokens alone, from position 0"
+        return "they are the logits of these tokens alone: nothing is kept"
     return "they are not those of one call with all tokens: are all keys and values there, each layer's own, no others?"
 
 

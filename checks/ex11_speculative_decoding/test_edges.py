@@ -165,7 +165,7 @@ def test_each_call_starts_afresh(subject: Subject, rng: torch.Generator) -> None
 @requirement("11.9")
 def test_nothing_given_is_changed(subject: Subject, rng: torch.Generator) -> None:
     """Prompt, weights, gradients and training flags, also where a part of a model is in eval."""
-    models = [Small(rng), Small(rng)]
+    models = [Small(rng, layers=1), Small(rng, layers=1)]
     for model in models:
         model.part = torch.nn.Linear(2, 2)
         model.part.eval()
@@ -173,13 +173,13 @@ def test_nothing_given_is_changed(subject: Subject, rng: torch.Generator) -> Non
     flags = [[part.training for part in model.modules()] for model in models]
     states = [{name: (p, p._version, p.detach().clone()) for name, p in model.named_parameters()} for model in models]
     prompt = [1, 0, 2]
+    expected = told(greedy(models[0]), greedy(models[1]), prompt, 5, 2)
 
     came = generate(subject, models[0], models[1], prompt, 5, num_draft_tokens=2)
 
     what = calling([1, 0, 2], 5, num_draft_tokens=2)
-    expected = told(greedy(models[0]), greedy(models[1]), prompt, 5, 2)
-    assert came.tokens[:5] == expected.tokens, f"{what}: {came.tokens} came, {expected.tokens} was wanted"
     assert prompt == [1, 0, 2], f"{what}: the prompt is {prompt} afterwards"
+    assert came.tokens[:5] == expected.tokens, f"{what}: {came.tokens} came, {expected.tokens} was wanted"
     for model, flag, state in zip(models, flags, states, strict=True):
         now = [part.training for part in model.modules()]
         assert now == flag, f"{what}: training flags {flag} were given, {now} were left"

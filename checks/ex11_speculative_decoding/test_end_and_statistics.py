@@ -7,7 +7,7 @@ import torch
 
 from harness.testing import Subject, requirement
 
-from .reference import LAST, Numbers, Story, calling, chain, drafts, generate, greedy, told
+from .reference import LAST, Model, Numbers, Story, calling, chain, drafts, generate, greedy, told
 
 # Every token is followed by the next one; this draft says so up to 3, and again from 5 on.
 UPWARDS = {token: token + 1 for token in range(9)}
@@ -59,7 +59,7 @@ def test_up_to_eos(subject: Subject) -> None:
         (4, 2): "a correction in the second round",
         (6, 2): "proposed in a later round",
         (0, 3): "in the prompt, and nowhere else",
-        (9, 3): "proposed, and rejected",
+        (9, 4): "proposed, and rejected",
     }
     for number, ((eos, k), role) in enumerate(roles.items()):
         ends(subject, 7, k, eos, temperature=float(number % 2), where=f", EOS is {role}")
@@ -72,7 +72,7 @@ def test_eos_as_the_last_token(subject: Subject) -> None:
         ends(subject, new, 2, eos)
 
 
-def counted(subject: Subject, target: Story, draft: Story, new: int, k: int, eos: int | None = None) -> None:
+def counted(subject: Subject, target: Model, draft: Model, new: int, k: int, eos: int | None = None) -> None:
     """The statistics of a call are what the text says."""
     expected = told(greedy(target), greedy(draft), [1, 5], new, k, eos)
     options = {"num_draft_tokens": k, "eos_token_id": eos}
@@ -101,6 +101,13 @@ def test_statistics(subject: Subject, rng: torch.Generator, agrees: str) -> None
 
     for new, k in ((6, 2), (3, 1), (3, 6), (1, 2)):
         counted(subject, target, draft, new, k)
+
+
+@requirement("11.8")
+def test_statistics_of_parts_of_rounds(subject: Subject) -> None:
+    """Some of the proposed tokens are accepted; a correction that is proposed too, in another place, does not count."""
+    counted(subject, chain(UPWARDS), chain(SKIPPING), 6, 4)
+    counted(subject, chain({5: 2, 2: 7, 7: 3}), chain({5: 1, 1: 2, 2: 3, 7: 0}), 5, 2)
 
 
 @requirement("11.8")

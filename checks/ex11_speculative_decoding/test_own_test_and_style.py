@@ -14,7 +14,7 @@ OWN_TEST = OwnTest(
         "speculative_generate",
         "expected_speedup",
     ),
-    right=("answer",),
+    right=("answer", "lists_and_slices", "vectors_of_tests", "reversed_draws"),
 )
 
 

@@ -35,9 +35,13 @@ def the_slip(came: Tensor, row: Sequence[float], temperature: float, top_p: floa
     order = sorted(range(len(row)), key=lambda i: (-plain[i], i))
     crossing = [i for i in order if kept[i]][-1]
     less = [one * (i != crossing) for i, one in enumerate(kept)]
+    behind = probabilities(row[::-1], temperature, top_p)[::-1]
+    equals = [one * any(other <= one and kept[i] for i, other in enumerate(plain)) for one in plain]
     cold = [math.log(one) if one else -math.inf for one in probabilities(row, 1.0, top_p)]
     slips = {
         "top_p is left out": plain,
+        "of equal tokens the smaller index is kept first": behind,
+        "of equal tokens those are kept that are needed, not all": [one / math.fsum(equals) for one in equals],
         "the temperature is left out": probabilities(row, 1.0, top_p),
         "it is divided by the temperature, not multiplied": probabilities(row, 1 / temperature, top_p),
         "the kept ones are divided by their sum": [one * bool(kept[i]) for i, one in enumerate(plain)],
