@@ -193,7 +193,8 @@ MISTAKES = [
         "a tuple came",
         (
             BONUS,
-            """    return (*draft_tokens, draw(target_probs[len(draft_tokens)], uniform()))  # type: ignore[return-value]
+            """    last = draw(target_probs[len(draft_tokens)], uniform())
+    return (*draft_tokens, last)  # type: ignore[return-value]
 """,
         ),
     ),

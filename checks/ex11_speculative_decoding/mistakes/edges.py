@@ -119,7 +119,11 @@ MISTAKES = [
         (
             TOKENS,
             TOKENS
-            + "    if proposer.length and proposer.model is not draft:\n        proposer, judge = CachedModel(draft), CachedModel(target)\n    for cache in (proposer, judge):\n        cache.rewind(min(cache.length, len(prompt) - 1))\n",
+            + """    if proposer.length and proposer.model is not draft:
+        proposer, judge = CachedModel(draft), CachedModel(target)
+    for cache in (proposer, judge):
+        cache.rewind(min(cache.length, len(prompt) - 1))
+""",
         ),
         (RETURN, '    del held["left"]\n' + RETURN),
         only=True,
@@ -130,7 +134,9 @@ MISTAKES = [
         "the prompt is",
         (
             TOKENS,
-            "    tokens, end, prompt = prompt if isinstance(prompt, list) else list(prompt), len(prompt) + max_new_tokens, tuple(prompt)\n",
+            """    end, kept = len(prompt) + max_new_tokens, prompt
+    tokens, prompt = kept if isinstance(kept, list) else list(kept), tuple(kept)
+""",
         ),
     ),
     Mistake(

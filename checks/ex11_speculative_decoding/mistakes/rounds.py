@@ -41,11 +41,6 @@ MISTAKES = [
         (REFUSE, REFUSE + "    temperature = 1.0 if not temperature and top_p < 1 else temperature\n"),
         only=True,
     ),
-]
-""",
-        ),
-        only=True,
-    ),
     Mistake(
         "default_temperature_1",
         "11.3",
