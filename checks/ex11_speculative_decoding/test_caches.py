@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.testing import Close, Subject, Where, also, is_tensor, refuses, requirement
+from harness.testing import Close, Subject, Where, also, halfway, is_tensor, refuses, requirement
 
 from .reference import Fault, Small, plain_attention, whole
 
@@ -53,6 +53,7 @@ def the_slip(came: Tensor, model: Small, sequence: Sequence[int], tokens: Sequen
     return "they are not those of one call with all tokens: are all keys and values there, each layer's own, no others?"
 
 
+@halfway
 @requirement("11.6")
 def test_feed_in_pieces(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Pieces of any length give the logits of one call with all tokens."""

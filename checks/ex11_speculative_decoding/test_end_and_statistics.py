@@ -93,7 +93,7 @@ def counted(subject: Subject, target: Model, draft: Model, new: int, k: int, eos
 
 
 @requirement("11.8")
-@pytest.mark.parametrize("agrees", ["always", "sometimes", "never"])
+@pytest.mark.parametrize("agrees", ["sometimes", "never"])
 def test_statistics(subject: Subject, rng: torch.Generator, agrees: str) -> None:
     """Rounds, proposed and accepted tokens are those of this call."""
     target = Story(rng)

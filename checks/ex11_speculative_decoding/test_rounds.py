@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.testing import Subject, also, halfway, requirement
+from harness.testing import Subject, also, requirement
 
 from .reference import (
     LAST,
@@ -51,9 +51,9 @@ def is_greedy(came: Any, expected: Told, what: str) -> None:
 
 
 @requirement("11.3")
-@pytest.mark.parametrize("agrees", ["always", "sometimes", "never"])
+@pytest.mark.parametrize("agrees", ["sometimes", "never"])
 def test_greedy_is_the_targets(subject: Subject, rng: torch.Generator, agrees: str) -> None:
-    """Whether the draft agrees always, sometimes or never, and however much it proposes."""
+    """Whether the draft agrees sometimes or never, and however much it proposes."""
     target = Story(rng)
     draft, next_token = drafts(rng, target)[agrees], greedy(target)
     for prompt, new, k in (([3, 1, 4], 6, 2), ((0, 6), 3, 9)):
@@ -86,11 +86,11 @@ def test_greedy_with_keys_that_matter(subject: Subject, rng: torch.Generator) ->
         for name, parameter in draft.named_parameters():
             parameter.copy_(target.get_parameter(name) + (0.3 if name.startswith("o") else 0.0))
     prompt = [1, 3]
-    expected = told(greedy(target), greedy(draft), prompt, 8, 4)
+    expected = told(greedy(target), greedy(draft), prompt, 6, 4)
 
-    came = subject.speculative_generate(target, draft, prompt, 8)
+    came = subject.speculative_generate(target, draft, prompt, 6)
 
-    is_greedy(came, expected, calling(prompt, 8))
+    is_greedy(came, expected, calling(prompt, 6))
 
 
 # 11.4 the law of whole outputs
@@ -161,7 +161,6 @@ def test_law_with_two_proposed_tokens(subject: Subject) -> None:
     has_the_targets_law(subject, Table(first, half, last), Table(first, sure), 3, 2, eos=3)
 
 
-@halfway
 @requirement("11.4")
 def test_law_with_temperature_and_top_p(subject: Subject) -> None:
     """Both hold for the draft and for the target."""

@@ -153,7 +153,7 @@ def logits_of(step: Step) -> Tensor:
         logits[..., 1:][logits[..., 1:] > offset] = -math.inf
     elif step["some"]:
         every = 2 if step["some"] == "equal" else 1
-        logits[..., ::every] = logits[..., :1]
+        logits[..., ::every] = logits[..., :1].clone()
     return logits
 
 
@@ -172,5 +172,5 @@ def near(row: list[float], temperature: float, top_p: float) -> bool:
     return any(abs(math.fsum(kept[:count]) - top_p) < 1e-9 for count in range(1, len(kept) + 1))
 
 
-test_feeding_in_any_order = walk_check(Feeding(), 24)
-test_probabilities_in_any_order = walk_check(Rows(), 30)
+test_feeding_in_any_order = walk_check(Feeding(), 16)
+test_probabilities_in_any_order = walk_check(Rows(), 20)
