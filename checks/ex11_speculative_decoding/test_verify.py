@@ -133,7 +133,7 @@ def have_the_laws(subject: Subject, *cases: Case) -> None:
 def test_verify_by_hand(subject: Subject) -> None:
     """The text's case, for each draft token; the first token has the target's law."""
     q, p = (0.75, 0.25, 0.0), (0.25, 0.5, 0.25)
-    cases = [Case([token], [q], [p, (0.5, 0.0, 0.5)], 6) for token in (0, 1)]
+    cases = [Case([token], [q], [p, (0.5, 0.0, 0.5)], 12) for token in (0, 1)]
 
     have_the_laws(subject, *cases, Case([0], [(1.0, 0.0, 0.0)], [(0.5, 0.25, 0.25), (0.0, 0.0, 1.0)], 4))
 

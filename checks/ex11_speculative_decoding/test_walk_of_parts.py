@@ -148,7 +148,7 @@ class Rows(Walk):
 def logits_of(step: Step) -> Tensor:
     """Random numbers; some of a row, but never all of it, may be -inf or equal."""
     spread, offset = step["scale"]
-    logits = spread * torch.randn(step["shape"], generator=step.rng(), dtype=torch.float64) + offset
+    logits: Tensor = spread * torch.randn(step["shape"], generator=step.rng(), dtype=torch.float64) + offset
     if step["some"] == "infinite":
         logits[..., 1:][logits[..., 1:] > offset] = -math.inf
     elif step["some"]:

@@ -64,7 +64,6 @@ MISTAKES = [
         "11.6",
         "each layer's own",
         (BEFORE, "            if 0 in self._held:\n                keys, values = self._held[0]\n"),
-        only=True,
     ),
     Mistake(
         "keys_kept_of_the_last_call_alone",

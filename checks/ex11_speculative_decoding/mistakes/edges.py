@@ -88,7 +88,6 @@ MISTAKES = [
             CACHES,
             '    if draft.num_layers != target.num_layers:\n        raise ValueError("the layers differ")\n' + CACHES,
         ),
-        only=True,
     ),
     Mistake(
         "caches_kept_for_the_next_call",

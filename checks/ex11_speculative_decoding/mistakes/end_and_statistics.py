@@ -96,7 +96,6 @@ MISTAKES = [
         "11.8",
         ".proposed",
         (PROPOSE, PROPOSE.replace(" and eos_token_id not in proposals", "")),
-        only=True,
     ),
     Mistake(
         "a_rejected_eos_ends",
@@ -109,7 +108,6 @@ MISTAKES = [
 """,
         ),
         (ADD, ADD + "        ended = eos_token_id in proposals\n"),
-        only=True,
     ),
     Mistake(
         "one_new_token_proposes",
