@@ -21,7 +21,7 @@ NOISES = {"often": 0.01, "sometimes": 0.12, "never": 2.0}
 COUNTS, SHORT = (1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 4, 8)
 LAYERS, VOCABULARY, NEW = 8, 256, 64
 SIZES = {"d_model": 256, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "d_ff": 768}
-RATE, SPEEDUP = "acceptance rate", "expected speedup at its rate"
+RATE, SPEEDUP = "acceptance rate", "expected speedup"
 _outputs: dict[str, set[tuple[int, ...]]] = {}
 _names: list[str] = []
 

@@ -171,7 +171,7 @@ def test_law_with_temperature_and_top_p(subject: Subject) -> None:
         [0.34, 0.34, 0.29, 0.03],
         [0.29, 0.34, 0.34, 0.03],
     ]
-    draft: Rows = [[0.29, 0.03, 0.34, 0.34]] * 4
+    draft: Rows = [[0.29, 0.34, 0.34, 0.03]] * 4
 
     has_the_targets_law(subject, Table(target), Table(draft), 2, 1, temperature=0.5, top_p=0.71)
 

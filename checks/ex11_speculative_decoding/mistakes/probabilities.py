@@ -58,7 +58,7 @@ MISTAKES = [
     Mistake(
         "top_p_keeps_all_equals",
         "11.1",
-        "those are kept that are needed",
+        "0 was wanted",
         (
             KEPT,
             """    least = ordered.masked_fill(before >= top_p, 2).amin(dim=-1, keepdim=True)
