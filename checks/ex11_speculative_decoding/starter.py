@@ -111,7 +111,7 @@ Conventions
   certain: the law counts.
 - Prompts are lists or tuples. Inputs are never written to, not even to be restored.
 - Weights may change between calls, in place, by loading or by a cast; the next call uses the new
-  ones. Nothing of a call stays behind, whether it returns or raises.
+  ones. A call that failed leaves nothing behind.
 - Tensors that you make are on the model's device.
 - How near, times 1 + |right value|: float64 1e-9, float32 2e-5. What comes with probability 0 has
   exactly 0.

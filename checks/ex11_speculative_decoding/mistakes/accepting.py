@@ -41,6 +41,7 @@ MISTAKES = [
         "11.2",
         "(p - q)+ is divided by its sum",
         (LAST, "            last = rest if rest.any() else p\n"),
+        only=True,
     ),
     Mistake(
         "residual_by_softmax",

@@ -38,6 +38,7 @@ MISTAKES = [
         "behind EOS",
         (ADD, "        tokens += came\n"),
         (WHILE, "    while len(tokens) < end and eos_token_id not in tokens[len(prompt) :]:\n"),
+        only=True,
     ),
     Mistake(
         "eos_passed_over_inside_the_draft",

@@ -90,7 +90,7 @@ MISTAKES = [
         "what the output begins with",
         (
             DRAW,
-            "            proposals.append(draw(token_probabilities(logits[-1], min(temperature, 1.0)), uniform()))\n",
+            "            proposals.append(draw(token_probabilities(logits[-1], float(temperature > 0)), uniform()))\n",
         ),
     ),
     Mistake(
@@ -109,7 +109,7 @@ MISTAKES = [
         "draft_judged_without_temperature",
         "11.4",
         "what the output begins with",
-        (DRAW, DRAW + "            draft_rows[-1] = token_probabilities(logits[-1], min(temperature, 1.0), 1.0)\n"),
+        (DRAW, DRAW + "            draft_rows[-1] = token_probabilities(logits[-1], float(temperature > 0))\n"),
     ),
     Mistake(
         "top_p_for_the_draft_alone",
