@@ -1,0 +1,1 @@
+"""What judges ex11, Speculative decoding."""
