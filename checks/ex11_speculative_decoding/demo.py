@@ -84,8 +84,9 @@ class Speculating(Plain):
 
     def figures(self) -> Mapping[str, str]:
         """What a token costs, and how many of the proposed ones were taken."""
-        proposed = self.draft.calls - self.target.proposed
-        accepted = max(0, self.tokens - self.calls)
+        waits = self.number < len(self.prompts)  # The last round is not judged yet.
+        proposed = self.draft.calls - waits * self.target.proposed
+        accepted = max(0, self.tokens - self.calls + waits)
         return {**super().figures(), "draft tokens": f"{DRAFT_TOKENS}", "accepted": f"{accepted} of {proposed}"}
 
     def _generate(self) -> None:
