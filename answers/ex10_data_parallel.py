@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C import _distributed_c10d as c10d
+from torch._C._distributed_c10d import _set_thread_isolation_mode  # type: ignore[attr-defined]
 from torch.distributed import Work
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
@@ -252,7 +252,7 @@ def run_ranks(world_size: int, function: Callable[[int], T]) -> list[T]:
         finally:
             dist.destroy_process_group()
 
-    c10d._set_thread_isolation_mode(True)
+    _set_thread_isolation_mode(True)
     threaded._install_threaded_pg()
     try:
         threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world_size)]
@@ -263,7 +263,7 @@ def run_ranks(world_size: int, function: Callable[[int], T]) -> list[T]:
     finally:
         threaded.ProcessLocalGroup.reset()
         threaded._uninstall_threaded_pg()
-        c10d._set_thread_isolation_mode(False)
+        _set_thread_isolation_mode(False)
         sys.excepthook = hook
     if errors:
         raise errors[0]
@@ -291,11 +291,10 @@ def test_data_parallel() -> None:
     rows = [torch.randn(n, 3, dtype=torch.float64) for n in (4, 1)]
     replicas = [_TwoLayers().double() for _ in rows]
     alone = copy.deepcopy(replicas[0])
-    sgd = {"lr": 0.1, "momentum": 0.9}
 
     def train(rank: int) -> dict[str, Any]:
         model = DataParallel(replicas[rank])
-        optimizer = ShardedOptimizer(replicas[rank].parameters(), torch.optim.SGD, **sgd)
+        optimizer = ShardedOptimizer(replicas[rank].parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
         for _ in range(3):
             optimizer.zero_grad()
@@ -309,7 +308,7 @@ def test_data_parallel() -> None:
 
     saved = run_ranks(2, train)
 
-    optimizer = torch.optim.SGD(alone.parameters(), **sgd)
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     for _ in range(3):
         optimizer.zero_grad()

@@ -372,6 +372,11 @@ def note(text: str) -> None:
         meeting.logs[_here.rank].append(text)
 
 
+def done() -> list[Entry]:
+    """What the rank that runs has done so far."""
+    return list(_here.meeting.logs[_here.rank])
+
+
 class Ranks:
     """Threads that form one process group for as long as this object lives, and do what they are given."""
 

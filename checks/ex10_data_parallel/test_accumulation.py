@@ -1,0 +1,237 @@
+"""Accumulation under no_sync (10.6)."""
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+
+from harness.testing import Close, Subject, requirement
+
+from .ranks import Call, done, run
+from .reference import (
+    Back,
+    Bag,
+    Gradients,
+    Step,
+    backward,
+    bags,
+    bucket_calls,
+    buckets,
+    finish,
+    gradients,
+    late,
+    misfit,
+    roughly,
+    sent,
+    train,
+    wanted,
+)
+
+ALL = (0, 1, 2, 3)
+LOST = "what backward added under no_sync is part of .grad, and of the average"
+
+
+def judged(close: Close, models: list[Bag], cap: float, plan: list[Step], came: Any, what: str) -> None:
+    """Nothing is sent under no_sync, then each bucket once, overlapped; the values are those of one process."""
+    groups = buckets(models[0], cap)
+    for number, (step, logs) in enumerate(zip(plan, came.logs, strict=True)):
+        where = f"{what}, step {number + 1}"
+        for rank, log in enumerate(logs):
+            early = [one for one in sent(log) if one.place not in ("backward", "finish")]
+            assert not early, f"{where}, rank {rank}: {early[0].call} in {early[0].place}; no_sync sends nothing"
+            calls = bucket_calls(log, models[0], groups)
+            assert len(calls) == len(groups), (
+                f"{where}, rank {rank}: {len(calls)} all_reduce calls, {len(groups)} were wanted: each bucket once"
+            )
+            loud = [back for back in step[rank] if not back.quiet]
+            full = loud and set(loud[0].order) == set(ALL)
+            if full and not misfit(calls, models[0], groups):
+                places = {one.place for one in calls}
+                assert places != {"finish"}, f"{where}, rank {rank}: every bucket starts in finish, none in backward"
+        for rank in range(len(models)):
+            roughly(
+                close, came.gradients[number][rank], wanted(models[0], step), len(models), f"{where}, rank {rank}", LOST
+            )
+
+
+@requirement("10.6")
+@pytest.mark.parametrize("backwards", [2, 4])
+def test_the_last_backward_sends(subject: Subject, close: Close, rng: torch.Generator, backwards: int) -> None:
+    """All but the last backward send nothing; .grad is then the average of all that was accumulated."""
+    models = bags(2, rng, 3, 2, 4, 5)
+    plan = [
+        [[Back(ALL, (1.0 + k, float(rank)), quiet=k < backwards - 1) for k in range(backwards)] for rank in range(2)]
+    ] * 2
+
+    came = train(subject, models, 56, plan)
+
+    judged(close, models, 56, plan, came, f"{backwards} backwards, all but the last under no_sync")
+
+
+@requirement("10.6")
+def test_the_last_backward_overlaps(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """After backwards under no_sync the next one outside starts each bucket at its own gradient."""
+    models = bags(2, rng, 1, 4, 9, 16)
+    plan: list[Step] = [[[Back(ALL, quiet=True), Back((3, 1, 0, 2))] for _ in range(2)]] * 2
+
+    came = train(subject, models, 1, plan)
+
+    judged(close, models, 1, plan, came, "a backward after one under no_sync")
+    groups = buckets(models[0], 1)
+    for number, logs in enumerate(came.logs):
+        calls = bucket_calls(logs[0], models[0], groups)
+        if not misfit(calls, models[0], groups):
+            about = late(logs[0], calls, groups)
+            assert not about, f"a backward after one under no_sync, step {number + 1}: {about}"
+
+
+@requirement("10.6")
+def test_a_parameter_of_an_early_backward_only(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """What took part under no_sync alone, on one rank or on both, is averaged too."""
+    models = bags(2, rng, 3, 2, 4, 5)
+    plan: list[Step] = [
+        [[Back((0, 3), (2.0,), quiet=True), Back((1, 2))], [Back((0,), quiet=True), Back((1, 2, 3))]],
+        [[Back((1,), (3.0,), quiet=True), Back((0,))], [Back((0, 2))]],
+        [[Back(ALL)], [Back(ALL)]],
+    ]
+
+    came = train(subject, models, 56, plan)
+
+    judged(close, models, 56, plan, came, "a parameter in an early backward only")
+
+
+@requirement("10.6")
+def test_only_backwards_under_no_sync(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Where no backward runs outside no_sync, on one rank or on all, finish sends every bucket."""
+    models = bags(2, rng, 3, 2, 4, 5)
+    plan: list[Step] = [
+        [[Back(ALL, (2.0,), quiet=True), Back(ALL, quiet=True)], [Back(ALL, quiet=True)]],
+        [[Back(ALL, (2.0,), quiet=True)], [Back(ALL)]],
+        [[Back(ALL)], [Back(ALL)]],
+    ]
+
+    came = train(subject, models, 56, plan)
+
+    judged(close, models, 56, plan, came, "backwards under no_sync alone")
+
+
+@requirement("10.6")
+def test_gradients_add_up_over_steps(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Where .grad is not set to None between steps, the next average adds to the one that is there."""
+    models = bags(2, rng, 3, 2)
+    kind = subject.DataParallel
+
+    def job(rank: int) -> list[Gradients]:
+        parallel, found = kind(models[rank], bucket_cap_mb=1.0), []
+        for rows in ((1.0 + rank,), (4.0 * rank,)):
+            backward(parallel, Back((0, 1), rows))
+            finish(parallel)
+            found.append(gradients(models[rank]))
+        return found
+
+    results, _ = run(2, job)
+
+    for rank in range(2):
+        for came, total in zip(results[rank], (1.5, 3.5), strict=True):
+            expected: Gradients = [parameter.detach().cos() * total for parameter in models[0].all]
+            roughly(close, came, expected, 2, f"two steps without zero_grad between, rank {rank}", LOST)
+
+
+def once(parallel: Any) -> None:
+    """One forward and backward, in whatever context."""
+    parallel(torch.ones(1, dtype=torch.float64), order=(0, 1)).sum().backward()
+
+
+def calls(since: int) -> int:
+    """How many calls the rank that runs has made, beyond those."""
+    return sum(isinstance(entry, Call) for entry in done()) - since
+
+
+@requirement("10.6")
+def test_no_sync_acts_where_backward_runs(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A forward inside whose backward runs outside is sent; one outside whose backward runs inside is not."""
+    models = bags(2, rng, 3, 2)
+    kind = subject.DataParallel
+
+    def job(rank: int) -> tuple[int, int, Gradients]:
+        parallel = kind(models[rank], bucket_cap_mb=1.0)
+        x = torch.ones(1, dtype=torch.float64)
+        before = calls(0)
+        context = parallel.no_sync()
+        outside = parallel(x, order=(0, 1)).sum()
+        with context:
+            inside = parallel(x, order=(0, 1)).sum()
+            outside.backward()
+        quiet = calls(before)
+        inside.backward()
+        loud = calls(before) - quiet
+        parallel.finish()
+        return quiet, loud, gradients(models[rank])
+
+    results, _ = run(2, job)
+
+    for rank, (quiet, loud, came) in enumerate(results):
+        assert not quiet, f"rank {rank}: a backward under no_sync of a forward before it makes {quiet} calls"
+        assert loud, f"rank {rank}: a backward after no_sync of a forward inside makes no call before finish"
+        expected: Gradients = [parameter.detach().cos() * 2 for parameter in models[0].all]
+        roughly(close, came, expected, 2, f"forward and backward on two sides of no_sync, rank {rank}", LOST)
+
+
+def nested(parallel: Any) -> None:
+    """Two backwards under no_sync, the first of them under another."""
+    with parallel.no_sync():
+        with parallel.no_sync():
+            once(parallel)
+        once(parallel)
+
+
+def failing(parallel: Any) -> None:
+    """A backward under a no_sync that an exception ends."""
+    with suppress(ArithmeticError), parallel.no_sync():
+        once(parallel)
+        raise ArithmeticError("a bad batch")
+
+
+def failing_inside(parallel: Any) -> None:
+    """An exception ends the inner of two."""
+    with parallel.no_sync():
+        failing(parallel)
+        once(parallel)
+
+
+def again(parallel: Any) -> None:
+    """One after the other."""
+    for _ in range(2):
+        with parallel.no_sync():
+            once(parallel)
+
+
+# What is done under no_sync, and how many backwards that is.
+ENDS = {"nested": (nested, 2), "exception": (failing, 1), "exception-inside": (failing_inside, 2), "again": (again, 2)}
+
+
+@requirement("10.6")
+@pytest.mark.parametrize("how", ENDS)
+def test_no_sync_ends_where_it_ends(subject: Subject, close: Close, rng: torch.Generator, how: str) -> None:
+    """After an inner no_sync the outer one still acts; after the outer one, or an exception, none does."""
+    models = bags(2, rng, 3, 2)
+    kind, (act, times) = subject.DataParallel, ENDS[how]
+
+    def job(rank: int) -> tuple[int, int, Gradients]:
+        parallel = kind(models[rank], bucket_cap_mb=1.0)
+        before = calls(0)
+        act(parallel)
+        quiet = calls(before)
+        once(parallel)
+        loud = calls(before) - quiet
+        parallel.finish()
+        return quiet, loud, gradients(models[rank])
+
+    results, _ = run(2, job)
+
+    for rank, (quiet, loud, came) in enumerate(results):
+        assert not quiet, f"no_sync, {how}, rank {rank}: {quiet} calls before its end; it acts until there"
+        assert loud, f"no_sync, {how}, rank {rank}: no call in the backward after it; it goes on after its end"
+        expected: Gradients = [parameter.detach().cos() * (times + 1) for parameter in models[0].all]
+        roughly(close, came, expected, 2, f"no_sync, {how}, rank {rank}", LOST)
