@@ -150,22 +150,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Any], optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW, **defaults: Any
     ) -> None:
+        self._owners: dict[Tensor, int] = {}
+        self._loads = [0] * dist.get_world_size()
         self._optimizer: torch.optim.Optimizer | None = None
         optimizer = optimizer_class(params, **defaults)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._optimizer = optimizer
-        self._show()
+        self._show(optimizer)
 
-    def _show(self) -> None:
-        """Makes groups and state those of the inner optimizer, and deals out the parameters."""
-        assert self._optimizer is not None
-        self.param_groups, self.state = self._optimizer.param_groups, self._optimizer.state
-        self._owners: dict[Tensor, int] = {}
-        loads = [0] * dist.get_world_size()
-        for parameter in (p for group in self.param_groups for p in group["params"] if p.requires_grad):
-            owner = loads.index(min(loads))
-            self._owners[parameter] = owner
-            loads[owner] += parameter.nbytes
+    def _show(self, optimizer: torch.optim.Optimizer) -> None:
+        """Shows the inner optimizer's groups and state as its own, and deals out what has no owner yet."""
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if parameter.requires_grad and parameter not in self._owners:
+                owner = self._loads.index(min(self._loads))
+                self._owners[parameter] = owner
+                self._loads[owner] += parameter.nbytes
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -202,7 +202,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._optimizer is None:  # The base class adds the first groups.
             return super().add_param_group(param_group)
         self._optimizer.add_param_group(param_group)
-        self._show()
+        self._show(self._optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """What optimizer_class alone would return, as copies, on every rank."""
@@ -224,7 +224,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         own = {n for n, p in enumerate(parameters) if self._owners.get(p) == dist.get_rank()}
         share = {number: state for number, state in state_dict["state"].items() if number in own}
         self._optimizer.load_state_dict(copy.deepcopy({**state_dict, "state": share}))
-        self._show()
+        self._show(self._optimizer)
 
 
 # Given; no need to change.

@@ -27,7 +27,15 @@ from harness.testing import Hang
 OFFERED = "all_reduce, broadcast, all_gather, all_gather_single, all_gather_object, broadcast_object_list, barrier"
 _REFUSED = (
     *("reduce", "scatter", "gather", "reduce_scatter", "reduce_scatter_single", "alltoall", "all_to_all_single"),
-    *("alltoall_base", "send", "recv", "recv_anysource", "allreduce_coalesced", "allgather_coalesced", "_start_coalescing"),
+    *(
+        "alltoall_base",
+        "send",
+        "recv",
+        "recv_anysource",
+        "allreduce_coalesced",
+        "allgather_coalesced",
+        "_start_coalescing",
+    ),
     *("_allgather_base", "_reduce_scatter_base", "all_gather_single_coalesced", "reduce_scatter_single_coalesced"),
 )
 _REDUCES = {

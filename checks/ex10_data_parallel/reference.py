@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed.optim  # What a submission might reach; loaded before forks rather than in each.
+import torch.utils.serialization  # What tensors that are pickled load at their first use.
 from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.fsdp import _init_utils
@@ -225,9 +226,7 @@ def bucket_calls(log: list[Entry], bag: Bag, groups: list[list[int]]) -> list[Se
     calls = sent(log)
     if len(calls) != len(groups) + 1:
         return calls
-    spare = [
-        n for n, one in enumerate(calls) if one.place == "finish" and one.call.nbytes <= 8 * len({*bag.trainable})
-    ]
+    spare = [n for n, one in enumerate(calls) if one.place == "finish" and one.call.nbytes <= 8 * len({*bag.trainable})]
     without = [[*calls[:n], *calls[n + 1 :]] for n in reversed(spare)]
     fitting = [some for some in without if not misfit(some, bag, groups)]
     return (fitting or without or [calls])[0]

@@ -97,7 +97,7 @@ Conventions
 - Ranks are threads here. Nothing that differs between them may live in a module, class or function.
 - Between two `finish` at most one backward of a rank runs outside `no_sync`, the last one. `finish`
   runs on every rank after backward, before gradients are read.
-- requires_grad stays as it was when DataParallel was constructed. Buffers are sent only then.
+- requires_grad stays as it was at construction. Buffers are sent only then.
 - `global_mean` has the dtype of losses and counts exactly in each; at least one rank has a loss. It
   makes calls of its own, on every rank.
 - optimizer_class works element by element: SGD, Adam, AdamW. Gradients are the same on all ranks,
@@ -116,7 +116,8 @@ Not defined
 - trainable parameters without elements; parameters and buffers whose elements share memory
 - a sum of losses that its dtype cannot hold; losses that need no gradient
 - tensors that you send and that are not contiguous: gloo takes other numbers for some of them
-- closures whose values differ between ranks; ranks that reach each other by other ways than calls
+- closures whose values differ between ranks; .grad after `step`
+- ranks that reach each other by other ways than calls
 - whether .grad stays the same tensor; its strides; keys of DataParallel's state_dict
 - names of further attributes and helpers
 

@@ -38,7 +38,7 @@ def saved_alone(own: list[nn.Parameter], name: str, count: int, missing: tuple[i
 
 @requirement("10.9")
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [0, 2])
 def test_every_rank_saves_the_whole_state(
     subject: Subject, close: Close, rng: torch.Generator, name: str, count: int
 ) -> None:
@@ -46,7 +46,7 @@ def test_every_rank_saves_the_whole_state(
     own = parameters(rng, 3, 2, (2, 2), 5, 4, frozen=[4])
     expected, _ = saved_alone(own, name, count, missing=(1,))
     kind, (cls, defaults) = subject.ShardedOptimizer, CLASSES[name]
-    for size in (1, 2, 3) if count == 3 else (2,):
+    for size in (1, 2, 3) if count and name == "AdamW" else (2,):
         mine = [clones(own) for _ in range(size)]
 
         def job(rank: int, mine: list[list[nn.Parameter]] = mine) -> Any:
@@ -102,41 +102,48 @@ def test_it_loads_into_the_class_alone(subject: Subject, close: Close, rng: torc
 
 
 @requirement("10.9")
-@pytest.mark.parametrize("into", [1, 2, 3])
-@pytest.mark.parametrize("over", ["new", "trained"])
+@pytest.mark.parametrize(
+    ("into", "name", "count", "over"),
+    [
+        (1, "AdamW", 2, 0),
+        (2, "AdamW", 2, 3),
+        (3, "AdamW", 2, 1),
+        (2, "SGD", 2, 0),
+        (3, "SGD", 0, 2),
+        (2, "AdamW", 0, 2),
+    ],
+)
 def test_it_loads_into_any_number_of_ranks(
-    subject: Subject, close: Close, rng: torch.Generator, into: int, over: str
+    subject: Subject, close: Close, rng: torch.Generator, into: int, name: str, count: int, over: int
 ) -> None:
-    """The class's dict, after 2 steps or none, goes on on 1, 2 and 3 ranks as if never stopped, over whatever is
-    there: state, and hyperparameters.
+    """The class's dict, after some steps or none, goes on on 1, 2 and 3 ranks as if never stopped, over whatever is
+    there after `over` steps: state, and hyperparameters.
     """
     own = parameters(rng, 3, 2, 5, 4)
-    kind = subject.ShardedOptimizer
-    for name, (cls, defaults) in CLASSES.items():
-        for count in (2, 0):
-            saved, then = saved_alone(own, name, count, missing=(2,) if count else ())
+    kind, (cls, defaults) = subject.ShardedOptimizer, CLASSES[name]
+    saved, then = saved_alone(own, name, count, missing=(2,))
 
-            def script(make: Make, going: list[nn.Parameter], saved: Any = saved, then: Any = then) -> Any:
-                optimizer = stepped(make, going, 3 if over == "trained" else 0)
-                for group in optimizer.param_groups:
-                    group["lr"] = 5.0
-                with torch.no_grad():
-                    for one, other in zip(going, then, strict=True):
-                        one.copy_(other)
-                optimizer.load_state_dict(copy.deepcopy(saved))
-                seen = []
-                for k in (3, 4):
-                    give(going, k)
-                    optimizer.step()
-                    seen.append(copies(going))
-                return seen
+    def script(make: Make, going: list[nn.Parameter]) -> list[list[Tensor]]:
+        optimizer = stepped(make, going, over)
+        for group in optimizer.param_groups:
+            group["lr"] = 5.0
+        with torch.no_grad():
+            for one, other in zip(going, then, strict=True):
+                one.copy_(other)
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        seen = []
+        for k in (3, 4):
+            give(going, k)
+            optimizer.step()
+            seen.append(copies(going))
+        return seen
 
-            expected = alone(own, cls, defaults, script)
+    expected = alone(own, cls, defaults, script)
 
-            came = on_ranks(into, own, lambda g, c=cls, d=defaults: kind(g, c, **d), script)
+    came = on_ranks(into, own, lambda groups: kind(groups, cls, **defaults), script)
 
-            what = f"{name} saved after {count} steps, loaded on {into} ranks over a {over} optimizer"
-            same_everywhere(close, came, expected, what, "the state that was there is replaced, groups too")
+    what = f"{name} saved after {count} steps, loaded on {into} ranks over {over} steps of others"
+    same_everywhere(close, came, expected, what, "the state that was there is replaced, groups too")
 
 
 @requirement("10.9")
@@ -144,27 +151,27 @@ def test_saving_and_loading_copy(subject: Subject, close: Close, rng: torch.Gene
     """Later steps change neither the dict that was saved nor the one that was given."""
     own = parameters(rng, 3, 2, 5, 4)
     kind = subject.ShardedOptimizer
-    for size in (1, 2):
-        for name, (cls, defaults) in CLASSES.items():
-            given = [saved_alone(own, name, 2)[0] for _ in range(size)]
-            before = copy.deepcopy(given[0])
-            mine = [clones(own) for _ in range(size)]
+    for size, name in ((1, "SGD"), (2, "AdamW")):
+        cls, defaults = CLASSES[name]
+        given = [saved_alone(own, name, 2)[0] for _ in range(size)]
+        before = copy.deepcopy(given[0])
+        mine = [clones(own) for _ in range(size)]
 
-            def job(rank: int, mine: Any = mine, given: Any = given, cls: Any = cls, defaults: Any = defaults) -> Any:
-                optimizer = stepped(lambda groups: kind(groups, cls, **defaults), mine[rank], 1)
-                saved = optimizer.state_dict()
-                kept = copy.deepcopy(saved)
-                changed(optimizer, mine[rank])
-                optimizer.load_state_dict(given[rank])
-                changed(optimizer, mine[rank])
-                return saved, kept
+        def job(rank: int, mine: Any = mine, given: Any = given, cls: Any = cls, defaults: Any = defaults) -> Any:
+            optimizer = stepped(lambda groups: kind(groups, cls, **defaults), mine[rank], 1)
+            saved = optimizer.state_dict()
+            kept = copy.deepcopy(saved)
+            changed(optimizer, mine[rank])
+            optimizer.load_state_dict(given[rank])
+            changed(optimizer, mine[rank])
+            return saved, kept
 
-            results, _ = run(size, job)
+        results, _ = run(size, job)
 
-            for rank, (saved, kept) in enumerate(results):
-                where = f"{name} on {size} ranks, rank {rank}"
-                same_state(close, saved, kept, f"{where}: what state_dict() returned, after a later step")
-                same_state(close, given[rank], before, f"{where}: what load_state_dict was given, after a later step")
+        for rank, (saved, kept) in enumerate(results):
+            where = f"{name} on {size} ranks, rank {rank}"
+            same_state(close, saved, kept, f"{where}: what state_dict() returned, after a later step")
+            same_state(close, given[rank], before, f"{where}: what load_state_dict was given, after a later step")
 
 
 def changed(optimizer: Any, own: list[nn.Parameter]) -> None:
@@ -197,9 +204,9 @@ def test_training_goes_on_through_saving_and_loading(subject: Subject, close: Cl
                 optimizer.add_param_group({"params": mine[3:]})
         return seen
 
-    for name, (cls, defaults) in CLASSES.items():
-        expected = alone(own, cls, defaults, script)
+    cls, defaults = CLASSES["AdamW"]
+    expected = alone(own, cls, defaults, script)
 
-        came = on_ranks(2, own, lambda groups, c=cls, d=defaults: kind(groups, c, **d), script)
+    came = on_ranks(2, own, lambda groups: kind(groups, cls, **defaults), script)
 
-        same_everywhere(close, came, expected, f"{name}, saved and loaded between steps")
+    same_everywhere(close, came, expected, "AdamW, saved and loaded between steps")

@@ -244,7 +244,9 @@ def test_global_mean_by_hand(subject: Subject, close: Close) -> None:
 
 
 @requirement("10.2")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["float16", "bfloat16", "float32"]
+)
 def test_global_mean_counts_exactly(subject: Subject, close: Close, dtype: torch.dtype) -> None:
     """2049 and 0 losses of float16, which holds no such count, still weigh 2 / 2049 each."""
     counts = (2049, 0)
@@ -347,4 +349,3 @@ def test_it_is_written_from_scratch(subject: Subject, close: Close, rng: torch.G
             right = expected[i]
             assert right is not None, "the check's own set-up holds"
             close(gradient, right, f"from scratch, rank {rank}: p{i}.grad", tolerance=1e-2)
-

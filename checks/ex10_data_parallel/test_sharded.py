@@ -1,6 +1,6 @@
 """The sharded optimizer: its memory, what it sends, and its values (10.7, 10.8)."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -11,7 +11,19 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from harness.testing import Close, Subject, Trace, forbid, halfway, requirement
 
 from .ranks import Call, note, run
-from .reference import Make, Script, agree, alone, copies, give, on_ranks, parameters, same_everywhere, state_bytes, wrappers
+from .reference import (
+    Make,
+    Script,
+    agree,
+    alone,
+    copies,
+    give,
+    on_ranks,
+    parameters,
+    same_everywhere,
+    state_bytes,
+    wrappers,
+)
 
 ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 LR = {"lr": 0.1}
@@ -23,8 +35,10 @@ MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 class Sizes:
     """A case of 10.7: groups of parameters by their numbers; frozen ones are negative, later groups are added."""
 
-    def __init__(self, *groups: tuple[int, ...], later: tuple[tuple[int, ...], ...] = (), ranks: int = 2) -> None:
-        self.groups, self.later, self.ranks = groups, later, ranks
+    def __init__(
+        self, *groups: tuple[int, ...], later: tuple[tuple[int, ...], ...] = (), ranks: int = 2, saves: bool = False
+    ) -> None:
+        self.groups, self.later, self.ranks, self.saves = groups, later, ranks, saves
 
     def made(self) -> list[list[nn.Parameter]]:
         """The parameters by group."""
@@ -35,13 +49,13 @@ class Sizes:
 
 
 CASES = {
-    "alternating sizes": Sizes((40, 2, 40, 2, 40, 2)),
-    "large ones first": Sizes((60, 50, 40, 5, 5, 5, 5), ranks=3),
-    "small ones first": Sizes((5, 5, 5, 5, 5, 5, 60, 50, 40)),
-    "one per group": Sizes((30,), (31,), (32,), (33,), (34,)),
-    "large frozen ones": Sizes((-400, 30, 30, -400, 30, 30, 30, 30)),
-    "groups added later": Sizes((30, 30), later=((31,), (32,), (33,), (-90, 34))),
-    "equal sizes": Sizes((30,) * 6, ranks=3),
+    "alternating sizes": Sizes((40, 2, 40, 2, 40, 2), saves=True),
+    "large ones first": Sizes((60, 50, 40, 1, 2, 3)),
+    "small ones first": Sizes((5, 5, 5, 60, 50, 40)),
+    "one per group": Sizes((30,), (31,), (32,), (33,)),
+    "large frozen ones": Sizes((-400, 30, 30, 30, 30, 30)),
+    "groups added later": Sizes((30,), later=((31,), (32,), (-90, 33))),
+    "three ranks": Sizes((30, 31, 32, 33, 34), ranks=3, saves=True),
     "a single rank": Sizes((30, 31), ranks=1),
 }
 
@@ -68,19 +82,17 @@ def test_each_rank_keeps_a_share(subject: Subject, close: Close, case: str) -> N
             note("step")
             optimizer.step()
             note("end")
-            optimizer.step()
-        alive["two steps"] = seen.alive_bytes
-        with suppress(NotImplementedError), seen:  # They come with the next step of the exercise.
-            saved = optimizer.state_dict()
-            size = state_bytes(saved["state"])
-            del saved
-            alive["state_dict"] = seen.alive_bytes
-            saved = optimizer.state_dict()
-            before = seen.alive_bytes - size
-            optimizer.load_state_dict(saved)
-            optimizer.step()
-            del saved
-            alive["load_state_dict"] = seen.alive_bytes + 0 * before
+        alive["a step"] = seen.alive_bytes
+        with suppress(NotImplementedError), seen if sizes.saves else nullcontext():
+            # They come with the next step of the exercise.
+            saved = optimizer.state_dict() if sizes.saves else None
+            alive["state_dict"] = seen.alive_bytes - (state_bytes(saved["state"]) if saved else 0)
+            if saved:
+                optimizer.load_state_dict(saved)
+                del saved
+                alive["load_state_dict"] = seen.alive_bytes
+                optimizer.step()
+                alive["load_state_dict and a step"] = seen.alive_bytes
         if max(alive.values()) > limit:
             alive[max(alive, key=lambda when: alive[when])] = seen.alive_after_collection()
         return alive
@@ -89,7 +101,6 @@ def test_each_rank_keeps_a_share(subject: Subject, close: Close, case: str) -> N
     reference = [parameter for group in lone for parameter in group]
     give(reference, 0)
     optimizer = ADAMW([{"params": group} for group in lone], **LR)
-    optimizer.step()
     optimizer.step()
     each = {p: sum(v.nbytes for v in one.values()) for p, one in optimizer.state.items()}
     limit = sum(each.values()) // sizes.ranks + max(each.values())
@@ -111,7 +122,7 @@ def test_each_rank_keeps_a_share(subject: Subject, close: Close, case: str) -> N
 
 
 def _why(when: str) -> str:
-    if when == "two steps":
+    if when == "a step":
         return "give each parameter to the rank that has least so far, by bytes; frozen ones have no state"
     return "what was gathered for the dict is not kept, and of a dict that is loaded only the share"
 
@@ -183,7 +194,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 def test_steps_equal_the_unsharded_ones(subject: Subject, close: Close, rng: torch.Generator, name: str) -> None:
     """Three steps on 1, 2 and 3 ranks, with strided, 0-dimensional and frozen parameters in two dtypes."""
     own = parameters(rng, 5, (2, 3), (), (4, torch.float32), (3, 2), 1, frozen=[5], strided=[4])
-    for size in (1, 2, 3):
+    for size in {"AdamW": (2, 3), "SGD": (1, 2), "Adam": (2,)}[name]:
         agree(subject, close, size, own, *OPTIMIZERS[name], steps(), f"{name} on {size} ranks")
 
 
@@ -223,8 +234,8 @@ def grouped(make: Make, own: list[nn.Parameter]) -> list[list[Tensor]]:
 @requirement("10.8")
 def test_groups(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Each group has its hyperparameters."""
-    for cls, defaults in OPTIMIZERS.values():
-        agree(subject, close, 2, parameters(rng, 3, 2, 4, 1, 2), cls, defaults, grouped, f"{cls.__name__}, groups")
+    for cls, defaults in ((ADAMW, LR), (SGD, MOMENTUM)):
+        agree(subject, close, 2, parameters(rng, 3, 2, 4, 1), cls, defaults, grouped, f"{cls.__name__}, groups")
 
 
 @requirement("10.8")
@@ -278,7 +289,7 @@ SCHEDULERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_reach_every_share(subject: Subject, close: Close, rng: torch.Generator, name: str) -> None:
     """What a scheduler writes into `param_groups` counts from the next step on: rates, and momentum with OneCycleLR."""
-    for cls, defaults in ((SGD, MOMENTUM), (ADAMW, LR)):
+    for cls, defaults in ((SGD, MOMENTUM), (ADAMW, LR))[: 2 if name == "OneCycleLR" else 1]:
         script = scheduled(SCHEDULERS[name])
         agree(subject, close, 2, parameters(rng, 3, 2, 4), cls, defaults, script, f"{cls.__name__} under {name}")
 
@@ -322,10 +333,9 @@ def growing(make: Make, own: list[nn.Parameter]) -> list[list[Tensor]]:
 @requirement("10.8")
 def test_groups_added_between_steps(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A group added later is stepped from then on; the others keep their state."""
-    for size in (2, 3):
-        for cls, defaults in ((ADAMW, LR), (SGD, MOMENTUM)):
-            what = f"{cls.__name__} with groups added, {size} ranks"
-            agree(subject, close, size, parameters(rng, 3, 4, 2, 5), cls, defaults, growing, what)
+    for size, cls, defaults in ((2, ADAMW, LR), (3, SGD, MOMENTUM)):
+        what = f"{cls.__name__} with groups added, {size} ranks"
+        agree(subject, close, size, parameters(rng, 3, 4, 2, 5), cls, defaults, growing, what)
 
 
 @requirement("10.8")
