@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import _set_thread_isolation_mode  # type: ignore[attr-defined]
+from torch._C import _distributed_c10d as c10d
 from torch.distributed import Work
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
@@ -252,7 +252,7 @@ def run_ranks(world_size: int, function: Callable[[int], T]) -> list[T]:
         finally:
             dist.destroy_process_group()
 
-    _set_thread_isolation_mode(True)
+    c10d._set_thread_isolation_mode(True)  # type: ignore[attr-defined]
     threaded._install_threaded_pg()
     try:
         threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world_size)]
@@ -263,7 +263,7 @@ def run_ranks(world_size: int, function: Callable[[int], T]) -> list[T]:
     finally:
         threaded.ProcessLocalGroup.reset()
         threaded._uninstall_threaded_pg()
-        _set_thread_isolation_mode(False)
+        c10d._set_thread_isolation_mode(False)  # type: ignore[attr-defined]
         sys.excepthook = hook
     if errors:
         raise errors[0]

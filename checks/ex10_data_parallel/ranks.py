@@ -336,7 +336,7 @@ class Group(dist.ProcessGroup):
         """How many ranks there are."""
         return self._count
 
-    def getBackendName(self) -> str:  # noqa: N802
+    def getBackendName(self) -> str:
         """Its name."""
         return "strict"
 

@@ -1,4 +1,4 @@
-"""What the checks of ex10 share: modules whose gradients are known in closed form, the bucket rule, and logs in words."""
+"""What the checks of ex10 share: modules with gradients in closed form, the bucket rule, logs in words, optimizers."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -198,7 +198,7 @@ def buckets(bag: Bag, cap: float) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Sent:
-    """A call of a step, and where it starts: after how many gradients of the backward outside no_sync, or where else."""
+    """A call of a step, and where it starts: after how many gradients of the backward outside no_sync, or elsewhere."""
 
     call: Call
     place: str

@@ -113,7 +113,7 @@ def test_one_rank_starts_as_it_is(subject: Subject, close: Close) -> None:
     expected = {name: bits(tensor) for name, tensor in found(module).items()}
     kind = subject.DataParallel
 
-    run(1, lambda rank: (kind(module), kind(nn.Tanh())) and None)
+    run(1, lambda rank: [kind(one) for one in (module, nn.Tanh())])
 
     for name in KINDS:
         close(bits(found(module)[name]), expected[name], f"DataParallel(module) on one rank: {name}", tolerance=0)

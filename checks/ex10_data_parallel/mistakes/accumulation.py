@@ -11,7 +11,10 @@ BODY = """        before, self._syncs = self._syncs, False
 QUIET = """        if not self._syncs:
             return
 """
-PRESENT = "        present = torch.tensor([p.grad is not None for p in bucket], dtype=bucket[0].dtype, device=bucket[0].device)\n"
+PRESENT = (
+    "        present = torch.tensor([p.grad is not None for p in bucket], "
+    "dtype=bucket[0].dtype, device=bucket[0].device)\n"
+)
 GRADIENTS = "        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]\n"
 FORWARD = "        return self.module(*args, **kwargs)\n"
 
@@ -108,7 +111,13 @@ MISTAKES = [
         "backwards under no_sync alone",
         (
             "        while len(self._running) < len(self._buckets):\n            self._start_next()\n        for",
-            "        if not self._heard:\n            return\n        while len(self._running) < len(self._buckets):\n            self._start_next()\n        for",
+            (
+                "        if not self._heard:\n"
+                "            return\n"
+                "        while len(self._running) < len(self._buckets):\n"
+                "            self._start_next()\n"
+                "        for"
+            ),
         ),
         (
             "        self._missing[number].discard(parameter)\n",
@@ -160,7 +169,13 @@ MISTAKES = [
         "starts in finish, none in backward",
         (
             QUIET,
-            "        if not self._syncs:\n            self._accumulated = True\n            return\n        if self._accumulated:\n            return\n",
+            (
+                "        if not self._syncs:\n"
+                "            self._accumulated = True\n"
+                "            return\n"
+                "        if self._accumulated:\n"
+                "            return\n"
+            ),
         ),
         ("        self._syncs = True\n", "        self._syncs, self._accumulated = True, False\n"),
         ("        self._running: list", "        self._accumulated = False\n        self._running: list"),
@@ -177,15 +192,27 @@ MISTAKES = [
         ),
         (
             "                    parameter.grad = average.view(parameter.shape)\n",
-            "                    parameter.grad = average.view(parameter.shape)\n                    if parameter in self._kept:\n                        parameter.grad = parameter.grad + 0\n                    self._kept[parameter] = parameter.grad.clone()\n",
+            (
+                "                    parameter.grad = average.view(parameter.shape)\n"
+                "                    if parameter in self._kept:\n"
+                "                        parameter.grad = parameter.grad + 0\n"
+                "                    self._kept[parameter] = parameter.grad.clone()\n"
+            ),
         ),
         (
             "        self._syncs = True\n",
-            "        self._syncs = True\n        self._kept: dict[Tensor, Tensor] = {}\n        self._sent: dict[Tensor, Tensor] = {}\n",
+            (
+                "        self._syncs = True\n"
+                "        self._kept: dict[Tensor, Tensor] = {}\n"
+                "        self._sent: dict[Tensor, Tensor] = {}\n"
+            ),
         ),
         (
             "        self._missing = [set(bucket) for bucket in self._buckets]\n",
-            "        self._missing = [set(bucket) for bucket in self._buckets]\n        self._sent = {p: g for p, g in self._kept.items() if p.grad is not None}\n",
+            (
+                "        self._missing = [set(bucket) for bucket in self._buckets]\n"
+                "        self._sent = {p: g for p, g in self._kept.items() if p.grad is not None}\n"
+            ),
         ),
     ),
     Mistake(
@@ -194,7 +221,13 @@ MISTAKES = [
         "step 2",
         (
             QUIET,
-            "        if not self._syncs:\n            self._quiet += 1\n            return\n        if self._quiet > 12:\n            return\n",
+            (
+                "        if not self._syncs:\n"
+                "            self._quiet += 1\n"
+                "            return\n"
+                "        if self._quiet > 12:\n"
+                "            return\n"
+            ),
         ),
         ("        self._syncs = True\n", "        self._syncs, self._quiet = True, 0\n"),
     ),

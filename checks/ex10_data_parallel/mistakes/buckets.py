@@ -59,7 +59,11 @@ MISTAKES = [
         (ORDER, "reversed(list(module.parameters()))"),
         (
             "        bucket.append(parameter)\n        size += parameter.nbytes\n",
-            "        if parameter.requires_grad:\n            bucket.append(parameter)\n        size += parameter.nbytes\n",
+            (
+                "        if parameter.requires_grad:\n"
+                "            bucket.append(parameter)\n"
+                "        size += parameter.nbytes\n"
+            ),
         ),
         (CUT, CUT),
         only=True,
@@ -92,7 +96,10 @@ MISTAKES = [
         (FLAT, FLAT + "        flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)])\n"),
         (
             "            *averages, counts = flat.split([*(parameter.numel() for parameter in bucket), len(bucket)])\n",
-            "            sizes = [*(parameter.numel() for parameter in bucket), len(bucket)]\n            *averages, counts = flat[: sum(sizes)].split(sizes)\n",
+            (
+                "            sizes = [*(parameter.numel() for parameter in bucket), len(bucket)]\n"
+                "            *averages, counts = flat[: sum(sizes)].split(sizes)\n"
+            ),
         ),
         only=True,
     ),

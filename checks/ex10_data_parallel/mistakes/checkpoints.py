@@ -28,7 +28,10 @@ MISTAKES = [
         (COPY, "        saved = self._optimizer.state_dict()\n"),
         (
             '        dist.all_gather_object(shares, saved["state"])\n',
-            '        dist.all_gather_object(shares, saved["state"])\n        shares[dist.get_rank()] = saved["state"]\n',
+            (
+                '        dist.all_gather_object(shares, saved["state"])\n'
+                '        shares[dist.get_rank()] = saved["state"]\n'
+            ),
         ),
         only=True,
     ),
@@ -39,7 +42,11 @@ MISTAKES = [
         (
             GATHER,
             GATHER
-            + '        saved["param_groups"] = [{**g, "params": s["params"]} for g, s in zip(self.param_groups, saved["param_groups"], strict=True)]\n        self._saved = saved["param_groups"]\n',
+            + (
+                '        saved["param_groups"] = [{**g, "params": s["params"]} for g, s in '
+                'zip(self.param_groups, saved["param_groups"], strict=True)]\n'
+                '        self._saved = saved["param_groups"]\n'
+            ),
         ),
         (
             "        self._show(self._optimizer)\n\n    def state_dict",
@@ -47,7 +54,12 @@ MISTAKES = [
         ),
         (
             "        assert self._optimizer is not None\n        loss = None\n",
-            "        assert self._optimizer is not None\n        for group in getattr(self, '_saved', []):\n            group['lr'] = self.param_groups[0]['lr']\n        loss = None\n",
+            (
+                "        assert self._optimizer is not None\n"
+                "        for group in getattr(self, '_saved', []):\n"
+                "            group['lr'] = self.param_groups[0]['lr']\n"
+                "        loss = None\n"
+            ),
         ),
     ),
     Mistake(
@@ -97,7 +109,11 @@ MISTAKES = [
         (
             GATHER,
             GATHER
-            + '        for state in saved["state"].values():\n            if "step" in state:\n                state["step"] = torch.zeros(())\n',
+            + (
+                '        for state in saved["state"].values():\n'
+                '            if "step" in state:\n'
+                '                state["step"] = torch.zeros(())\n'
+            ),
         ),
         only=True,
     ),
@@ -108,7 +124,11 @@ MISTAKES = [
         (
             GATHER,
             GATHER
-            + '        for state in saved["state"].values():\n            for key in state:\n                state[key] = state[key].float()\n',
+            + (
+                '        for state in saved["state"].values():\n'
+                "            for key in state:\n"
+                "                state[key] = state[key].float()\n"
+            ),
         ),
         only=True,
     ),
@@ -119,7 +139,10 @@ MISTAKES = [
         (
             GATHER,
             GATHER
-            + '        saved["param_groups"] = [{"params": group["params"], "lr": group["lr"]} for group in saved["param_groups"]]\n',
+            + (
+                '        saved["param_groups"] = [{"params": group["params"], "lr": group["lr"]} for '
+                'group in saved["param_groups"]]\n'
+            ),
         ),
         only=True,
     ),
@@ -141,7 +164,10 @@ MISTAKES = [
         ),
         (
             OWN,
-            '        owners = state_dict.get("owners", [0] * len(parameters))\n        own = {n for n, owner in enumerate(owners) if owner == dist.get_rank()}\n',
+            (
+                '        owners = state_dict.get("owners", [0] * len(parameters))\n'
+                "        own = {n for n, owner in enumerate(owners) if owner == dist.get_rank()}\n"
+            ),
         ),
     ),
     Mistake(
@@ -151,7 +177,10 @@ MISTAKES = [
         (
             GATHER,
             GATHER
-            + '        saved["state"] = {p: saved["state"][n] for n, p in enumerate(p for g in self.param_groups for p in g["params"]) if n in saved["state"]}\n',
+            + (
+                '        saved["state"] = {p: saved["state"][n] for n, p in enumerate(p for g in '
+                'self.param_groups for p in g["params"]) if n in saved["state"]}\n'
+            ),
         ),
     ),
     Mistake(
@@ -161,7 +190,10 @@ MISTAKES = [
         (
             GATHER,
             GATHER
-            + '        count = sum(len(group["params"]) for group in saved["param_groups"])\n        saved["state"] = {n: saved["state"].get(n, {}) for n in range(count)}\n',
+            + (
+                '        count = sum(len(group["params"]) for group in saved["param_groups"])\n'
+                '        saved["state"] = {n: saved["state"].get(n, {}) for n in range(count)}\n'
+            ),
         ),
         only=True,
     ),
@@ -178,7 +210,11 @@ MISTAKES = [
         (
             GATHER,
             GATHER
-            + "        for state in self.state.values():\n            for value in state.values():\n                value.zero_()\n",
+            + (
+                "        for state in self.state.values():\n"
+                "            for value in state.values():\n"
+                "                value.zero_()\n"
+            ),
         ),
     ),
     Mistake(

@@ -11,7 +11,10 @@ REST = """        while len(self._running) < len(self._buckets):
             self._start_next()
 """
 COUNTED = "                if count:\n"
-PRESENT = "        present = torch.tensor([p.grad is not None for p in bucket], dtype=bucket[0].dtype, device=bucket[0].device)\n"
+PRESENT = (
+    "        present = torch.tensor([p.grad is not None for p in bucket], "
+    "dtype=bucket[0].dtype, device=bucket[0].device)\n"
+)
 WAIT = "            work.wait()\n"
 RESET = "        self._reset()\n\n    def _reset"
 
@@ -65,7 +68,11 @@ MISTAKES = [
             HOOK,
             HOOK.replace(
                 "            self._start_next()\n",
-                "            if self._running:\n                self._running[-1][1].wait()\n            self._start_next()\n",
+                (
+                    "            if self._running:\n"
+                    "                self._running[-1][1].wait()\n"
+                    "            self._start_next()\n"
+                ),
             ),
         ),
         only=True,
@@ -103,7 +110,11 @@ MISTAKES = [
         "step 2",
         (
             "        self._missing = [set(bucket) for bucket in self._buckets]\n        self._running",
-            "        if not hasattr(self, '_missing'):\n            self._missing = [set(bucket) for bucket in self._buckets]\n        self._running",
+            (
+                "        if not hasattr(self, '_missing'):\n"
+                "            self._missing = [set(bucket) for bucket in self._buckets]\n"
+                "        self._running"
+            ),
         ),
     ),
     Mistake(
@@ -112,7 +123,10 @@ MISTAKES = [
         "step 2",
         (
             "        self._missing = [set(bucket) for bucket in self._buckets]\n",
-            "        self._missing = [set(bucket) for bucket in self._buckets]\n        self._syncs = not hasattr(self, '_running')\n",
+            (
+                "        self._missing = [set(bucket) for bucket in self._buckets]\n"
+                "        self._syncs = not hasattr(self, '_running')\n"
+            ),
         ),
     ),
     Mistake(
@@ -121,11 +135,17 @@ MISTAKES = [
         "",
         (
             "        self._running.append((flat, dist.all_reduce(flat, async_op=True)))\n",
-            "        self._running.append((flat, dist.all_reduce(flat, async_op=True)))\n        self._order.append(bucket)\n",
+            (
+                "        self._running.append((flat, dist.all_reduce(flat, async_op=True)))\n"
+                "        self._order.append(bucket)\n"
+            ),
         ),
         (
             "        bucket = self._buckets[len(self._running)]\n",
-            "        bucket = next(b for b, m in zip(self._buckets, self._missing, strict=True) if not m and b not in self._order)\n",
+            (
+                "        bucket = next(b for b, m in zip(self._buckets, self._missing, strict=True) if "
+                "not m and b not in self._order)\n"
+            ),
         ),
         (
             HOOK,
@@ -135,7 +155,11 @@ MISTAKES = [
             ),
         ),
         (
-            "        while len(self._running) < len(self._buckets):\n            self._start_next()\n        for bucket, (flat, work) in zip(self._buckets, self._running, strict=True):\n",
+            (
+                "        while len(self._running) < len(self._buckets):\n"
+                "            self._start_next()\n"
+                "        for bucket, (flat, work) in zip(self._buckets, self._running, strict=True):\n"
+            ),
             """        for missing in self._missing:
             if missing:
                 missing.clear()
@@ -145,7 +169,10 @@ MISTAKES = [
         ),
         (
             "        self._running: list[tuple[Tensor, Work]] = []\n",
-            "        self._running: list[tuple[Tensor, Work]] = []\n        self._order: list[list[nn.Parameter]] = []\n",
+            (
+                "        self._running: list[tuple[Tensor, Work]] = []\n"
+                "        self._order: list[list[nn.Parameter]] = []\n"
+            ),
         ),
     ),
     Mistake(
@@ -163,7 +190,12 @@ MISTAKES = [
         "in finish",
         (
             "        self._missing = [set(bucket) for bucket in self._buckets]\n",
-            "        self._missing = [set(bucket) for bucket in self._buckets]\n        if self._missing:\n            self._missing[0] |= {p for p in self.module.parameters() if not p.requires_grad}\n",
+            (
+                "        self._missing = [set(bucket) for bucket in self._buckets]\n"
+                "        if self._missing:\n"
+                "            self._missing[0] |= {p for p in self.module.parameters() if not "
+                "p.requires_grad}\n"
+            ),
         ),
         only=True,
     ),
@@ -196,7 +228,10 @@ MISTAKES = [
         "differs between the ranks",
         (
             "        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]\n",
-            "        bucket = [p for p in bucket if p.grad is not None]\n        gradients = [p.grad for p in bucket if p.grad is not None]\n",
+            (
+                "        bucket = [p for p in bucket if p.grad is not None]\n"
+                "        gradients = [p.grad for p in bucket if p.grad is not None]\n"
+            ),
         ),
         (
             PRESENT,
@@ -245,7 +280,10 @@ MISTAKES = [
         ),
         (
             "                    parameter.grad = average.view(parameter.shape)\n",
-            "                    parameter.grad = average.view(parameter.shape)\n                    self._last[parameter] = parameter.grad\n",
+            (
+                "                    parameter.grad = average.view(parameter.shape)\n"
+                "                    self._last[parameter] = parameter.grad\n"
+            ),
         ),
         ("        self._syncs = True\n", "        self._syncs = True\n        self._last: dict[Tensor, Tensor] = {}\n"),
     ),

@@ -44,7 +44,10 @@ MISTAKES = [
         "fails on right code",
         (
             VALUES,
-            "        assert all(torch.equal(a, b) for a, b in zip(replica.parameters(), alone.parameters(), strict=True))\n",
+            (
+                "        assert all(torch.equal(a, b) for a, b in zip(replica.parameters(), "
+                "alone.parameters(), strict=True))\n"
+            ),
         ),
         only=True,
     ),

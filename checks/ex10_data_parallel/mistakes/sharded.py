@@ -60,7 +60,14 @@ MISTAKES = [
         "one per group",
         (
             '        for parameter in (p for group in self.param_groups for p in group["params"]):\n',
-            '        ordered = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]\n        for number, parameter in ordered:\n            if parameter is self.param_groups[number]["params"][0] and parameter not in self._owners:\n                self._loads = [0] * dist.get_world_size()\n',
+            (
+                "        ordered = [(i, p) for i, group in enumerate(self.param_groups) for p in "
+                'group["params"]]\n'
+                "        for number, parameter in ordered:\n"
+                '            if parameter is self.param_groups[number]["params"][0] and parameter not in '
+                "self._owners:\n"
+                "                self._loads = [0] * dist.get_world_size()\n"
+            ),
         ),
         only=True,
     ),
@@ -72,7 +79,10 @@ MISTAKES = [
             ADD,
             ADD.replace(
                 "        self._show",
-                '        self._owners |= dict.fromkeys(self._optimizer.param_groups[-1]["params"], 0)\n        self._show',
+                (
+                    '        self._owners |= dict.fromkeys(self._optimizer.param_groups[-1]["params"], 0)\n'
+                    "        self._show"
+                ),
             ),
         ),
     ),
@@ -83,7 +93,10 @@ MISTAKES = [
         (
             STEP,
             STEP
-            + "        self._last = [p.grad.clone() for p in self._owners if p.grad is not None]\n        self._all = [p.detach().clone() for p in self._owners] + self._last\n",
+            + (
+                "        self._last = [p.grad.clone() for p in self._owners if p.grad is not None]\n"
+                "        self._all = [p.detach().clone() for p in self._owners] + self._last\n"
+            ),
         ),
         only=True,
     ),
@@ -101,7 +114,10 @@ MISTAKES = [
         (
             STEP,
             STEP
-            + "        copies = [p.detach().double().repeat(2) for p in self._owners]\n        self._undo = lambda: copies\n",
+            + (
+                "        copies = [p.detach().double().repeat(2) for p in self._owners]\n"
+                "        self._undo = lambda: copies\n"
+            ),
         ),
         only=True,
     ),
@@ -125,7 +141,12 @@ MISTAKES = [
         "it takes no reductions",
         (
             HIDE,
-            "        for parameter in self._owners:\n            if parameter.grad is not None:\n                gradient = parameter.grad.clone()\n                dist.all_reduce(gradient)\n"
+            (
+                "        for parameter in self._owners:\n"
+                "            if parameter.grad is not None:\n"
+                "                gradient = parameter.grad.clone()\n"
+                "                dist.all_reduce(gradient)\n"
+            )
             + HIDE,
         ),
         only=True,
@@ -197,7 +218,11 @@ MISTAKES = [
         "rank",
         (
             SEND,
-            "        for parameter, owner in self._owners.items():\n            if owner < 1:\n                _broadcast(parameter.detach(), source=owner)\n",
+            (
+                "        for parameter, owner in self._owners.items():\n"
+                "            if owner < 1:\n"
+                "                _broadcast(parameter.detach(), source=owner)\n"
+            ),
         ),
     ),
     Mistake(
@@ -206,7 +231,10 @@ MISTAKES = [
         "under StepLR",
         (
             GROUPS,
-            "        self.param_groups = [{**group} for group in optimizer.param_groups]\n        self.state = optimizer.state\n",
+            (
+                "        self.param_groups = [{**group} for group in optimizer.param_groups]\n"
+                "        self.state = optimizer.state\n"
+            ),
         ),
     ),
     Mistake(
@@ -215,11 +243,18 @@ MISTAKES = [
         "",
         (
             GROUPS,
-            "        self.param_groups = [{**group} for group in optimizer.param_groups]\n        self.state = optimizer.state\n",
+            (
+                "        self.param_groups = [{**group} for group in optimizer.param_groups]\n"
+                "        self.state = optimizer.state\n"
+            ),
         ),
         (
             STEP,
-            '        for theirs, ours in zip(self._optimizer.param_groups, self.param_groups, strict=True):\n            theirs["lr"] = ours["lr"]\n'
+            (
+                "        for theirs, ours in zip(self._optimizer.param_groups, self.param_groups, "
+                "strict=True):\n"
+                '            theirs["lr"] = ours["lr"]\n'
+            )
             + STEP,
         ),
     ),
@@ -229,7 +264,10 @@ MISTAKES = [
         "groups",
         (
             STEP,
-            '        for group in self._optimizer.param_groups:\n            group["lr"] = self._optimizer.param_groups[0]["lr"]\n'
+            (
+                "        for group in self._optimizer.param_groups:\n"
+                '            group["lr"] = self._optimizer.param_groups[0]["lr"]\n'
+            )
             + STEP,
         ),
     ),
@@ -255,7 +293,11 @@ MISTAKES = [
             SEND,
             SEND.replace(
                 "            _broad",
-                "            if parameter.grad is None and owner == dist.get_rank():\n                continue\n            _broad",
+                (
+                    "            if parameter.grad is None and owner == dist.get_rank():\n"
+                    "                continue\n"
+                    "            _broad"
+                ),
             ),
         ),
     ),
@@ -279,7 +321,11 @@ MISTAKES = [
         "step(closure)",
         (
             LOSS,
-            "            if dist.get_rank() == 0:\n                with torch.enable_grad():\n                    loss = closure()\n",
+            (
+                "            if dist.get_rank() == 0:\n"
+                "                with torch.enable_grad():\n"
+                "                    loss = closure()\n"
+            ),
         ),
     ),
     Mistake("closure_without_gradients", "10.8", "", (LOSS, "            loss = closure()\n")),
@@ -303,7 +349,10 @@ MISTAKES = [
         "AdamW",
         (
             "        optimizer = optimizer_class(params, **defaults)\n",
-            '        optimizer = torch.optim.SGD(params, lr=defaults.get("lr", 1e-3), momentum=defaults.get("momentum", 0))\n',
+            (
+                '        optimizer = torch.optim.SGD(params, lr=defaults.get("lr", 1e-3), '
+                'momentum=defaults.get("momentum", 0))\n'
+            ),
         ),
     ),
     Mistake(
@@ -325,7 +374,11 @@ MISTAKES = [
         "",
         (
             "        optimizer = optimizer_class(params, **defaults)\n",
-            "        count = len([*params])\n        optimizer = optimizer_class(params, **defaults)\n        assert count\n",
+            (
+                "        count = len([*params])\n"
+                "        optimizer = optimizer_class(params, **defaults)\n"
+                "        assert count\n"
+            ),
         ),
     ),
     Mistake(
@@ -358,7 +411,11 @@ MISTAKES = [
         "reached",
         (
             "        self._optimizer = optimizer\n",
-            "        self._optimizer = optimizer\n        with contextlib.suppress(Exception):\n            ZeroRedundancyOptimizer(params, optimizer_class)\n",
+            (
+                "        self._optimizer = optimizer\n"
+                "        with contextlib.suppress(Exception):\n"
+                "            ZeroRedundancyOptimizer(params, optimizer_class)\n"
+            ),
         ),
         ("import copy\n", "import contextlib\nimport copy\n"),
         (

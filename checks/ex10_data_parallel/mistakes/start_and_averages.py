@@ -208,7 +208,10 @@ MISTAKES = [
         "gradient of",
         (
             "        flat = torch.cat([*(gradient.flatten() for gradient in gradients), present])\n",
-            "        flat = torch.cat([*(gradient.flatten() for gradient in gradients), present]).float().to(present.dtype)\n",
+            (
+                "        flat = torch.cat([*(gradient.flatten() for gradient in gradients), "
+                "present]).float().to(present.dtype)\n"
+            ),
         ),
         only=True,
     ),
@@ -266,7 +269,11 @@ MISTAKES = [
         "this rank's sum",
         (
             MEAN,
-            "    total = losses.detach().sum()\n    dist.all_reduce(total)\n    return total / count.item() + 0 * losses.sum()\n",
+            (
+                "    total = losses.detach().sum()\n"
+                "    dist.all_reduce(total)\n"
+                "    return total / count.item() + 0 * losses.sum()\n"
+            ),
         ),
         only=True,
     ),
@@ -277,7 +284,10 @@ MISTAKES = [
         "not what the module returned",
         (
             FORWARD,
-            "        output = self.module(*args, **kwargs)\n        return output if isinstance(output, Tensor) else next(iter(output.values()))\n",
+            (
+                "        output = self.module(*args, **kwargs)\n"
+                "        return output if isinstance(output, Tensor) else next(iter(output.values()))\n"
+            ),
         ),
         only=True,
     ),
@@ -301,7 +311,11 @@ MISTAKES = [
         "reached",
         (
             "        self.module = module\n",
-            "        self.module = module\n        with contextlib.suppress(Exception):\n            nn.parallel.DistributedDataParallel(module)\n",
+            (
+                "        self.module = module\n"
+                "        with contextlib.suppress(Exception):\n"
+                "            nn.parallel.DistributedDataParallel(module)\n"
+            ),
         ),
         ("import copy\n", "import contextlib\nimport copy\n"),
     ),
@@ -311,7 +325,11 @@ MISTAKES = [
         "reached",
         (
             "        self.module = module\n",
-            "        self.module = module\n        with contextlib.suppress(Exception):\n            fully_shard(nn.Linear(2, 2))\n",
+            (
+                "        self.module = module\n"
+                "        with contextlib.suppress(Exception):\n"
+                "            fully_shard(nn.Linear(2, 2))\n"
+            ),
         ),
         ("import copy\n", "import contextlib\nimport copy\n"),
         (

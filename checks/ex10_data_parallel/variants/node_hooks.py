@@ -15,7 +15,7 @@ class DataParallel(nn.Module):
 
     def __init__(self, module: nn.Module, bucket_cap_mb: float = 25.0) -> None:
         super().__init__()
-        self.add_module("module", module)
+        self.module = module
         for value in dict.fromkeys([*module.buffers(), *module.parameters()]):
             parts = [
                 torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())
@@ -42,7 +42,7 @@ class DataParallel(nn.Module):
             for p in bucket:
                 view = p.expand_as(p)
                 assert view.grad_fn is not None
-                node = view.grad_fn.next_functions[0][0]
+                node: Any = view.grad_fn.next_functions[0][0]
                 node.register_hook(lambda *_, n=n: self.ready(n))
                 self.nodes.append(node)
 
