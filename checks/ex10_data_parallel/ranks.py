@@ -118,6 +118,11 @@ class Meeting:
         self.job, self._ended, self.running = job, [False] * self.size, 0
         self._turns[0].release()
 
+    @property
+    def idle(self) -> bool:
+        """Whether every rank has come to its end."""
+        return all(self._ended)
+
     def take_turn(self, rank: int) -> None:
         self._turns[rank].acquire()
         self.running = rank
@@ -465,7 +470,7 @@ def _live(meeting: Meeting, rank: int, store: Any) -> None:
 
 
 def _close(meeting: Meeting) -> None:
-    if meeting.error is not None:
+    if not meeting.idle:
         return  # A rank may be anywhere.
     with thread_local_groups():
         meeting.begin(None)

@@ -103,8 +103,8 @@ def gradients(bag: Bag) -> Gradients:
     return [None if p.grad is None else p.grad.detach().clone() for p in bag.all]
 
 
-def train(subject: Subject, models: list[Bag], cap: float, plan: Sequence[Step]) -> Trained:
-    """Trains by a plan, gradients set to None before each step."""
+def train(subject: Subject, models: list[Bag], cap: float, plan: Sequence[Step], what: str = "") -> Trained:
+    """Trains by a plan, gradients set to None before each step; `what` is the plan in words."""
     kind = subject.DataParallel
 
     def job(rank: int) -> list[Gradients]:
@@ -119,7 +119,10 @@ def train(subject: Subject, models: list[Bag], cap: float, plan: Sequence[Step])
             found.append(gradients(models[rank]))
         return found
 
-    results, logs = run(len(models), job)
+    try:
+        results, logs = run(len(models), job)
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}" if what else str(error)) from error
     steps = [by_step(log) for log in logs]
     return Trained([list(one) for one in zip(*results, strict=True)], [list(one) for one in zip(*steps, strict=True)])
 
@@ -226,7 +229,11 @@ def bucket_calls(log: list[Entry], bag: Bag, groups: list[list[int]]) -> list[Se
     calls = sent(log)
     if len(calls) != len(groups) + 1:
         return calls
-    spare = [n for n, one in enumerate(calls) if one.place == "finish" and one.call.nbytes <= 8 * len({*bag.trainable})]
+    spare = [
+        n
+        for n, one in enumerate(calls)
+        if one.place == "finish" and one.call.kind == "all_reduce" and one.call.nbytes <= 8 * len(bag.trainable)
+    ]
     without = [[*calls[:n], *calls[n + 1 :]] for n in reversed(spare)]
     fitting = [some for some in without if not misfit(some, bag, groups)]
     return (fitting or without or [calls])[0]
@@ -249,6 +256,13 @@ def misfit(calls: list[Sent], bag: Bag, groups: list[list[int]]) -> str:
     if len(calls) != len(groups):
         return f"{len(calls)} all_reduce calls came, {len(groups)} buckets were wanted"
     return ""
+
+
+def own_groups(calls: list[Sent], bag: Bag) -> list[list[int]] | None:
+    """Which parameter each call carries, where each carries one and all differ in size; else None."""
+    sizes = {i: bag.all[i].numel() for i in bag.trainable}
+    fits = [[i for i, size in sizes.items() if size <= one.call.numel <= size + 1] for one in calls]
+    return fits if sorted(fits) == [[i] for i in sizes] else None
 
 
 def late(log: list[Entry], calls: list[Sent], groups: list[list[int]]) -> str:

@@ -16,74 +16,62 @@ from .reference import (
     Step,
     backward,
     bags,
-    bucket_calls,
-    buckets,
     finish,
     gradients,
-    late,
-    misfit,
     roughly,
     sent,
     train,
     wanted,
 )
 
-ALL = (0, 1, 2, 3)
+# Buckets are [p3], [p2 p1] and [p0]; gradients come from the last used to the first.
+LAST = (0, 3, 1, 2)
 LOST = "what backward added under no_sync is part of .grad, and of the average"
 
 
-def judged(close: Close, models: list[Bag], cap: float, plan: list[Step], came: Any, what: str) -> None:
-    """Nothing is sent under no_sync, then each bucket once, overlapped; the values are those of one process."""
-    groups = buckets(models[0], cap)
-    for number, (step, logs) in enumerate(zip(plan, came.logs, strict=True)):
-        where = f"{what}, step {number + 1}"
+def judged(subject: Subject, close: Close, models: list[Bag], plan: list[Step], what: str) -> None:
+    """Nothing is sent under no_sync, then each bucket as in a step without it; the values are those of one process."""
+    size = len(models)
+    plain: Step = [[Back(LAST)] for _ in range(size)]
+
+    came = train(subject, models, 56, [plain, *plan], what)
+
+    for number, (step, logs) in enumerate(zip([plain, *plan], came.logs, strict=True)):
+        where = f"{what}, step {number}" if number else "a step without no_sync"
         for rank, log in enumerate(logs):
             early = [one for one in sent(log) if one.place not in ("backward", "finish")]
             assert not early, f"{where}, rank {rank}: {early[0].call} in {early[0].place}; no_sync sends nothing"
-            calls = bucket_calls(log, models[0], groups)
-            assert len(calls) == len(groups), (
-                f"{where}, rank {rank}: {len(calls)} all_reduce calls, {len(groups)} were wanted: each bucket once"
+            usual, calls = sent(came.logs[0][rank]), sent(log)
+            kinds = [[str(one.call) for one in some] for some in (calls, usual)]
+            assert kinds[0] == kinds[1], (
+                f"{where}, rank {rank}: {len(calls)} calls came, {len(usual)} were wanted: each bucket once, as in a "
+                "step without no_sync"
             )
-            loud = [back for back in step[rank] if not back.quiet]
-            full = loud and set(loud[0].order) == set(ALL)
-            if full and not misfit(calls, models[0], groups):
-                places = {one.place for one in calls}
-                assert places != {"finish"}, f"{where}, rank {rank}: every bucket starts in finish, none in backward"
-        for rank in range(len(models)):
-            roughly(
-                close, came.gradients[number][rank], wanted(models[0], step), len(models), f"{where}, rank {rank}", LOST
-            )
+            if [back.order for back in step[rank] if not back.quiet] == [LAST]:
+                starts = [[(one.place, one.after) for one in some] for some in (calls, usual)]
+                assert starts[0] == starts[1], (
+                    f"{where}, rank {rank}: the buckets start {_places(starts[0])}; in a step without no_sync they "
+                    f"start {_places(starts[1])}\nno_sync ends with its context; the next backward overlaps as ever"
+                )
+        for rank in range(size):
+            about = f"{where}, rank {rank}"
+            roughly(close, came.gradients[number][rank], wanted(models[0], step), size, about, LOST)
+
+
+def _places(starts: list[tuple[str, int]]) -> str:
+    return ", ".join(f"after gradient {after}" if place == "backward" else f"in {place}" for place, after in starts)
 
 
 @requirement("10.6")
 @pytest.mark.parametrize("backwards", [2, 4])
 def test_the_last_backward_sends(subject: Subject, close: Close, rng: torch.Generator, backwards: int) -> None:
-    """All but the last backward send nothing; .grad is then the average of all that was accumulated."""
+    """All but the last backward send nothing; the last sends each bucket as ever; .grad is the average of all."""
     models = bags(2, rng, 3, 2, 4, 5)
-    plan = [
-        [[Back(ALL, (1.0 + k, float(rank)), quiet=k < backwards - 1) for k in range(backwards)] for rank in range(2)]
-    ] * 2
+    step: Step = [
+        [Back(LAST, (1.0 + k, float(rank)), quiet=k < backwards - 1) for k in range(backwards)] for rank in range(2)
+    ]
 
-    came = train(subject, models, 56, plan)
-
-    judged(close, models, 56, plan, came, f"{backwards} backwards, all but the last under no_sync")
-
-
-@requirement("10.6")
-def test_the_last_backward_overlaps(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """After backwards under no_sync the next one outside starts each bucket at its own gradient."""
-    models = bags(2, rng, 1, 4, 9, 16)
-    plan: list[Step] = [[[Back(ALL, quiet=True), Back((3, 1, 0, 2))] for _ in range(2)]] * 2
-
-    came = train(subject, models, 1, plan)
-
-    judged(close, models, 1, plan, came, "a backward after one under no_sync")
-    groups = buckets(models[0], 1)
-    for number, logs in enumerate(came.logs):
-        calls = bucket_calls(logs[0], models[0], groups)
-        if not misfit(calls, models[0], groups):
-            about = late(logs[0], calls, groups)
-            assert not about, f"a backward after one under no_sync, step {number + 1}: {about}"
+    judged(subject, close, models, [step, step], f"{backwards} backwards, all but the last under no_sync")
 
 
 @requirement("10.6")
@@ -92,13 +80,11 @@ def test_a_parameter_of_an_early_backward_only(subject: Subject, close: Close, r
     models = bags(2, rng, 3, 2, 4, 5)
     plan: list[Step] = [
         [[Back((0, 3), (2.0,), quiet=True), Back((1, 2))], [Back((0,), quiet=True), Back((1, 2, 3))]],
-        [[Back((1,), (3.0,), quiet=True), Back((0,))], [Back((0, 2))]],
-        [[Back(ALL)], [Back(ALL)]],
+        [[Back((1,), (3.0,), quiet=True), Back((0, 2, 3))], [Back((0, 1, 2, 3))]],
+        [[Back(LAST)], [Back(LAST)]],
     ]
 
-    came = train(subject, models, 56, plan)
-
-    judged(close, models, 56, plan, came, "a parameter in an early backward only")
+    judged(subject, close, models, plan, "a parameter in an early backward only")
 
 
 @requirement("10.6")
@@ -106,14 +92,12 @@ def test_only_backwards_under_no_sync(subject: Subject, close: Close, rng: torch
     """Where no backward runs outside no_sync, on one rank or on all, finish sends every bucket."""
     models = bags(2, rng, 3, 2, 4, 5)
     plan: list[Step] = [
-        [[Back(ALL, (2.0,), quiet=True), Back(ALL, quiet=True)], [Back(ALL, quiet=True)]],
-        [[Back(ALL, (2.0,), quiet=True)], [Back(ALL)]],
-        [[Back(ALL)], [Back(ALL)]],
+        [[Back(LAST, (2.0,), quiet=True), Back(LAST, quiet=True)], [Back(LAST, quiet=True)]],
+        [[Back(LAST, (2.0,), quiet=True)], [Back(LAST)]],
+        [[Back(LAST)], [Back(LAST)]],
     ]
 
-    came = train(subject, models, 56, plan)
-
-    judged(close, models, 56, plan, came, "backwards under no_sync alone")
+    judged(subject, close, models, plan, "backwards under no_sync alone")
 
 
 @requirement("10.6")

@@ -182,40 +182,6 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
-        "averaged_gradients_forgotten",
-        "10.6",
-        "two steps without zero_grad between",
-        (
-            GRADIENTS,
-            GRADIENTS
-            + "        gradients = [g - self._sent.get(p, 0) for g, p in zip(gradients, bucket, strict=True)]\n",
-        ),
-        (
-            "                    parameter.grad = average.view(parameter.shape)\n",
-            (
-                "                    parameter.grad = average.view(parameter.shape)\n"
-                "                    if parameter in self._kept:\n"
-                "                        parameter.grad = parameter.grad + 0\n"
-                "                    self._kept[parameter] = parameter.grad.clone()\n"
-            ),
-        ),
-        (
-            "        self._syncs = True\n",
-            (
-                "        self._syncs = True\n"
-                "        self._kept: dict[Tensor, Tensor] = {}\n"
-                "        self._sent: dict[Tensor, Tensor] = {}\n"
-            ),
-        ),
-        (
-            "        self._missing = [set(bucket) for bucket in self._buckets]\n",
-            (
-                "        self._missing = [set(bucket) for bucket in self._buckets]\n"
-                "        self._sent = {p: g for p, g in self._kept.items() if p.grad is not None}\n"
-            ),
-        ),
-    ),
-    Mistake(
         "the_counter_of_backwards",
         "10.6",
         "step 2",

@@ -132,29 +132,4 @@ MISTAKES = [
         "all_reduce",
         ("            work.wait()\n", "            work.wait()\n            dist.all_reduce(flat.clone())\n"),
     ),
-    Mistake(
-        "buckets_anew_by_arrival",
-        "10.3",
-        "step",
-        (
-            "    def _ready(self, parameter: Tensor, number: int) -> None:\n",
-            """    def _ready(self, parameter: Tensor, number: int) -> None:
-        if self._syncs and len(self._arrived) < sum(len(bucket) for bucket in self._buckets):
-            self._arrived.append(parameter)
-""",
-        ),
-        (
-            "        self._syncs = True\n",
-            "        self._syncs = True\n        self._arrived: list[Tensor] = []\n",
-        ),
-        (
-            RESET,
-            """        every = [p for bucket in self._buckets for p in bucket]
-        if len(self._arrived) == len(every) and every != self._arrived and len(self._buckets) == len(every):
-            self._buckets = [[p] for p in self._arrived]  # type: ignore[list-item]
-            self._arrived = [torch.empty(0)] * len(every)
-"""
-            + RESET,
-        ),
-    ),
 ]

@@ -246,7 +246,9 @@ MISTAKES = [
         "rank",
         (
             REST,
-            """        while len(self._running) < len(self._buckets) and any(p.grad is not None for p in self._buckets[len(self._running)]):
+            """        for bucket in self._buckets[len(self._running) :]:
+            if all(p.grad is None for p in bucket):
+                break
             self._start_next()
 """,
         ),

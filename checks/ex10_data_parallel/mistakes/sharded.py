@@ -185,7 +185,8 @@ MISTAKES = [
         (
             SEND,
             SEND
-            + """        for parameter in (p for group in self.param_groups for p in group["params"] if not p.requires_grad):
+            + """        every = [p for group in self.param_groups for p in group["params"]]
+        for parameter in (p for p in every if not p.requires_grad):
             _broadcast(parameter.detach(), source=0)
 """,
         ),

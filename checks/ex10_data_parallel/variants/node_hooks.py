@@ -1,4 +1,4 @@
-"""Hooks on autograd's accumulating nodes; gradients travel by sums of halves; the optimizer is a subclass of its class."""
+"""Hooks on autograd's accumulating nodes; optimizer_class is made anew at each step, over the share alone."""
 
 import copy
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""Counts instead of sets; bfloat16's flags as fractions; the share is stepped in a copy of the groups, sent by one gather."""
+"""Counts instead of sets, flags of a half; groups lose the others' parameters for the step; bytes in one gather."""
 
 import copy
 import itertools
@@ -27,11 +27,11 @@ class DataParallel(nn.Module):
         limit = int(bucket_cap_mb * 2**20)
         self.buckets: list[list[nn.Parameter]] = []
         for p in reversed([p for p in module.parameters() if p.requires_grad]):
-            if self.buckets and self.buckets[-1][0].dtype == p.dtype:
-                if sum(q.nbytes for q in self.buckets[-1]) + p.nbytes <= limit:
-                    self.buckets[-1].append(p)
-                    continue
-            self.buckets.append([p])
+            last = self.buckets[-1] if self.buckets else []
+            if last and last[0].dtype == p.dtype and sum(q.nbytes for q in last) + p.nbytes <= limit:
+                last.append(p)
+            else:
+                self.buckets.append([p])
         self.enabled = True
         self.pending: list[tuple[Any, Tensor]] = []
         self.seen: dict[int, int] = {}
