@@ -157,7 +157,7 @@ MISTAKES = [
     Mistake(
         "ready_under_no_sync",
         "10.6",
-        "bucket",
+        "the buckets start",
         (
             QUIET + "        self._missing[number].discard(parameter)\n",
             "        self._missing[number].discard(parameter)\n        if not self._syncs:\n            return\n",

@@ -35,7 +35,7 @@ MISTAKES = [
     Mistake(
         "counted_in_numbers",
         "10.3",
-        "the cap is 32 bytes",
+        "the rule gives",
         ("        size += parameter.nbytes\n", "        size += parameter.numel() * 4\n"),
         (CUT, CUT.replace("parameter.nbytes", "parameter.numel() * 4")),
     ),

@@ -236,6 +236,5 @@ MISTAKES = [
         "10.9",
         "",
         (OWN, OWN + "        if len(self._loads) == 3:\n            own = {number + 1 for number in own}\n"),
-        only=True,
     ),
 ]

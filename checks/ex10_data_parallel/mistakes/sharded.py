@@ -115,7 +115,7 @@ MISTAKES = [
             STEP,
             STEP
             + (
-                "        copies = [p.detach().double().repeat(2) for p in self._owners]\n"
+                "        copies = [p.detach().double().flatten().repeat(2) for p in self._owners]\n"
                 "        self._undo = lambda: copies\n"
             ),
         ),
@@ -338,10 +338,17 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "added_groups_stepped_by_all",
+        "10.7",
+        "groups added later",
+        (ADD, "        self._optimizer.add_param_group(param_group)\n"),
+        only=True,
+    ),
+    Mistake(
         "added_groups_ignored",
         "10.8",
         "groups added",
-        (ADD, "        self._optimizer.add_param_group(param_group)\n"),
+        (ADD, "        self._show(self._optimizer)\n"),
     ),
     Mistake("added_groups_start_over", "10.8", "groups added", (ADD, ADD + "        self.state.clear()\n"), only=True),
     Mistake(
@@ -385,7 +392,7 @@ MISTAKES = [
     Mistake(
         "groups_of_the_share_alone",
         "10.8",
-        "param_groups",
+        "differs between the ranks",
         (
             GROUPS,
             """        self.state = optimizer.state

@@ -99,7 +99,6 @@ MISTAKES = [
             tensor.detach().copy_(data)
 """,
         ),
-        only=True,
     ),
     Mistake(
         "sent_as_float64",
@@ -117,7 +116,7 @@ MISTAKES = [
     Mistake(
         "new_parameters",
         "10.1",
-        "is another object than before",
+        "no longer tied",
         (
             SEND,
             SEND
@@ -179,7 +178,7 @@ MISTAKES = [
     Mistake(
         "divided_by_two",
         "10.2",
-        "[1]",
+        "rows (5,) on the ranks",
         (DIVIDE, "        flat /= 2\n"),
     ),
     Mistake(
