@@ -392,7 +392,7 @@ def same_everywhere(
     hint: str = "",
     exact: bool = True,
 ) -> None:
-    """After each step every rank has the right values, and the bits of rank 0; about, where steps are judged elsewhere."""
+    """After each step every rank has the right values and rank 0's bits; about, where steps are judged elsewhere."""
     for rank, seen in enumerate(came):
         for step, (ones, others) in enumerate(zip(seen, expected, strict=True)):
             for number, (one, other) in enumerate(zip(ones, others, strict=True)):
