@@ -113,6 +113,7 @@ Conventions
 Not defined
 - what an error inside backward leaves behind; a step after it
 - gradients that are sparse, or that are changed between backward and `finish`
+- casting or moving a module once DataParallel or ShardedOptimizer has it
 - trainable parameters without elements; parameters and buffers whose elements share memory
 - a sum of losses that its dtype cannot hold; losses that need no gradient
 - tensors that you send and that are not contiguous: gloo takes other numbers for some of them

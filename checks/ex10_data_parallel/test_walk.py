@@ -118,7 +118,6 @@ class Training(Walk):
                 "after a step of SGD": "sgd",
                 "after other weights": "load",
                 "after edits of .data": "data",
-                "after a cast there and back": "cast",
                 "in eval": "eval",
                 "after a forward without backward": "forward",
                 "after a forward that fails": "fails",
@@ -189,10 +188,6 @@ def change(team: Team, how: str, rng: torch.Generator) -> None:
                     parameter.copy_(values)
                 elif how == "data":
                     parameter.data = values.clone()
-        if how == "cast" and all(parameter.dtype == torch.float64 for parameter in model.all):
-            model.float().double()
-    if how == "cast":
-        team.held = [None if one is None else one.to(torch.float32).to(one.dtype) for one in team.held]
 
 
 def clear(team: Team, how: str) -> None:

@@ -166,7 +166,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             state[n] = {}
             for key, value in ranks[0][n].items():
                 parts = [one[n][key] for one in ranks]
-                state[n][key] = value if value.dim() == 0 else torch.cat(parts).view(p.shape)
+                state[n][key] = value if key == "step" else torch.cat(parts).view(p.shape)
         numbers = {p: n for n, p in enumerate(self.shards)}
         groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in self.param_groups]
         return copy.deepcopy({"state": state, "param_groups": groups})
@@ -180,5 +180,5 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.inner.state.clear()
         for n, (p, shard) in enumerate(self.shards.items()):
             for key, value in state_dict["state"].get(n, {}).items():
-                cut = value.clone() if value.dim() == 0 else value.detach().reshape(-1)[self.run(p)].clone()
+                cut = value.clone() if key == "step" else value.detach().reshape(-1)[self.run(p)].clone()
                 self.inner.state[shard][key] = cut
