@@ -102,7 +102,7 @@ class Training(Walk):
             {"": "back", "gradients from the first to the last": "forth", "gradients in any order": "any"},
         ),
         Aspect("cap", "10.3", {"": 56, "a bucket for each": 1, "one bucket": 1000, "a cap of 40 bytes": 40}, 0.4),
-        Aspect("kind", "10.2", {"": "plain", "three dtypes": "dtypes", "tied and frozen parameters": "tied"}, 0.4),
+        Aspect("kind", "10.3", {"": "plain", "three dtypes": "dtypes", "tied and frozen parameters": "tied"}, 0.4),
         Aspect("ranks", "10.2", {"": 2, "on one rank": 1, "on three ranks": 3}, 0.4),
         Aspect(
             "rows",

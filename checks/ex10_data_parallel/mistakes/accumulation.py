@@ -41,7 +41,7 @@ MISTAKES = [
     Mistake(
         "no_sync_not_restored",
         "10.6",
-        "starts in finish, none in backward",
+        "the buckets start",
         (BODY, "        self._syncs = False\n        yield\n"),
         only=True,
     ),
@@ -166,7 +166,7 @@ MISTAKES = [
     Mistake(
         "after_no_sync_all_in_finish",
         "10.6",
-        "starts in finish, none in backward",
+        "the buckets start",
         (
             QUIET,
             (

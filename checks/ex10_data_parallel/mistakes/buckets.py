@@ -16,7 +16,6 @@ MISTAKES = [
         "10.3",
         "the rule gives",
         (ORDER, "[p for p in module.parameters() if p.requires_grad]"),
-        only=True,
     ),
     Mistake(
         "smallest_first",
@@ -47,7 +46,6 @@ MISTAKES = [
             ORDER,
             "sorted(reversed([p for p in module.parameters() if p.requires_grad]), key=lambda p: p.element_size())",
         ),
-        only=True,
     ),
     Mistake("one_dtype_for_all", "10.3", "", (CUT, "        if bucket and size + parameter.nbytes > cap:\n")),
     Mistake("one_for_each_parameter", "10.3", "the rule gives", (CUT, "        if bucket:\n"), only=True),

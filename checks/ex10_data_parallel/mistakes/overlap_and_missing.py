@@ -197,7 +197,6 @@ MISTAKES = [
                 "p.requires_grad}\n"
             ),
         ),
-        only=True,
     ),
     Mistake(
         "ready_at_the_first_gradient",
@@ -306,7 +305,6 @@ MISTAKES = [
                 "[p.grad is not None for p in bucket]", "[any(p.grad is not None for p in bucket)] * len(bucket)"
             ),
         ),
-        only=True,
     ),
     Mistake(
         "presence_of_this_rank_alone",
