@@ -218,7 +218,7 @@ class Training:
             self.parallel.finish()
             return {"calls": self.worker.calls}
         sizes = self.parallel._get_ddp_logging_data().get("rebuilt_bucket_sizes", "")
-        return {"calls": len(sizes.split(","))}
+        return {"calls": len(sizes.split(","))} if sizes else {}  # It makes them anew after the first step.
 
 
 class Stepping:

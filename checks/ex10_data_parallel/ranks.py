@@ -288,7 +288,7 @@ class Group(dist.ProcessGroup):
     """A process group in which ranks are threads."""
 
     def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]
         self._place, self._count, self._meeting = rank, size, meeting
 
     def _work(self, kind: str, inputs: list[Tensor], outputs: list[Tensor], how: str = "", asked: bool = False) -> Work:
@@ -351,7 +351,7 @@ class Group(dist.ProcessGroup):
         return str(distributed_c10d._world.pg_names[self])
 
     @property
-    def group_name(self) -> str:
+    def group_name(self) -> str:  # type: ignore[override]
         """The same."""
         return self.pg_name
 

@@ -91,7 +91,8 @@ def test_it_loads_into_the_class_alone(subject: Subject, close: Close, rng: torc
     _, through = saved_alone(own, name, 4)
     for rank, saved in enumerate(results):
         going = clones(mine[rank])
-        optimizer = cls([{"params": going[:2]}, {"params": going[2:]}], lr=7.0)
+        others: dict[str, Any] = {"lr": 7.0}
+        optimizer = cls([{"params": going[:2]}, {"params": going[2:]}], **others)
         optimizer.load_state_dict(saved)
         for k in (2, 3):
             give(going, k)

@@ -166,7 +166,7 @@ def means(subject: Subject, leaves: list[Tensor]) -> list[Any]:
 @requirement("10.2")
 def test_global_mean_by_hand(subject: Subject, close: Close) -> None:
     """Losses [1, 2, 3] and [10]: 3 on rank 0, 5 on rank 1, a gradient of 1/2 each; with an empty rank likewise."""
-    cases = (([1.0, 2.0, 3.0], [10.0]), ([], [1.0, 3.0], [8.0]), ([4.0, -6.0],))
+    cases: tuple[tuple[list[float], ...], ...] = (([1.0, 2.0, 3.0], [10.0]), ([], [1.0, 3.0], [8.0]), ([4.0, -6.0],))
     wanted_values = ([3.0, 5.0], [0.0, 4.0, 8.0], [-1.0])
     wanted_slopes = (0.5, 1.0, 0.5)
     for losses, values, slope in zip(cases, wanted_values, wanted_slopes, strict=True):
@@ -267,9 +267,9 @@ def test_five_steps_equal_one_process(
                     assert one is None, f"{what}: a tensor came, None was wanted: it is frozen"
                 else:
                     close(one, other, what, tolerance=1e-10, hint=_shares(shares))
-        for (name, right), came in zip(alone.named_parameters(), replicas[rank].parameters(), strict=True):
+        for (name, end), now in zip(alone.named_parameters(), replicas[rank].parameters(), strict=True):
             what = f"rows {shares} on the ranks, after 5 steps of AdamW, rank {rank}: {name}"
-            close(came.detach().clone(), right.detach(), what, tolerance=1e-10)
+            close(now.detach().clone(), end.detach(), what, tolerance=1e-10)
 
 
 def _shares(shares: tuple[int, ...]) -> str:
@@ -321,7 +321,7 @@ def test_forward_passes_everything_on(subject: Subject) -> None:
     seen: list[Any] = []
 
     class Curious(nn.Linear):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
             seen.append((args, kwargs))
             return {"out": args, "all": [kwargs, None]}
 

@@ -26,8 +26,8 @@ from .reference import (
 )
 
 ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
-LR = {"lr": 0.1}
-MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+LR: dict[str, Any] = {"lr": 0.1}
+MOMENTUM: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 
 # 10.7 memory and what is sent
 
@@ -227,7 +227,8 @@ def test_parameters_without_a_gradient(subject: Subject, close: Close, rng: torc
 
 def grouped(make: Make, own: list[nn.Parameter]) -> list[list[Tensor]]:
     """Three groups with hyperparameters of their own; then steps."""
-    groups = [{"params": own[:2], "lr": 0.3}, {"params": own[2], "weight_decay": 0.5}, {"params": own[3:]}]
+    rates: dict[str, Any] = {"params": own[:2], "lr": 0.3}
+    groups = [rates, {"params": own[2], "weight_decay": 0.5}, {"params": own[3:]}]
     return steps()(lambda _: make(groups), own)
 
 
@@ -242,7 +243,8 @@ def test_groups(subject: Subject, close: Close, rng: torch.Generator) -> None:
 def test_param_groups_are_those_of_the_class(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """`param_groups` holds every parameter and hyperparameter on every rank, as the class has them."""
     own = parameters(rng, 3, 2, 4, frozen=[1])
-    expected = ADAMW([{"params": own[:1], "lr": 0.3}, {"params": own[1:]}], **LR).param_groups
+    groups: list[dict[str, Any]] = [{"params": own[:1], "lr": 0.3}, {"params": own[1:]}]
+    expected = ADAMW(groups, **LR).param_groups
     kind = subject.ShardedOptimizer
     del close
 

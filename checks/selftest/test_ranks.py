@@ -33,12 +33,13 @@ def every_call(rank: int) -> list[Any]:
     dist.all_gather(gathered, torch.tensor([rank]))
     single = torch.zeros(2, dtype=torch.int64)
     dist.all_gather_single(single, torch.tensor([rank]))
-    objects, box = [None, None], [{"rank": rank}]
+    objects: list[Any] = [None, None]
+    box: list[Any] = [{"rank": rank}]
     dist.all_gather_object(objects, (rank, torch.ones(1)))
     dist.broadcast_object_list(box, src=1)
     dist.barrier()
     found = [before, total.tolist(), mean.tolist(), root.tolist(), [one.item() for one in gathered], single.tolist()]
-    return [*found, [pair[0] for pair in objects if pair is not None], box, dist.get_world_size(), dist.get_rank()]
+    return [*found, [pair[0] for pair in objects], box, dist.get_world_size(), dist.get_rank()]
 
 
 def test_the_group_uses_torchs_private_names() -> None:
