@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.testing import Close, Prebuilt, Subject
 
-from .ranks import Call, Entry, Wait, note, run
+from .meeting import Call, Entry, Wait
+from .ranks import note, run
 
 APART = "every rank makes the same calls in the same order"
 

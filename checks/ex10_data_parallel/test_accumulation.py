@@ -8,7 +8,8 @@ import torch
 
 from harness.testing import Close, Subject, requirement
 
-from .ranks import Call, done, run
+from .meeting import Call
+from .ranks import done, run
 from .reference import (
     Back,
     Bag,

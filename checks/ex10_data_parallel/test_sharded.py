@@ -10,7 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
 from harness.testing import Close, Subject, Trace, forbid, halfway, requirement
 
-from .ranks import Call, note, run
+from .meeting import Call
+from .ranks import note, run
 from .reference import (
     Make,
     Script,

@@ -9,7 +9,8 @@ import torch
 
 from harness.testing import Aspect, Close, Step, Subject, Walk, walk_check
 
-from .ranks import Entry, Ranks, note
+from .meeting import Entry
+from .ranks import Ranks, note
 from .reference import (
     Back,
     Bag,

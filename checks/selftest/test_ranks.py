@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ex10_data_parallel.ranks import Call, Ranks, Wait, run
+from ex10_data_parallel.meeting import Call, Wait
+from ex10_data_parallel.ranks import Ranks, run
 from harness.model.paths import TOP
 
 SAME = "every rank makes the same calls in the same order"

@@ -350,7 +350,12 @@ MISTAKES = [
         "groups added",
         (ADD, "        self._show(self._optimizer)\n"),
     ),
-    Mistake("added_groups_start_over", "10.8", "groups added", (ADD, ADD + "        self.state.clear()\n"), only=True),
+    Mistake(
+        "added_groups_start_over",
+        "10.8",
+        "groups added",
+        (ADD, ADD + "        self.state.clear()\n"),
+    ),
     Mistake(
         "sgd_whatever_is_asked",
         "10.8",
