@@ -195,4 +195,4 @@ class Stepping(Walk):
             log.clear()
 
 
-test_sharded_steps_in_any_order = walk_check(Stepping(), 40)
+test_sharded_steps_in_any_order = walk_check(Stepping(), 20)

@@ -246,7 +246,7 @@ MISTAKES = [
     Mistake(
         "counted_in_the_losses_dtype",
         "10.2",
-        "losses of 1 on rank",
+        "infinite in float16",
         (
             "torch.tensor(losses.numel(), device=losses.device)",
             "torch.tensor(losses.numel(), device=losses.device, dtype=losses.dtype)",
