@@ -12,10 +12,9 @@ from harness.testing import Close, Subject, requirement
 from .ranks import run
 from .reference import Make, alone, clones, copies, give, on_ranks, parameters, same_everywhere, same_state
 
-ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 CLASSES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "AdamW": (ADAMW, {"lr": 0.1}),
-    "SGD": (SGD, {"lr": 0.1, "momentum": 0.9}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.1}),
+    "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
 }
 
 
@@ -67,7 +66,7 @@ def test_it_saves_state_in_two_dtypes(subject: Subject, close: Close, rng: torch
     kind, mine = subject.ShardedOptimizer, [clones(own) for _ in range(2)]
 
     def job(rank: int) -> Any:
-        return stepped(lambda groups: kind(groups, ADAMW, lr=0.1), mine[rank], 2).state_dict()
+        return stepped(lambda groups: kind(groups, torch.optim.AdamW, lr=0.1), mine[rank], 2).state_dict()
 
     results, _ = run(2, job)
 

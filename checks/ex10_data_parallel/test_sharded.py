@@ -26,7 +26,6 @@ from .reference import (
     wrappers,
 )
 
-ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 LR: dict[str, Any] = {"lr": 0.1}
 MOMENTUM: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 
@@ -77,7 +76,7 @@ def test_each_rank_keeps_a_share(subject: Subject, close: Close, case: str) -> N
         give(every, 0)
         alive = {}
         with Trace() as seen:
-            optimizer = kind([{"params": group} for group in groups[: len(sizes.groups)]], ADAMW, **LR)
+            optimizer = kind([{"params": group} for group in groups[: len(sizes.groups)]], torch.optim.AdamW, **LR)
             for group in groups[len(sizes.groups) :]:
                 optimizer.add_param_group({"params": group})
             note("step")
@@ -101,7 +100,7 @@ def test_each_rank_keeps_a_share(subject: Subject, close: Close, case: str) -> N
     lone = sizes.made()
     reference = [parameter for group in lone for parameter in group]
     give(reference, 0)
-    optimizer = ADAMW([{"params": group} for group in lone], **LR)
+    optimizer = torch.optim.AdamW([{"params": group} for group in lone], **LR)
     optimizer.step()
     each = {p: sum(v.nbytes for v in one.values()) for p, one in optimizer.state.items()}
     limit = sum(each.values()) // sizes.ranks + max(each.values())
@@ -153,7 +152,7 @@ def test_a_step_by_hand(subject: Subject, close: Close) -> None:
 
     def job(rank: int) -> Any:
         mine = [nn.Parameter(tensor) for tensor in every[rank]]
-        optimizer = kind(mine, SGD, lr=0.5)
+        optimizer = kind(mine, torch.optim.SGD, lr=0.5)
         mine[0].grad, mine[1].grad = torch.tensor([2.0, 4.0]), torch.tensor([-2.0])
         optimizer.step()
         return copies(mine)
@@ -184,9 +183,9 @@ def steps(count: int = 3, missing: tuple[tuple[int, ...], ...] = ()) -> Script:
 
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "AdamW": (ADAMW, LR),
+    "AdamW": (torch.optim.AdamW, LR),
     "Adam": (torch.optim.Adam, {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1}),
-    "SGD": (SGD, MOMENTUM),
+    "SGD": (torch.optim.SGD, MOMENTUM),
 }
 
 
@@ -204,7 +203,7 @@ def test_the_default_is_adamw(subject: Subject, close: Close, rng: torch.Generat
     """Without an optimizer_class it is AdamW with its defaults; a generator of parameters will do."""
     own = parameters(rng, 5, 3)
     kind = subject.ShardedOptimizer
-    expected = alone(own, ADAMW, {}, steps())
+    expected = alone(own, torch.optim.AdamW, {}, steps())
 
     came = on_ranks(2, own, lambda mine: kind(p for p in mine), steps())
 
@@ -214,15 +213,17 @@ def test_the_default_is_adamw(subject: Subject, close: Close, rng: torch.Generat
 @requirement("10.8")
 def test_more_ranks_than_parameters(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A rank without a share takes part."""
-    agree(subject, close, 3, parameters(rng, 4), SGD, MOMENTUM, steps(), "one parameter on 3 ranks")
-    agree(subject, close, 2, parameters(rng, 4, 2, frozen=[0]), ADAMW, LR, steps(), "one trainable parameter")
+    agree(subject, close, 3, parameters(rng, 4), torch.optim.SGD, MOMENTUM, steps(), "one parameter on 3 ranks")
+    agree(
+        subject, close, 2, parameters(rng, 4, 2, frozen=[0]), torch.optim.AdamW, LR, steps(), "one trainable parameter"
+    )
 
 
 @requirement("10.8")
 def test_parameters_without_a_gradient(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """What has no gradient, in some steps, or never, does not move; AdamW's decay included."""
     script = steps(4, missing=((1,), (0, 1), (1, 2), (0, 1, 2, 3)))
-    for cls, defaults in ((ADAMW, {"lr": 0.1, "weight_decay": 0.5}), (SGD, MOMENTUM)):
+    for cls, defaults in ((torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.5}), (torch.optim.SGD, MOMENTUM)):
         agree(subject, close, 2, parameters(rng, 3, 2, 4, 1), cls, defaults, script, f"{cls.__name__}, None gradients")
 
 
@@ -236,7 +237,7 @@ def grouped(make: Make, own: list[nn.Parameter]) -> list[list[Tensor]]:
 @requirement("10.8")
 def test_groups(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Each group has its hyperparameters."""
-    for cls, defaults in ((ADAMW, LR), (SGD, MOMENTUM)):
+    for cls, defaults in ((torch.optim.AdamW, LR), (torch.optim.SGD, MOMENTUM)):
         agree(subject, close, 2, parameters(rng, 3, 2, 4, 1), cls, defaults, grouped, f"{cls.__name__}, groups")
 
 
@@ -245,12 +246,12 @@ def test_param_groups_are_those_of_the_class(subject: Subject, close: Close, rng
     """`param_groups` holds every parameter and hyperparameter on every rank, as the class has them."""
     own = parameters(rng, 3, 2, 4, frozen=[1])
     groups: list[dict[str, Any]] = [{"params": own[:1], "lr": 0.3}, {"params": own[1:]}]
-    expected = ADAMW(groups, **LR).param_groups
+    expected = torch.optim.AdamW(groups, **LR).param_groups
     kind = subject.ShardedOptimizer
     del close
 
     def job(rank: int) -> Any:
-        optimizer = kind([{"params": own[:1], "lr": 0.3}, {"params": own[1:]}], ADAMW, **LR)
+        optimizer = kind([{"params": own[:1], "lr": 0.3}, {"params": own[1:]}], torch.optim.AdamW, **LR)
         return optimizer.param_groups, isinstance(optimizer, torch.optim.Optimizer)
 
     results, _ = run(2, job)
@@ -292,7 +293,7 @@ SCHEDULERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_reach_every_share(subject: Subject, close: Close, rng: torch.Generator, name: str) -> None:
     """What a scheduler writes into `param_groups` counts from the next step on: rates, and momentum with OneCycleLR."""
-    for cls, defaults in ((SGD, MOMENTUM), (ADAMW, LR))[: 2 if name == "OneCycleLR" else 1]:
+    for cls, defaults in ((torch.optim.SGD, MOMENTUM), (torch.optim.AdamW, LR))[: 2 if name == "OneCycleLR" else 1]:
         script = scheduled(SCHEDULERS[name])
         agree(subject, close, 2, parameters(rng, 3, 2, 4), cls, defaults, script, f"{cls.__name__} under {name}")
 
@@ -314,7 +315,7 @@ def by_hand(make: Make, own: list[nn.Parameter]) -> list[list[Tensor]]:
 @requirement("10.8")
 def test_hyperparameters_changed_by_hand(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """What is written into `param_groups` counts from the next step on."""
-    for cls, defaults in ((ADAMW, LR), (SGD, MOMENTUM)):
+    for cls, defaults in ((torch.optim.AdamW, LR), (torch.optim.SGD, MOMENTUM)):
         agree(subject, close, 2, parameters(rng, 3, 2, 4), cls, defaults, by_hand, f"{cls.__name__} changed by hand")
 
 
@@ -336,7 +337,7 @@ def growing(make: Make, own: list[nn.Parameter]) -> list[list[Tensor]]:
 @requirement("10.8")
 def test_groups_added_between_steps(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A group added later is stepped from then on; the others keep their state."""
-    for size, cls, defaults in ((2, ADAMW, LR), (3, SGD, MOMENTUM)):
+    for size, cls, defaults in ((2, torch.optim.AdamW, LR), (3, torch.optim.SGD, MOMENTUM)):
         what = f"{cls.__name__} with groups added, {size} ranks"
         agree(subject, close, size, parameters(rng, 3, 4, 2, 5), cls, defaults, growing, what)
 
@@ -365,7 +366,7 @@ def test_closures(subject: Subject, close: Close, rng: torch.Generator) -> None:
         return seen
 
     own = parameters(rng, 3, 2, 4)
-    agree(subject, close, 2, own, SGD, MOMENTUM, script, "step(closure)", by_rank=True)
+    agree(subject, close, 2, own, torch.optim.SGD, MOMENTUM, script, "step(closure)", by_rank=True)
     # The class alone, and rank 0, count in the first place.
     assert counts == [4, 2], f"step(closure) on 2 ranks: called {[counts[0] - 2, counts[1]]} times in two steps"
 
@@ -374,11 +375,11 @@ def test_closures(subject: Subject, close: Close, rng: torch.Generator) -> None:
 def test_the_sharded_optimizer_is_written_from_scratch(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """None of torch's wrappers is reached, while the values are right."""
     own = parameters(rng, 3, 2)
-    expected = alone(own, ADAMW, LR, steps(1))
+    expected = alone(own, torch.optim.AdamW, LR, steps(1))
     kind = subject.ShardedOptimizer
 
     with forbid(wrappers(), "ShardedOptimizer"):
-        came = on_ranks(2, own, lambda mine: kind(mine, ADAMW, **LR), steps(1))
+        came = on_ranks(2, own, lambda mine: kind(mine, torch.optim.AdamW, **LR), steps(1))
 
     for number, right in enumerate(expected[0]):
         close(came[1][0][number], right, f"from scratch, rank 1: parameter {number}", tolerance=1e-2)
