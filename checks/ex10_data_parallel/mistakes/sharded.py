@@ -133,7 +133,6 @@ MISTAKES = [
         "10.7",
         "of a dict that is loaded only the share",
         ("if number in own}", "if number in own or own is not None}"),
-        only=True,
     ),
     Mistake(
         "gradients_summed_in_step",
