@@ -1,0 +1,1 @@
+"""What judges ex10, Data parallel training."""
