@@ -24,6 +24,7 @@ COPIED = (
     "exercises",
     "pyproject.toml",
     "requirements-bench.txt",
+    "requirements-demo.txt",
     "requirements-lint.txt",
     "requirements-test.txt",
     "requirements.txt",
@@ -45,7 +46,8 @@ class Workspace:
         for exercise in exercises().values():
             shutil.copy2(exercise.starter_file, top / "exercises" / exercise.file_name)
         (top / ".venv").mkdir()
-        (top / ".venv" / "ready").touch()
+        for stamp in ("ready", "demo"):
+            (top / ".venv" / stamp).touch()
         (top / "build").mkdir()
         for cache in ("mypy", "mypy-daemon"):
             if (TOP / "build" / cache).is_dir():

@@ -19,6 +19,7 @@ from harness.commands.request import Request, one_exercise, submission_folder
 from harness.language import Demo, Language, Run
 from harness.language.characters import characters
 from harness.language.checkpoint import checkpoint
+from harness.language.model import parameters
 from harness.model.exercise import Exercise, UsageError, exercises
 from harness.model.paths import TOP, module_from, shown
 from harness.model.submission import LoadError, describe, line_in
@@ -27,6 +28,8 @@ from harness.testing.subject import execute, load, neutral_state
 
 _THREADS = torch.get_num_threads()
 _REFRESH_SECONDS = 0.1
+# Numbers in a model up to which one thread is as fast as several.
+_SMALL = 10_000_000
 
 
 def run(request: Request) -> int:
@@ -75,12 +78,14 @@ def language_of(exercise: Exercise, request: Request, out: Console) -> Language:
         UsageError: there is no such folder, or the Decoder cannot hold what is in it.
     """
     given = execute(exercise.starter, exercise.starter_file, f"given_{exercise.id}")
-    neutral_state()  # One thread, which is the fastest for a toy.
+    neutral_state()
     if not request.model:
         return characters(given.Decoder, exercise.starter, out)
-    torch.set_num_threads(_THREADS)
     draft = _folder("DRAFT", request.draft) if request.draft else None
-    return checkpoint(_folder("MODEL", request.model), given.Decoder, draft)
+    language = checkpoint(_folder("MODEL", request.model), given.Decoder, draft)
+    if parameters(language.model) > _SMALL:
+        torch.set_num_threads(_THREADS)
+    return language
 
 
 def _folder(option: str, name: str) -> Path:

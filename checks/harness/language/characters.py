@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.language.model import Language, parameters
+from harness.language.model import Language, size
 from harness.model.exercise import UsageError
 from harness.model.paths import BUILD, shown
 
@@ -49,7 +49,7 @@ def characters(decoder: Any, text: str, out: Console) -> Language:
         torch.save({name: model.state_dict() for name, model in models.items()}, path)
     for model in models.values():
         model.eval().requires_grad_(False)
-    name = f"a toy of characters, {parameters(models['model'])}, kept in {shown(path.parent)}/"
+    name = f"a toy of characters, {size(models['model'])}, kept in {shown(path.parent)}/"
     return Language(models["model"], models["draft"], encode, decode, None, 160, name, _PROMPTS)
 
 
@@ -96,7 +96,7 @@ def _train(name: str, model: Any, data: Tensor, out: Console) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    out.print(f"the {name}: {parameters(model)}, {step} steps, {loss.item():.2f} nats per character", soft_wrap=True)
+    out.print(f"the {name}: {size(model)}, {step} steps, {loss.item():.2f} nats per character", soft_wrap=True)
 
 
 def _attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.language.model import Language, parameters
+from harness.language.model import Language, size
 from harness.model.exercise import UsageError
 
 # What must have this value, where the configuration names it: a Decoder has nothing else.
@@ -53,7 +53,7 @@ def checkpoint(folder: Path, decoder: Any, draft: Path | None = None) -> Languag
         drafted = "the draft is the first half of its layers"
     else:
         smaller = _decoder(draft, _config(draft), decoder)
-        drafted = f"the draft is {draft.name}, {parameters(smaller)}"
+        drafted = f"the draft is {draft.name}, {size(smaller)}"
     if smaller.vocab_size != model.vocab_size:
         raise UsageError(f"DRAFT: {smaller.vocab_size} tokens, MODEL has {model.vocab_size}; they must be the same")
     from tokenizers import Tokenizer
@@ -67,7 +67,7 @@ def checkpoint(folder: Path, decoder: Any, draft: Path | None = None) -> Languag
         lambda tokens: tokenizer.decode(list(tokens)),
         eos[0] if isinstance(eos, list) else eos,
         64,
-        f"{folder.name}, {parameters(model)}; {drafted}",
+        f"{folder.name}, {size(model)}; {drafted}",
         _PROMPTS,
     )
 

@@ -29,7 +29,11 @@ class Language:
     prompts: tuple[str, ...]
 
 
-def parameters(model: Any) -> str:
+def parameters(model: Any) -> int:
+    """How many numbers a model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def size(model: Any) -> str:
     """The number of a model's parameters, as people say it."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{count / 1e6:.1f} M parameters"
+    return f"{parameters(model) / 1e6:.1f} M parameters"
