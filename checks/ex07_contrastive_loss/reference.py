@@ -1,0 +1,251 @@
+"""What the checks of ex07 share: pairs, the loss from the formula, and the names of known slips."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, also, is_tensor
+
+from .ranks import Rank, run_ranks
+
+PLAIN, CHUNKED, SHARDED, HEAD = (
+    *("contrastive_loss", "chunked_contrastive_loss", "sharded_contrastive_loss"),
+    "ContrastiveHead.forward",
+)
+NEAR = 1e-5  # float64 where digits are not the point
+ABOUT = 1e-2  # where costs are counted
+HALVES = [torch.bfloat16, torch.float16]
+NAMES = ("image", "text", "scale")
+# Which of them ask for gradients.
+ASKING: dict[str, tuple[str, ...]] = {"image": ("image",), "text": ("text",), "scale": ("scale",), "rows": ("image", "text"), "none": ()}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a loss takes."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    groups: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and scale."""
+        return self.image, self.text, self.scale
+
+    def to(self, image: torch.dtype, text: torch.dtype | None = None, scale: torch.dtype | None = None) -> "Pairs":
+        """The same numbers, rounded to other dtypes."""
+        kinds = (image, text or image, scale or image)
+        made = [tensor.to(kind) for tensor, kind in zip(self.tensors, kinds, strict=True)]
+        return Pairs(*made, self.groups)
+
+    def leaves(self, asking: tuple[str, ...] = NAMES) -> "Pairs":
+        """Copies of the same strides, of which some ask for gradients; one tensor in two roles stays one."""
+        copies: dict[int, Tensor] = {}
+        for name, tensor in zip(NAMES, self.tensors, strict=True):
+            leaf = copies.setdefault(id(tensor), tensor.detach())
+            leaf.requires_grad_(leaf.requires_grad or name in asking)
+            leaf.grad = None
+        return Pairs(*(copies[id(tensor)] for tensor in self.tensors), self.groups)
+
+    def part(self, rows: slice) -> "Pairs":
+        """Some of the pairs, as tensors of their own."""
+        return Pairs(self.image[rows].clone(), self.text[rows].clone(), self.scale.clone())
+
+    def exact(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and gradients in float64, from the formula."""
+        image, text, scale = (tensor.detach().double().requires_grad_() for tensor in self.tensors)
+        if self.text is self.image:
+            text = image
+        loss = formula(image, text, scale, self.groups)
+        leaves = dict(zip(NAMES, (image, text, scale), strict=True))
+        wanted = torch.autograd.grad(loss, list(leaves.values()))
+        return loss.detach(), dict(zip(leaves, wanted, strict=True))
+
+
+def pairs(
+    rng: torch.Generator, n: int, e: int, scale: float = 3.0, groups: list[int] | None = None, unit: bool = False
+) -> Pairs:
+    """Random rows of different lengths, in float64."""
+    image, text = (torch.randn(n, e, generator=rng, dtype=torch.float64) for _ in range(2))
+    if unit:
+        image, text = (rows / rows.norm(dim=1, keepdim=True) for rows in (image, text))
+    ids = None if groups is None else torch.tensor(groups)
+    return Pairs(image, text, torch.tensor(scale, dtype=torch.float64), ids)
+
+
+def near_pairs(rng: torch.Generator, n: int, e: int, scale: float) -> Pairs:
+    """Unit rows, each text near its image, so that the loss is small at a large scale."""
+    given = pairs(rng, n, e, scale, unit=True)
+    text = given.image + 0.3 * given.text
+    return replace(given, text=text / text.norm(dim=1, keepdim=True))
+
+
+def matches(n: int, groups: Tensor | None) -> Tensor:
+    """Whether pair i's image matches pair j's text, [N, N]."""
+    return torch.eye(n, dtype=torch.bool) if groups is None else groups[:, None] == groups
+
+
+def formula(image: Tensor, text: Tensor, scale: Tensor, groups: Tensor | None = None) -> Tensor:
+    """The loss as it stands in the text."""
+    logits = scale * (image @ text.mT)
+    match = matches(len(image), groups).to(logits.device).to(logits.dtype)
+    weights = match / match.sum(1, keepdim=True)
+    return -(weights * (logits.log_softmax(1) + logits.log_softmax(0).mT)).sum() / (2 * len(image))
+
+
+# What is called
+
+
+def chunked(subject: Subject, given: Pairs, chunk_size: int | None = None) -> Any:
+    """chunked_contrastive_loss of pairs."""
+    options: dict[str, Any] = {} if chunk_size is None else {"chunk_size": chunk_size}
+    return _called(subject.chunked_contrastive_loss, given, options)
+
+
+def plain(subject: Subject, given: Pairs) -> Any:
+    """contrastive_loss of pairs."""
+    return _called(subject.contrastive_loss, given, {})
+
+
+def _called(loss: Callable[..., Any], given: Pairs, options: dict[str, Any]) -> Any:
+    if given.groups is None:
+        return loss(*given.tensors, **options)
+    return loss(*given.tensors, given.groups, **options)
+
+
+def slices(sizes: tuple[int, ...]) -> Iterator[slice]:
+    """The rows of each rank."""
+    first = 0
+    for size in sizes:
+        yield slice(first, first + size)
+        first += size
+
+
+def sharded(subject: Subject, given: Pairs, sizes: tuple[int, ...], each: Callable[[Any, Pairs, Rank], Any]) -> list[Any]:
+    """What `each` makes of the learner's function, a rank's own pairs and its communicator, by rank."""
+    loss, parts = subject.sharded_contrastive_loss, [given.part(rows) for rows in slices(sizes)]
+    return run_ranks(lambda comm: each(loss, parts[comm.rank], comm), len(sizes))
+
+
+# What came, in words
+
+
+def judged(
+    close: Close,
+    what: str,
+    loss: Any,
+    given: Pairs,
+    explain: Callable[[Tensor], str] | None = None,
+    tolerance: float = NEAR,
+    times: float = 1.0,
+    again: bool = False,
+) -> None:
+    """Fails unless a loss of float64 leaves, and its gradients times the incoming one, are the formula's."""
+    wanted, gradients = given.exact()
+    with also(explain or known_loss, loss, *(() if explain else (given,))):
+        close(loss, wanted, what, tolerance=tolerance)
+    leaves = {name: leaf for name, leaf in zip(NAMES, given.tensors, strict=True) if leaf.requires_grad}
+    if not leaves:
+        assert not loss.requires_grad, f"{what}: the loss carries a gradient, although no input asks for one"
+        return
+    assert loss.requires_grad, f"{what}: the loss carries no gradient; {', '.join(leaves)} ask for one"
+    for factor in (times, -2 * times) if again else (times,):
+        for leaf in leaves.values():
+            leaf.grad = None
+        loss.backward(torch.tensor(factor, dtype=loss.dtype), retain_graph=again)
+        order = f"backward({factor:g})" if factor != 1 else "backward"
+        for name, leaf in leaves.items():
+            right = gradients[name] * factor
+            with also(known_gradient, leaf.grad, right):
+                close(leaf.grad, right, f"{what}, {order}: gradient of {name}", tolerance=tolerance)
+
+
+def alike(came: Any, other: Tensor, tolerance: float = 1e-6) -> bool:
+    """One result is as near to another as a right one has to be."""
+    if not isinstance(came, Tensor) or came.shape != other.shape:
+        return False
+    return bool(torch.isclose(came.detach().double(), other.detach().double(), tolerance, tolerance).all())
+
+
+def known_loss(came: Any, given: Pairs, chunk: int = 0) -> str:
+    """Which slip gives just this loss, if a known one does."""
+    image, text, scale = (tensor.detach().double() for tensor in given.tensors)
+    n, groups = len(image), given.groups
+    logits, match = scale * image @ text.mT, matches(n, groups).double()
+    weights = match / match.sum(1, keepdim=True)
+    to_text, to_image = logits.log_softmax(1), logits.log_softmax(0).mT
+    unit = [rows / rows.norm(dim=1, keepdim=True) for rows in (image, text)]
+    right = formula(image, text, scale, groups)
+    forms = {
+        "0": right * 0,
+        "what images that look for texts give alone; texts look for images too": -(weights * to_text).sum() / n,
+        "what texts that look for images give alone; images look for texts too": -(weights * to_image).sum() / n,
+        "half of one direction": -(weights * to_text).sum() / (2 * n),
+        "the sum of both directions; half of it was wanted": 2 * right,
+        "the sum over the pairs; their mean was wanted": n * right,
+        "what comes for rows of length 1; the losses take rows as they come": formula(*unit, scale, groups),
+        "what comes without the scale": formula(image, text, torch.ones_like(scale), groups),
+        "what comes with logits divided by the scale": formula(image, text, 1 / scale, groups),
+    }
+    if groups is not None:
+        chances = (logits.softmax(1) * match).sum(1).log() + (logits.softmax(0).mT * match).sum(1).log()
+        forms |= {
+            "what comes without groups": formula(image, text, scale),
+            "the sum over the matches of a pair; their mean was wanted": -(match * (to_text + to_image)).sum() / 2 / n,
+            "minus the log of the matches' summed probability; the mean of their logs was wanted": -chances.mean() / 2,
+        }
+    if chunk:
+        forms |= _forms_of_chunks(logits, weights, chunk)
+    for words, form in forms.items():
+        if alike(came, form) and not alike(form, right):
+            return f"it is {words}"
+    return ""
+
+
+def _forms_of_chunks(logits: Tensor, weights: Tensor, chunk: int) -> dict[str, Tensor]:
+    n, rows, columns, short, own, moved = len(logits), 0.0, 0.0, 0.0, 0.0, 0.0
+    parts = range(0, n, chunk)
+    for start in parts:
+        part = slice(start, min(start + chunk, n))
+        size = part.stop - start
+        to_text, to_image = logits[part].log_softmax(1), logits[part].log_softmax(0)
+        rows = rows - (weights[part] * to_text).sum() / n
+        columns = columns - (weights[part] * to_image).sum() / n
+        short = short - (weights[part] * to_text).sum() / size / len(parts)
+        small = logits[part, part]
+        own = own - (small.log_softmax(1).diagonal().sum() + small.log_softmax(0).diagonal().sum()) / (2 * n)
+        moved = moved - to_text.diagonal().sum() / n
+    to_image = -(weights * logits.log_softmax(0)).sum() / n
+    return {
+        "what comes where each column is normalised within its chunk; it has entries in all chunks": as_tensor(
+            (rows + columns) / 2
+        ),
+        "the mean of the chunks' means; the last chunk is shorter": as_tensor((short + to_image) / 2),
+        "what comes where a chunk sees its own pairs alone": as_tensor(own),
+        "what comes with targets from 0 in every chunk": as_tensor((moved + to_image) / 2),
+    }
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor [] of a number or a tensor."""
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+def known_gradient(came: Any, wanted: Tensor) -> str:
+    """Which slip gives just this gradient, if a known one does."""
+    if came is None:
+        return "it gets no gradient: is something detached, or saved as a number?"
+    came = is_tensor(came, "").detach().double()
+    if came.shape != wanted.shape:
+        return ""
+    if not came.any():
+        return "all of it is 0: is something detached?"
+    share = float((came * wanted).sum() / wanted.square().sum())
+    if alike(came, share * wanted):
+        return f"it is {share:.4g} times the formula's"
+    return ""
