@@ -215,7 +215,9 @@ def zero_shot_weights(
     return torch.stack([_unit(_unit(encode_text(texts)).mean(0)) for texts in prompts])
 
 
-def recall_at_k(similarity: Tensor, positives: Tensor | None = None, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
+def recall_at_k(
+    similarity: Tensor, positives: Tensor | None = None, ks: Sequence[int] = (1, 5, 10)
+) -> dict[int, float]:
     """The share of the queries that have a positive among their k best candidates.
 
     Args:
@@ -249,7 +251,7 @@ def test_contrastive() -> None:
     scale = torch.tensor(2.0, dtype=torch.float64)
     groups = torch.tensor([7, 1, 7, 0, 1])
     for ids in (None, groups):
-        expected = _step(lambda *given, ids=ids: _formula(*given, ids), image, text, scale)
+        expected = _step(_formula, image, text, scale, ids)
         torch.testing.assert_close(_step(contrastive_loss, image, text, scale, ids), expected)
         torch.testing.assert_close(_step(chunked_contrastive_loss, image, text, scale, ids, 2), expected)
 

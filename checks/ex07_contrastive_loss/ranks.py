@@ -1,4 +1,4 @@
-"""A process group whose ranks are threads, stricter than the given one: what would hang or differ is an error at once."""
+"""A process group whose ranks are threads, and what would hang or differ is an error at once."""
 
 import threading
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class Rank:
 
 
 def run_ranks(function: Callable[[Rank], Any], world_size: int) -> list[Any]:
-    """function(comm) of each rank, in a thread each; the error of the first rank that did not fail because of another."""
+    """function(comm) of each rank, a thread each; the error of the first rank that did not fail because of others."""
     ranks, results = Ranks(world_size), [None] * world_size
     errors: dict[int, BaseException] = {}
 

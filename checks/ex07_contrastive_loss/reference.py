@@ -1,5 +1,6 @@
 """What the checks of ex07 share: pairs, the loss from the formula, and the names of known slips."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +16,19 @@ PLAIN, CHUNKED, SHARDED, HEAD = (
     *("contrastive_loss", "chunked_contrastive_loss", "sharded_contrastive_loss"),
     "ContrastiveHead.forward",
 )
-NEAR = 1e-5  # float64 where digits are not the point
+NEAR = 1e-9  # in float64
+SHARES = 1e-6  # with groups: 1/|P_i| may have been computed in float32
 ABOUT = 1e-2  # where costs are counted
 HALVES = [torch.bfloat16, torch.float16]
 NAMES = ("image", "text", "scale")
 # Which of them ask for gradients.
-ASKING: dict[str, tuple[str, ...]] = {"image": ("image",), "text": ("text",), "scale": ("scale",), "rows": ("image", "text"), "none": ()}
+ASKING: dict[str, tuple[str, ...]] = {
+    "image": ("image",),
+    "text": ("text",),
+    "scale": ("scale",),
+    "rows": ("image", "text"),
+    "none": (),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Pairs:
         """The same numbers, rounded to other dtypes."""
         kinds = (image, text or image, scale or image)
         made = [tensor.to(kind) for tensor, kind in zip(self.tensors, kinds, strict=True)]
-        return Pairs(*made, self.groups)
+        return Pairs(made[0], made[1], made[2], self.groups)
 
     def leaves(self, asking: tuple[str, ...] = NAMES) -> "Pairs":
         """Copies of the same strides, of which some ask for gradients; one tensor in two roles stays one."""
@@ -50,21 +58,24 @@ class Pairs:
             leaf = copies.setdefault(id(tensor), tensor.detach())
             leaf.requires_grad_(leaf.requires_grad or name in asking)
             leaf.grad = None
-        return Pairs(*(copies[id(tensor)] for tensor in self.tensors), self.groups)
+        return Pairs(copies[id(self.image)], copies[id(self.text)], copies[id(self.scale)], self.groups)
 
     def part(self, rows: slice) -> "Pairs":
         """Some of the pairs, as tensors of their own."""
         return Pairs(self.image[rows].clone(), self.text[rows].clone(), self.scale.clone())
 
     def exact(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and gradients in float64, from the formula."""
-        image, text, scale = (tensor.detach().double().requires_grad_() for tensor in self.tensors)
+        """Loss and gradients in float64, from the formula: of s_ij, (p_ij + q_ji) / 2N less what the matches weigh."""
+        image, text, scale = (tensor.detach().double() for tensor in self.tensors)
+        n, products = len(image), image @ text.mT
+        to_text, to_image = (scale * products).log_softmax(1), (scale * products).log_softmax(0)
+        weights = shares(n, self.groups)
+        loss = -(weights * to_text + weights.mT * to_image).sum() / (2 * n)
+        of_logits = (to_text.exp() + to_image.exp() - weights - weights.mT) / (2 * n)
+        wanted = {"image": scale * of_logits @ text, "text": scale * of_logits.mT @ image}
         if self.text is self.image:
-            text = image
-        loss = formula(image, text, scale, self.groups)
-        leaves = dict(zip(NAMES, (image, text, scale), strict=True))
-        wanted = torch.autograd.grad(loss, list(leaves.values()))
-        return loss.detach(), dict(zip(leaves, wanted, strict=True))
+            wanted = dict.fromkeys(wanted, wanted["image"] + wanted["text"])
+        return loss, {**wanted, "scale": (of_logits * products).sum()}
 
 
 def pairs(
@@ -81,21 +92,20 @@ def pairs(
 def near_pairs(rng: torch.Generator, n: int, e: int, scale: float) -> Pairs:
     """Unit rows, each text near its image, so that the loss is small at a large scale."""
     given = pairs(rng, n, e, scale, unit=True)
-    text = given.image + 0.3 * given.text
+    text = given.image + 1.2 * given.text
     return replace(given, text=text / text.norm(dim=1, keepdim=True))
 
 
-def matches(n: int, groups: Tensor | None) -> Tensor:
-    """Whether pair i's image matches pair j's text, [N, N]."""
-    return torch.eye(n, dtype=torch.bool) if groups is None else groups[:, None] == groups
+def shares(n: int, groups: Tensor | None) -> Tensor:
+    """1/|P_i| for each match j of pair i, 0 elsewhere, [N, N]."""
+    match = torch.eye(n, dtype=torch.float64) if groups is None else (groups[:, None] == groups).double()
+    return match / match.sum(1, keepdim=True)
 
 
 def formula(image: Tensor, text: Tensor, scale: Tensor, groups: Tensor | None = None) -> Tensor:
     """The loss as it stands in the text."""
     logits = scale * (image @ text.mT)
-    match = matches(len(image), groups).to(logits.device).to(logits.dtype)
-    weights = match / match.sum(1, keepdim=True)
-    return -(weights * (logits.log_softmax(1) + logits.log_softmax(0).mT)).sum() / (2 * len(image))
+    return -(shares(len(image), groups) * (logits.log_softmax(1) + logits.log_softmax(0).mT)).sum() / (2 * len(image))
 
 
 # What is called
@@ -126,7 +136,9 @@ def slices(sizes: tuple[int, ...]) -> Iterator[slice]:
         first += size
 
 
-def sharded(subject: Subject, given: Pairs, sizes: tuple[int, ...], each: Callable[[Any, Pairs, Rank], Any]) -> list[Any]:
+def sharded(
+    subject: Subject, given: Pairs, sizes: tuple[int, ...], each: Callable[[Any, Pairs, Rank], Any]
+) -> list[Any]:
     """What `each` makes of the learner's function, a rank's own pairs and its communicator, by rank."""
     loss, parts = subject.sharded_contrastive_loss, [given.part(rows) for rows in slices(sizes)]
     return run_ranks(lambda comm: each(loss, parts[comm.rank], comm), len(sizes))
@@ -141,12 +153,13 @@ def judged(
     loss: Any,
     given: Pairs,
     explain: Callable[[Tensor], str] | None = None,
-    tolerance: float = NEAR,
+    tolerance: float | None = None,
     times: float = 1.0,
     again: bool = False,
 ) -> None:
     """Fails unless a loss of float64 leaves, and its gradients times the incoming one, are the formula's."""
     wanted, gradients = given.exact()
+    tolerance = tolerance or (NEAR if given.groups is None else SHARES)
     with also(explain or known_loss, loss, *(() if explain else (given,))):
         close(loss, wanted, what, tolerance=tolerance)
     leaves = {name: leaf for name, leaf in zip(NAMES, given.tensors, strict=True) if leaf.requires_grad}
@@ -165,6 +178,14 @@ def judged(
                 close(leaf.grad, right, f"{what}, {order}: gradient of {name}", tolerance=tolerance)
 
 
+def units(largest: float, dtype: torch.dtype) -> float:
+    """Two units in the last place of a gradient's largest entry; of float32 and better, 1e-4 of 1 + that."""
+    if dtype in (torch.float32, torch.float64):
+        return 1e-4 * (1 + largest)
+    last = 2.0 ** math.floor(math.log2(max(largest, 1e-6))) * torch.finfo(dtype).eps
+    return max(2 * last, 1e-4)
+
+
 def alike(came: Any, other: Tensor, tolerance: float = 1e-6) -> bool:
     """One result is as near to another as a right one has to be."""
     if not isinstance(came, Tensor) or came.shape != other.shape:
@@ -176,8 +197,8 @@ def known_loss(came: Any, given: Pairs, chunk: int = 0) -> str:
     """Which slip gives just this loss, if a known one does."""
     image, text, scale = (tensor.detach().double() for tensor in given.tensors)
     n, groups = len(image), given.groups
-    logits, match = scale * image @ text.mT, matches(n, groups).double()
-    weights = match / match.sum(1, keepdim=True)
+    logits, weights = scale * image @ text.mT, shares(n, groups)
+    match = (weights > 0).double()
     to_text, to_image = logits.log_softmax(1), logits.log_softmax(0).mT
     unit = [rows / rows.norm(dim=1, keepdim=True) for rows in (image, text)]
     right = formula(image, text, scale, groups)
@@ -188,7 +209,7 @@ def known_loss(came: Any, given: Pairs, chunk: int = 0) -> str:
         "half of one direction": -(weights * to_text).sum() / (2 * n),
         "the sum of both directions; half of it was wanted": 2 * right,
         "the sum over the pairs; their mean was wanted": n * right,
-        "what comes for rows of length 1; the losses take rows as they come": formula(*unit, scale, groups),
+        "what comes for rows of length 1; the losses take rows as they come": formula(unit[0], unit[1], scale, groups),
         "what comes without the scale": formula(image, text, torch.ones_like(scale), groups),
         "what comes with logits divided by the scale": formula(image, text, 1 / scale, groups),
     }
@@ -208,7 +229,8 @@ def known_loss(came: Any, given: Pairs, chunk: int = 0) -> str:
 
 
 def _forms_of_chunks(logits: Tensor, weights: Tensor, chunk: int) -> dict[str, Tensor]:
-    n, rows, columns, short, own, moved = len(logits), 0.0, 0.0, 0.0, 0.0, 0.0
+    n = len(logits)
+    rows, columns, short, own, moved = torch.zeros(5, dtype=torch.float64)
     parts = range(0, n, chunk)
     for start in parts:
         part = slice(start, min(start + chunk, n))
@@ -222,18 +244,12 @@ def _forms_of_chunks(logits: Tensor, weights: Tensor, chunk: int) -> dict[str, T
         moved = moved - to_text.diagonal().sum() / n
     to_image = -(weights * logits.log_softmax(0)).sum() / n
     return {
-        "what comes where each column is normalised within its chunk; it has entries in all chunks": as_tensor(
-            (rows + columns) / 2
-        ),
-        "the mean of the chunks' means; the last chunk is shorter": as_tensor((short + to_image) / 2),
-        "what comes where a chunk sees its own pairs alone": as_tensor(own),
-        "what comes with targets from 0 in every chunk": as_tensor((moved + to_image) / 2),
+        "what comes where each column is normalised within its chunk; it has entries in all chunks": (rows + columns)
+        / 2,
+        "the mean of the chunks' means; the last chunk is shorter": (short + to_image) / 2,
+        "what comes where a chunk sees its own pairs alone": own,
+        "what comes with targets from 0 in every chunk": (moved + to_image) / 2,
     }
-
-
-def as_tensor(value: Any) -> Tensor:
-    """A tensor [] of a number or a tensor."""
-    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def known_gradient(came: Any, wanted: Tensor) -> str:

@@ -50,7 +50,9 @@ def expected(encode: Encoder, names: Sequence[str], templates: Sequence[str]) ->
     """The weights, and those that slips give, by the slips' words."""
     with torch.no_grad():
         rows = torch.stack([torch.stack([encode.row(t.format(name)) for t in templates]) for name in names]).double()
-        plain = torch.stack([torch.stack([encode.row(t.replace("{}", name)) for t in templates]) for name in names]).double()
+        plain = torch.stack(
+            [torch.stack([encode.row(t.replace("{}", name)) for t in templates]) for name in names]
+        ).double()
         first, raw = unit(rows[:, 0]), unit(rows.mean(1))
         slips = {
             "the first template's alone": first,
@@ -97,7 +99,8 @@ def test_zero_shot_weights(subject: Subject, close: Close, rng: torch.Generator,
     prompts = {template.format(name) for template in TEMPLATES[:count] for name in NAMES}
     missing = sorted(prompts - set(encode.texts))
     assert not missing or not set(encode.texts) - prompts, (
-        f"{what}: encode_text gets {sorted(set(encode.texts) - prompts)[0]!r}; {missing[0]!r} was wanted, as template.format(name)"
+        f"{what}: encode_text gets {sorted(set(encode.texts) - prompts)[0]!r}; "
+        f"{missing[0]!r} was wanted, as template.format(name)"
     )
     with also(known_weights, weights, slips):
         close(weights, wanted, what)
@@ -116,7 +119,12 @@ def test_zero_shot_with_a_table(subject: Subject, close: Close) -> None:
 
     weights = subject.zero_shot_weights(encode, ["a", "b"], ["{}"])
 
-    close(weights, torch.tensor([[0.0, 0.0], [0.6, -0.8]]), f"{ZERO_SHOT}, an encoder that returns a parameter", tolerance=1e-5)
+    close(
+        weights,
+        torch.tensor([[0.0, 0.0], [0.6, -0.8]]),
+        f"{ZERO_SHOT}, an encoder that returns a parameter",
+        tolerance=1e-5,
+    )
     assert table._version == 0, f"{ZERO_SHOT}: writes to what encode_text returns"
     assert not weights.requires_grad, f"{ZERO_SHOT}: the weights carry a gradient"
 
@@ -140,7 +148,11 @@ def recalls(similarity: Tensor, positives: Tensor | None, ks: Sequence[int]) -> 
 
 
 def recalled(
-    subject: Subject, similarity: Tensor, positives: Tensor | None = None, ks: Sequence[int] | None = None, hint: str = ""
+    subject: Subject,
+    similarity: Tensor,
+    positives: Tensor | None = None,
+    ks: Sequence[int] | None = None,
+    hint: str = "",
 ) -> None:
     """Fails unless recall_at_k gives what counting query by query gives."""
     wanted = recalls(similarity, positives, ks or (1, 5, 10))
@@ -154,18 +166,34 @@ def recalled(
     assert isinstance(came, dict), f"{what}: a {type(came).__name__} came, a dict was wanted"
     assert list(came) == list(wanted), f"{what}: the keys {list(came)} came, {list(wanted)} was wanted"
     for k, share in came.items():
-        assert isinstance(share, (int, float)), f"{what}[{k}]: a {type(share).__name__} came, a Python number was wanted"
-        assert abs(share - wanted[k]) < 1e-6, f"{what}[{k}]: {share:.6g} came, {wanted[k]:.6g} was wanted\n{hint}".rstrip()
+        assert isinstance(share, (int, float)), (
+            f"{what}[{k}]: a {type(share).__name__} came, a Python number was wanted"
+        )
+        assert abs(share - wanted[k]) < 1e-6, (
+            f"{what}[{k}]: {share:.6g} came, {wanted[k]:.6g} was wanted\n{hint}".rstrip()
+        )
 
 
 SCORES: dict[str, tuple[list[list[float]], str]] = {
     "ranks 1, 2 and 3": ([[0.9, 0.1, 0.3], [0.7, 0.5, 0.2], [0.4, 0.6, 0.1]], "the diagonal is positive"),
     "ties": ([[0.9, 0.9, 0.1], [0.2, 0.2, 0.2], [0.0, 0.1, 0.3]], "ties count against the query"),
-    "NaN": ([[float("nan"), 0.1, 0.2], [0.3, 0.9, float("nan")], [0.0, 0.1, 0.3]], "a query with a NaN score is missed"),
-    "infinity": ([[float("-inf"), 0.1, 0.2], [0.3, float("inf"), 0.1], [float("inf"), 0.1, 0.3]], "infinity is a score"),
-    "lowest scores": ([[float("-inf")] * 3, [-3e38, -3e38, -1.0], [-2.0, -1.0, -0.5]], "scores may be as low as they like"),
+    "NaN": (
+        [[float("nan"), 0.1, 0.2], [0.3, 0.9, float("nan")], [0.0, 0.1, 0.3]],
+        "a query with a NaN score is missed",
+    ),
+    "infinity": (
+        [[float("-inf"), 0.1, 0.2], [0.3, float("inf"), 0.1], [float("inf"), 0.1, 0.3]],
+        "infinity is a score",
+    ),
+    "lowest scores": (
+        [[float("-inf")] * 3, [-3e38, -3e38, -1.0], [-2.0, -1.0, -0.5]],
+        "scores may be as low as they like",
+    ),
     "more candidates": ([[0.1, 0.2, 0.3, 0.9], [0.5, 0.4, 0.6, 0.1]], "the diagonal of [N, M] is positive"),
-    "more queries": ([[0.1, 0.2], [0.5, 0.6], [0.9, 0.1]], "a query without a positive is missed, also where k exceeds M"),
+    "more queries": (
+        [[0.1, 0.2], [0.5, 0.6], [0.9, 0.1]],
+        "a query without a positive is missed, also where k exceeds M",
+    ),
     "one": ([[0.0]], "one query and one candidate"),
 }
 
@@ -197,5 +225,3 @@ def test_recall_with_positives(subject: Subject, rng: torch.Generator, dtype: to
     before = similarity.clone()
     recalled(subject, similarity.requires_grad_(), positives.to(dtype), (3,), hint)
     assert torch.equal(similarity, before), f"{RECALL}: writes to its input"
-
-

@@ -20,9 +20,13 @@ def build(subject: Subject, rng: torch.Generator, dtype: torch.dtype = torch.flo
     head = subject.ContrastiveHead(IMAGE, TEXT, E, **options)
     for name, width in (("image_proj", IMAGE), ("text_proj", TEXT)):
         layer = getattr(head, name, None)
-        assert isinstance(layer, nn.Linear), f"ContrastiveHead.{name}: {type(layer).__name__} came, nn.Linear was wanted"
+        assert isinstance(layer, nn.Linear), (
+            f"ContrastiveHead.{name}: {type(layer).__name__} came, nn.Linear was wanted"
+        )
         shape = tuple(layer.weight.shape)
-        assert shape == (E, width), f"ContrastiveHead({IMAGE}, {TEXT}, {E}).{name}.weight: {shape} came, {(E, width)} was wanted"
+        assert shape == (E, width), (
+            f"ContrastiveHead({IMAGE}, {TEXT}, {E}).{name}.weight: {shape} came, {(E, width)} was wanted"
+        )
     head.to(dtype)
     with torch.no_grad():
         for layer in (head.image_proj, head.text_proj):
@@ -125,13 +129,17 @@ def test_the_whole_state(subject: Subject, close: Close, rng: torch.Generator) -
 
     other.load_state_dict(head.state_dict())
 
-    for name, one, wanted in zip(("image rows", "text rows", "scale"), called(other, image, text), expected, strict=True):
+    for name, one, wanted in zip(
+        ("image rows", "text rows", "scale"), called(other, image, text), expected, strict=True
+    ):
         close(one, wanted.detach(), f"{HEAD} after load_state_dict: {name}", tolerance=1e-6)
 
 
 @requirement("7.1")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_gradients_reach_the_head(subject: Subject, close: Close, rng: torch.Generator, training: bool, on: Where) -> None:
+def test_gradients_reach_the_head(
+    subject: Subject, close: Close, rng: torch.Generator, training: bool, on: Where
+) -> None:
     """Rows, and the gradients of features, both projections and logit_scale, are the formula's."""
     head = build(subject, rng).to(on.device, on.dtype).train(training)
     image, text = (x.to(on.device, on.dtype).requires_grad_() for x in features(rng))
@@ -144,14 +152,21 @@ def test_gradients_reach_the_head(subject: Subject, close: Close, rng: torch.Gen
 
     rows = called(head, image, text)
 
-    for name, came, right, given, weight in zip(("image rows", "text rows"), rows, wanted, copies, copies[2:], strict=False):
+    for name, came, right, given, weight in zip(
+        ("image rows", "text rows"), rows, wanted, copies, copies[2:], strict=False
+    ):
         with also(known_rows, came, given, weight):
             close(came, right.detach(), f"{HEAD}: {name}")
     assert all(one.requires_grad for one in rows), f"{HEAD}: rows or scale carry no gradient"
     sum([(one * probe).sum() for one, probe in zip(rows, probes, strict=False)], -3 * rows[2]).backward()
     for (name, leaf), copy in zip(leaves.items(), copies, strict=True):
         with also(known_gradient, leaf.grad, is_tensor(copy.grad, "")):
-            close(leaf.grad, is_tensor(copy.grad, ""), f"{HEAD}, backward: gradient of {name}", tolerance=max(close.tolerance, 1e-6))
+            close(
+                leaf.grad,
+                is_tensor(copy.grad, ""),
+                f"{HEAD}, backward: gradient of {name}",
+                tolerance=max(close.tolerance, 1e-6),
+            )
 
 
 @requirement("7.1")
@@ -204,10 +219,14 @@ def test_the_bound(subject: Subject, rng: torch.Generator, dtype: torch.dtype) -
                 with torch.set_grad_enabled(training):
                     came = float(scale_of(head, rng))
 
-                hint = "exp first overflows; compare logarithms" if not math.isfinite(came) else "scale = min(exp(logit_scale), max_scale)"
+                hint = (
+                    "exp first overflows; compare logarithms"
+                    if not math.isfinite(came)
+                    else "scale = min(exp(logit_scale), max_scale)"
+                )
                 assert abs(came - wanted) <= near * wanted, (
-                    f"{HEAD} in {dtype} in {'training' if training else 'eval'}, max_scale {max_scale:g}, logit_scale {held:g}: "
-                    f"scale {came:.6g} came, {wanted:.6g} was wanted\n{hint}"
+                    f"{HEAD} in {dtype} in {'training' if training else 'eval'}, max_scale {max_scale:g}, "
+                    f"logit_scale {held:g}: scale {came:.6g} came, {wanted:.6g} was wanted\n{hint}"
                 )
 
 
@@ -232,8 +251,8 @@ def test_the_bound_is_not_sticky(subject: Subject, rng: torch.Generator, dtype: 
             assert came is not None and math.isfinite(float(came)) and float(came) * incoming > 0, (
                 f"{what}, backward({incoming:g}) of scale: the gradient of logit_scale is {told}; "
                 f"a finite one {'above' if incoming > 0 else 'below'} 0 was wanted\n"
-                "clamp has the gradient 0 beyond its bound, and exp of a large number overflows: bound what the parameter "
-                "holds, or give the gradient a way round the clamp"
+                "clamp has the gradient 0 beyond its bound, and exp of a large number overflows: bound what the "
+                "parameter holds, or give the gradient a way round the clamp"
             )
 
 
@@ -250,9 +269,11 @@ def test_descent_leads_back(subject: Subject, rng: torch.Generator) -> None:
         scales.append(float(scale))
         scale.backward()
         with torch.no_grad():
-            head.logit_scale.sub_(0.3 * (head.logit_scale.grad if head.logit_scale.grad is not None else 0.0).sign())
+            head.logit_scale.sub_(0.3 * is_tensor(head.logit_scale.grad, "gradient of logit_scale").sign())
 
-    assert abs(scales[0] - 20) < 0.02, f"{HEAD}, logit_scale a quarter beyond the bound: scale {scales[0]:.6g} came, 20 was wanted"
+    assert abs(scales[0] - 20) < 0.02, (
+        f"{HEAD}, logit_scale a quarter beyond the bound: scale {scales[0]:.6g} came, 20 was wanted"
+    )
     assert scales[-1] < 17 and scales[-1] < scales[0], (
         f"{HEAD}: three steps against the gradient of logit_scale, of 0.3 each, lead to the scales "
         f"{[round(scale, 3) for scale in scales]}; below 17 was wanted\n"

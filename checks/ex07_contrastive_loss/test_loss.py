@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from harness.testing import Close, Subject, Where, also, refuses, requirement
+from harness.testing import Close, Subject, Trace, Where, also, refuses, requirement
 
-from .reference import ASKING, NAMES, PLAIN, Pairs, judged, known_loss, near_pairs, pairs, plain
+from .reference import ASKING, NAMES, PLAIN, SHARES, Pairs, judged, known_loss, near_pairs, pairs, plain
 
 
 @requirement("7.3")
@@ -32,7 +32,11 @@ def test_groups_by_hand(subject: Subject, close: Close) -> None:
         loss = plain(subject, given)
 
         with also(known_loss, loss, given):
-            close(loss, torch.tensor(math.log(1 + math.e) - wanted, dtype=torch.float64), f"{PLAIN} of two orthonormal pairs, groups {groups}")
+            close(
+                loss,
+                torch.tensor(math.log(1 + math.e) - wanted, dtype=torch.float64),
+                f"{PLAIN} of two orthonormal pairs, groups {groups}",
+            )
 
 
 GROUPS = {
@@ -70,7 +74,9 @@ def test_inputs_without_gradient(subject: Subject, close: Close, rng: torch.Gene
     """Any of image, text and scale may need no gradient."""
     given = pairs(rng, 5, 3, groups=[1, 2, 1, 3, 2]).leaves(asking)
 
-    judged(close, f"{PLAIN}, where {' and '.join(asking) or 'nothing'} asks for a gradient", plain(subject, given), given)
+    judged(
+        close, f"{PLAIN}, where {' and '.join(asking) or 'nothing'} asks for a gradient", plain(subject, given), given
+    )
 
 
 @requirement("7.3")
@@ -87,7 +93,11 @@ def test_one_tensor_in_both_roles(subject: Subject, close: Close, rng: torch.Gen
 @requirement("7.3")
 def test_large_scales_in_float32(subject: Subject, rng: torch.Generator) -> None:
     """At scale 100 unit rows in float32 give the loss within 1e-4 · max(1, loss), near 0 too."""
-    for given in (near_pairs(rng, 16, 24, 100.0), pairs(rng, 16, 24, 100.0, unit=True), pairs(rng, 9, 5, 100.0, [1, 2, 1] * 3, unit=True)):
+    for given in (
+        near_pairs(rng, 16, 24, 100.0),
+        pairs(rng, 16, 24, 100.0, unit=True),
+        pairs(rng, 9, 5, 100.0, [1, 2, 1] * 3, unit=True),
+    ):
         given = given.to(torch.float32)
         wanted = float(given.exact()[0])
 
@@ -108,6 +118,19 @@ def test_large_rows_in_float64(subject: Subject, close: Close, rng: torch.Genera
     for one in (given, shifted):
         one = one.leaves()
         judged(close, f"{PLAIN}, logits up to thousands", plain(subject, one), one, tolerance=1e-7)
+
+
+@requirement("7.3")
+def test_nothing_stays_of_a_loss(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Once the loss is let go, nothing of the call is alive."""
+    given = pairs(rng, 6, 3, groups=[2, 1, 2, 0, 1, 2])
+    with Trace() as seen:
+        loss = plain(subject, given)
+
+    close(loss, given.exact()[0], PLAIN, tolerance=SHARES)
+    del loss
+    left = seen.alive_after_collection()
+    assert left == 0, f"{PLAIN}: {left} bytes are alive once the loss is let go; nothing was wanted"
 
 
 @requirement("7.3")
@@ -135,6 +158,6 @@ def test_agrees_elsewhere(subject: Subject, close: Close, rng: torch.Generator, 
     close(loss, wanted.to(on.device, kind), f"{PLAIN} in {on.dtype}")
     loss.backward()
     for name, tensor in zip(NAMES, tensors, strict=True):
-        close(tensor.grad, gradients[name].to(on.device, on.dtype), f"{PLAIN} in {on.dtype}, backward: gradient of {name}")
-
-
+        close(
+            tensor.grad, gradients[name].to(on.device, on.dtype), f"{PLAIN} in {on.dtype}, backward: gradient of {name}"
+        )

@@ -11,7 +11,20 @@ from torch.nn import functional as F
 from harness.testing import Close, Subject, Trace, also, is_tensor, requirement
 
 from .ranks import Rank
-from .reference import ABOUT, ASKING, NAMES, NEAR, SHARDED, Pairs, alike, formula, known_gradient, pairs, sharded, slices
+from .reference import (
+    ABOUT,
+    ASKING,
+    NAMES,
+    NEAR,
+    SHARDED,
+    Pairs,
+    alike,
+    formula,
+    known_gradient,
+    pairs,
+    sharded,
+    slices,
+)
 
 SIZES = {"one rank": (4,), "two ranks": (3, 3), "unequal": (1, 4), "three ranks": (2, 1, 3)}
 
@@ -51,9 +64,10 @@ def mean_is(close: Close, came: list[list[Tensor | None]], given: Pairs, sizes: 
                 f"{what}, backward: {name} gets no gradient on rank {rank}: is something detached, or a number?"
             )
             if name != "scale":
+                where = f"{what}, backward: gradient of {name} on rank {rank} of {world}"
+                hint = "DDP divides by the number of ranks: the mean over the ranks is right"
                 with also(known_share, one[1 + place], part * world, given, sizes, rank, name, times):
-                    close(one[1 + place], part * world, f"{what}, backward: gradient of {name} on rank {rank} of {world}",
-                          tolerance=tolerance, hint="DDP divides by the number of ranks: the mean over the ranks is right")  # fmt: skip
+                    close(one[1 + place], part * world, where, tolerance=tolerance, hint=hint)
         if name == "scale":
             mean = torch.stack([is_tensor(one[1 + place], "") for one in came]).mean(0)
             with also(known_gradient, mean, right):
@@ -70,7 +84,8 @@ def known_mean(came: Tensor, given: Pairs, sizes: tuple[int, ...]) -> str:
     each = (to_text + to_image).diagonal() / 2
     moved = sum(float((to_text[p] + to_image[p])[:, : p.stop - p.start].diagonal().sum()) for p in parts) / 2 / n
     equal = sum(
-        float((to_text[p] + to_image[p])[:, rank * (p.stop - p.start) :].diagonal().sum()) for rank, p in enumerate(parts)
+        float((to_text[p] + to_image[p])[:, rank * (p.stop - p.start) :].diagonal().sum())
+        for rank, p in enumerate(parts)
     )
     forms = {
         "each rank's own pairs alone: the other ranks' rows are negatives too": torch.stack(local).mean(),
@@ -79,7 +94,7 @@ def known_mean(came: Tensor, given: Pairs, sizes: tuple[int, ...]) -> str:
         "the mean of the ranks' means; ranks hold different numbers of pairs": torch.stack(
             [each[p].mean() for p in parts]
         ).mean(),
-        "what comes with labels from 0 on every rank; a rank's pairs begin where those of the ranks before it end": moved,
+        "what comes with labels from 0 on every rank; a rank's pairs come after those of the ranks before it": moved,
         "what comes with labels from rank · n; ranks hold different numbers of pairs": equal / 2 / n,
         "what images that look for texts give alone": to_text.diagonal().mean(),
         "what texts that look for images give alone": to_image.diagonal().mean(),
@@ -110,7 +125,9 @@ def known_share(
         return times * found / (2 * n) * len(sizes)
 
     forms = {
-        "rows that others gathered get no gradient: what this rank's rows do to the losses is missing": loss(**whole_of(whole)),
+        "rows that others gathered get no gradient: what this rank's rows do to the losses is missing": loss(
+            **whole_of(whole)
+        ),
         "the own part of the gathered rows alone gets a gradient: what other ranks' losses give is missing": loss(
             **whole_of(beside)
         ),
@@ -235,21 +252,27 @@ def test_no_rank_holds_all_logits(
     given = pairs(rng, 20, e).to(torch.float32)
     step = a_step(asking)
 
-    def watched(loss_of: Any, part: Pairs, comm: Rank) -> tuple[list[Tensor | None], int]:
+    def watched(loss_of: Any, part: Pairs, comm: Rank) -> tuple[list[Tensor | None], int, Trace]:
         with Trace() as seen:
             came = step(loss_of, part, comm)
-        return came, seen.largest
+        return came, seen.largest, seen
 
     found = sharded(subject, given, sizes, watched)
 
     wanted, gradients = given.exact()
-    mean = torch.stack([is_tensor(came[0], SHARDED) for came, _ in found]).mean(0)
+    mean = torch.stack([is_tensor(came[0], SHARDED) for came, *_ in found]).mean(0)
     close(mean, wanted.float(), f"{SHARDED} on 4 ranks: mean loss", tolerance=ABOUT)
-    images = torch.cat([is_tensor(came[1], f"{SHARDED}, backward: gradient of image") for came, _ in found]) / 4
-    close(images, gradients["image"].float(), f"{SHARDED} on 4 ranks, backward: gradient of image over 4", tolerance=ABOUT)
-    for rank, (_, largest) in enumerate(found):
+    images = torch.cat([is_tensor(came[1], f"{SHARDED}, backward: gradient of image") for came, *_ in found]) / 4
+    close(
+        images, gradients["image"].float(), f"{SHARDED} on 4 ranks, backward: gradient of image over 4", tolerance=ABOUT
+    )
+    for rank, (_, largest, _) in enumerate(found):
         assert largest <= 2 * sizes[rank] * 20, (
-            f"{SHARDED}: rank {rank} of 4 holds n = {sizes[rank]} of N = 20 pairs and makes a tensor of {largest} elements; "
-            f"at most 2·n·N = {2 * sizes[rank] * 20} are asked for\n"
+            f"{SHARDED}: rank {rank} of 4 holds n = {sizes[rank]} of N = 20 pairs and makes a tensor of {largest} "
+            f"elements; at most 2·n·N = {2 * sizes[rank] * 20} are asked for\n"
             "a rank compares its own rows with all others, not all with all"
         )
+    traces = [seen for _, _, seen in found]
+    del found
+    left = sum(seen.alive_after_collection() for seen in traces)
+    assert left == 0, f"{SHARDED}: {left} bytes are alive once loss and gradients are let go; nothing was wanted"
