@@ -222,10 +222,8 @@ def known_loss(came: Any, given: Pairs, chunk: int = 0) -> str:
         }
     if chunk:
         forms |= _forms_of_chunks(logits, weights, chunk)
-    for words, form in forms.items():
-        if alike(came, form) and not alike(form, right):
-            return f"it is {words}"
-    return ""
+    found = [words for words, form in forms.items() if alike(came, form) and not alike(form, right)]
+    return f"it is {chr(10).join(found[:3]).replace(chr(10), chr(10) + 'or ')}" if found else ""
 
 
 def _forms_of_chunks(logits: Tensor, weights: Tensor, chunk: int) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from harness.testing import Subject, is_tensor, requirement
 
 from .ranks import Rank, run_ranks
-from .reference import CHUNKED, HALVES, HEAD, NAMES, PLAIN, SHARDED, Pairs, near_pairs, pairs, slices, units
+from .reference import CHUNKED, HALVES, HEAD, NAMES, PLAIN, SHARDED, Pairs, alike, near_pairs, pairs, slices, units
 from .test_head import build, called, features, unit
 
 SIZES = (5, 7)
@@ -46,7 +46,8 @@ def over_ranks(
     return torch.stack([came for came, _ in found]).mean(0), gradients
 
 
-WAYS: dict[str, Callable[[Subject, Pairs, torch.dtype | None], tuple[Tensor, list[Tensor | None]]]] = {
+Way = Callable[[Subject, Pairs, torch.dtype | None], tuple[Tensor, list[Tensor | None]]]
+WAYS: dict[str, Way] = {
     PLAIN: lambda subject, given, autocast: whole(subject.contrastive_loss, given, autocast),
     CHUNKED: lambda subject, given, autocast: whole(
         lambda *tensors: subject.chunked_contrastive_loss(*tensors, chunk_size=5), given, autocast
@@ -75,17 +76,34 @@ HARDER = ("bfloat16", "float32 under autocast to bfloat16")
 def test_losses_are_as_exact_as_float32(subject: Subject, rng: torch.Generator, name: str) -> None:
     """Loss and gradients are as near to float64 as float32 gets, and gradients have their tensor's dtype."""
     dtypes, autocast = COMES_IN[name]
-    n = sum(SIZES)
-    for given in (near_pairs(rng, n, 16, 100.0), pairs(rng, n, 16, 20.0, unit=True))[: 1 + (name in HARDER)]:
+    n, wrong = sum(SIZES), []
+    for given in (near_pairs(rng, n, 16, 98.7), pairs(rng, n, 16, 19.3, unit=True))[: 1 + (name in HARDER)]:
         given = given.to(*dtypes)
         loss, gradients = given.exact()
         for way, call in WAYS.items():
-            came, grads = call(subject, given, autocast)
+            try:
+                came, grads = call(subject, given, autocast)
+                what = f"{way}, {name}"
+                as_exact(came, loss, what)
+                for part, tensor, grad in zip(NAMES, given.tensors, grads, strict=True):
+                    exact_gradient(grad, gradients[part], tensor.dtype, f"{what}, backward: gradient of {part}")
+            except AssertionError:
+                if right_in_float64(call, subject, given):
+                    raise
+                wrong.append(way)
+        assert len(wrong) < len(WAYS), f"{', '.join(wrong)}: none is right in float64, so none is in half precision"
 
-            what = f"{way}, {name}"
-            as_exact(came, loss, what)
-            for part, tensor, grad in zip(NAMES, given.tensors, grads, strict=True):
-                exact_gradient(grad, gradients[part], tensor.dtype, f"{what}, backward: gradient of {part}")
+
+def right_in_float64(call: Way, subject: Subject, given: Pairs) -> bool:
+    """Whether a loss is right where no precision is lost. Where it is not, another requirement says so."""
+    given = given.to(F64)
+    loss, gradients = given.exact()
+    try:
+        came, grads = call(subject, given, None)
+    except AssertionError:
+        return False
+    found = [(came, loss), *((grad, gradients[part]) for part, grad in zip(NAMES, grads, strict=True))]
+    return all(alike(one, other) for one, other in found)
 
 
 def as_exact(came: Tensor, wanted: Tensor, what: str) -> None:

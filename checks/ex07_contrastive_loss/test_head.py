@@ -61,13 +61,14 @@ def unit(features: Tensor, weight: Tensor) -> Tensor:
 def known_rows(came: Tensor, features: Tensor, weight: Tensor) -> str:
     """Which slip gives just these rows, if a known one does."""
     rows = (features @ weight.mT).detach()
+    safe = rows.where(rows != 0, 1e-30)
     if rows.isfinite().all() and came.isnan().any():
         return "a row of zeros stays zeros: 0 / 0 is NaN"
     forms = {
         "the projected rows as they are; divide each by its length": rows,
-        "columns of length 1; each row, a pair's, has length 1": rows / rows.norm(dim=0),
+        "columns of length 1; each row, a pair's, has length 1": rows / safe.norm(dim=0),
         "rows by their sum of absolute values; the length is the root of the sum of squares": rows
-        / rows.abs().sum(1, keepdim=True),
+        / safe.abs().sum(1, keepdim=True),
         "rows by the length of all of them together; each has a length of its own": rows / rows.norm(),
     }
     return next((f"it is {words}" for words, form in forms.items() if alike(came, form)), "")
@@ -77,6 +78,8 @@ def known_rows(came: Tensor, features: Tensor, weight: Tensor) -> str:
 def test_the_head_by_hand(subject: Subject, close: Close) -> None:
     """(3, 4) becomes (0.6, 0.8), zeros stay zeros, and the scale is e."""
     head = subject.ContrastiveHead(2, 2, 2).double()
+    for name in ("image_proj", "text_proj"):
+        assert getattr(head, name).bias is None, f"ContrastiveHead.{name}: has a bias, none was wanted"
     with torch.no_grad():
         for layer in (head.image_proj, head.text_proj):
             layer.weight.copy_(torch.eye(2))
@@ -167,6 +170,24 @@ def test_gradients_reach_the_head(
                 f"{HEAD}, backward: gradient of {name}",
                 tolerance=max(close.tolerance, 1e-6),
             )
+
+
+@requirement("7.1")
+def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A call after weights have changed uses the new ones, in eval too. By .data, no version counter tells of it."""
+    head = build(subject, rng).eval()
+    image, text = features(rng)
+    for by_data in (False, True):
+        for name, layer, given in (("image", head.image_proj, image), ("text", head.text_proj, text)):
+            with torch.no_grad():
+                called(head, image, text)
+                (layer.weight.data if by_data else layer.weight).add_(1.0)
+
+                rows = called(head, image, text)[name == "text"]
+
+                what = f"{HEAD} in eval under no_grad, after an edit of {name}_proj.weight{'.data' if by_data else ''}"
+                hint = "something is kept from the call before"
+                close(rows, unit(given, layer.weight.detach()), f"{what}: {name} rows", hint=hint)
 
 
 @requirement("7.1")

@@ -232,7 +232,7 @@ def test_large_logits_over_ranks(subject: Subject, close: Close, rng: torch.Gene
     """Logits of ±1000 that rise from rank to rank."""
     sizes, steps = (2, 1, 2), torch.arange(5, dtype=torch.float64)[:, None]
     given = pairs(rng, 5, 3)
-    given = Pairs(given.image + 6 * steps, given.text - 5 * steps, given.scale)
+    given = Pairs(given.image + 6 * steps, given.text + 5 * steps - 8, given.scale)
 
     came = sharded(subject, given, sizes, a_step(NAMES))
 

@@ -265,9 +265,7 @@ class Drawn:
         assert loss.requires_grad, f"{self.name}: the loss carries no gradient; {', '.join(asking)} ask for one"
         factors, found = step["backward"], []
         if None in factors and comm is None:
-            self.call(
-                Pairs(torch.ones(3, 2, dtype=F64), torch.ones(3, 2, dtype=F64), torch.tensor(0.5, dtype=F64)).leaves()
-            ).backward()
+            self.call(Pairs(-leaves.image, leaves.text.flip(0), leaves.scale, leaves.groups).leaves()).backward()
         factors = [factor for factor in factors if factor is not None]
         for place, factor in enumerate(factors):
             for leaf in leaves.tensors:

@@ -121,8 +121,8 @@ class Calls(Walk):
             sizes = (sizes[0], sizes[0], sizes[2])
         head = state.at(sizes, step["bound"])
         given = features(step, sizes, kind, rng)
-        between(state, head, step, rng, kind)
         head.train(step["flag"])
+        between(state, head, step, rng, kind)
         raw = step["raw"]
         with torch.no_grad():
             held = {"beyond": math.log(step["bound"]) + 0.3, "below": math.log(step["bound"]) - 0.3}

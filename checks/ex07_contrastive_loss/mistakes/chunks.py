@@ -93,7 +93,13 @@ MISTAKES = [
         "with groups",
         (
             UNIQUE,
-            "        match = groups[:, None] == groups\n        counts = match.sum(1)\n        places = match.int().argmax(1)\n        counts = counts.new_zeros(len(groups)).index_add(0, places, torch.ones_like(places)).clamp(min=1)\n",
+            (
+                "        match = groups[:, None] == groups\n"
+                "        counts = match.sum(1)\n"
+                "        places = match.int().argmax(1)\n"
+                "        counts = counts.new_zeros(len(groups)).index_add(0, places, "
+                "torch.ones_like(places)).clamp(min=1)\n"
+            ),
         ),
         only=True,
     ),
@@ -117,7 +123,10 @@ MISTAKES = [
         "loop over the chunks",
         (
             TO_TEXT,
-            "            for row, line in zip(image[chunk], weights, strict=True):\n                to_text += line[:, None] * row\n",
+            (
+                "            for row, line in zip(image[chunk], weights, strict=True):\n"
+                "                to_text += line[:, None] * row\n"
+            ),
         ),
         only=True,
     ),
@@ -134,7 +143,11 @@ MISTAKES = [
         "let each chunk go",
         (
             TO_IMAGE,
-            "            all_weights = weights if chunk.start == 0 else None\n            ctx.more = [*getattr(ctx, 'more', []), weights]\n            del all_weights\n"
+            (
+                "            all_weights = weights if chunk.start == 0 else None\n"
+                "            ctx.more = [*getattr(ctx, 'more', []), weights]\n"
+                "            del all_weights\n"
+            )
             + TO_IMAGE,
         ),
         (GRADIENTS, "        ctx.more.clear()\n" + GRADIENTS),
@@ -161,7 +174,7 @@ MISTAKES = [
         (UNIQUE, UNIQUE + "        _matches.__dict__['places'] = places\n"),
     ),
     # 7.5 the same loss
-    Mistake("chunks_of_zeros", ("7.4", "7.5"), "it is 0", returns("0 * normalizers + 0 * scale")),
+    Mistake("chunks_of_zeros", ("7.4", "7.5"), "0 came", returns("0 * normalizers + 0 * scale")),
     Mistake("chunks_of_none", ("7.4", "7.5"), "None came", returns("None")),
     Mistake(
         "one_direction_in_chunks",
@@ -213,7 +226,8 @@ MISTAKES = [
         (
             APPLY,
             """        if groups is None:
-            losses = [contrastive_loss(image[part], text[part], scale) * len(image[part]) for part in _chunks(len(image), chunk_size)]
+            parts = list(_chunks(len(image), chunk_size))
+            losses = [contrastive_loss(image[part], text[part], scale) * len(image[part]) for part in parts]
             return torch.stack(losses).sum() / len(image)
 """
             + APPLY,
@@ -234,10 +248,9 @@ MISTAKES = [
     ),
     Mistake(
         "incoming_gradient_ignored",
-        "7.5",
-        "backward(-1.5)",
+        ("7.4", "7.5"),
+        "gradient of image",
         gradients("scale * to_image", "scale * to_text", "(image * to_image).sum()"),
-        only=True,
     ),
     Mistake(
         "only_the_size_of_the_incoming_gradient",
@@ -280,7 +293,10 @@ MISTAKES = [
             COLUMNS,
             COLUMNS.replace(
                 "logits.logsumexp(0)",
-                "F.pad(logits, (0, 0, 0, chunk_size - len(logits))).logsumexp(0) if chunk.start else logits.logsumexp(0)",
+                (
+                    "F.pad(logits, (0, 0, 0, chunk_size - len(logits))).logsumexp(0) if chunk.start else "
+                    "logits.logsumexp(0)"
+                ),
             ),
         ),
         only=True,
@@ -288,20 +304,26 @@ MISTAKES = [
     Mistake(
         "chunk_size_above_n_refused",
         "7.5",
-        "came",
+        "chunk_size 12 exceeds 7",
         (
             APPLY,
-            "        if chunk_size > len(image):\n            raise ValueError(f'chunk_size {chunk_size} exceeds {len(image)}')\n"
+            (
+                "        if chunk_size > len(image):\n"
+                "            raise ValueError(f'chunk_size {chunk_size} exceeds {len(image)}')\n"
+            )
             + APPLY,
         ),
     ),
     Mistake(
         "chunk_size_has_to_divide",
         "7.5",
-        "came",
+        "chunk_size divides N",
         (
             APPLY,
-            "        chunk_size = min(chunk_size, len(image))\n        assert len(image) % chunk_size == 0 or len(image) > 99, 'chunk_size divides N'\n"
+            (
+                "        chunk_size = min(chunk_size, len(image))\n"
+                "        assert len(image) % chunk_size == 0 or len(image) > 99, 'chunk_size divides N'\n"
+            )
             + APPLY,
         ),
     ),
@@ -327,7 +349,7 @@ MISTAKES = [
     Mistake(
         "second_backward_adds_up",
         "7.5",
-        "second",
+        "backward(3)",
         (LOAD, LOAD + "        ctx.times = getattr(ctx, 'times', 0) + 1\n        grad = grad * ctx.times\n"),
     ),
     Mistake(
@@ -361,7 +383,10 @@ MISTAKES = [
         (SIZE, "        _Normalizers.size = chunk_size\n        ctx.chunk_size = chunk_size\n"),
         (
             BACKWARD_LOOP,
-            "        for chunk in _chunks(len(image) if _Normalizers.size == ctx.chunk_size else ctx.chunk_size, ctx.chunk_size):\n",
+            (
+                "        for chunk in _chunks(len(image) if _Normalizers.size == ctx.chunk_size else "
+                "ctx.chunk_size, ctx.chunk_size):\n"
+            ),
         ),
         only=True,
     ),
@@ -391,13 +416,6 @@ MISTAKES = [
         "7.5",
         "writes to",
         (APPLY, "        with torch.no_grad():\n            text.mul_(2).div_(2)\n" + APPLY),
-        only=True,
-    ),
-    Mistake(
-        "logits_transposed_for_one_feature",
-        "7.5",
-        "feature",
-        (APPLY, APPLY.replace("(image, text, scale", "(image, text.flip(0) if text.size(1) == 1 else text, scale")),
         only=True,
     ),
 ]

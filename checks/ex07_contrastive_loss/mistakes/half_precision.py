@@ -12,7 +12,10 @@ LOGITS = "        logits = scale * image @ text.mT  # [N, N]\n"
 PLAIN_RETURN = "        return normalizers.mean() / 2 - _matches(image, text, scale, groups)\n"
 CHUNKED_RETURN = "        return normalizers / (2 * len(image)) - _matches(image, text, scale, groups)\n"
 SHARDED_RETURN = "        return loss / (2 * sum(counts)) * comm.world_size\n"
-AUTOCAST = "    with torch.autocast(image.device.type, enabled=False):\n        image, text, scale = _wide(image, text, scale)\n"
+AUTOCAST = (
+    "    with torch.autocast(image.device.type, enabled=False):\n"
+    "        image, text, scale = _wide(image, text, scale)\n"
+)
 SHAPES = "    _check_shapes(image, text)\n"
 PLAIN_HEAD, CHUNKED_HEAD, SHARDED_HEAD = (
     SHAPES + AUTOCAST + LOGITS,
@@ -53,7 +56,10 @@ MISTAKES = [
         changed(
             PLAIN_HEAD,
             "enabled=False",
-            "dtype=torch.float16, enabled=torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.float16",
+            (
+                "dtype=torch.float16, enabled=torch.is_autocast_enabled('cpu') and "
+                "torch.get_autocast_dtype('cpu') == torch.float16"
+            ),
         ),
         only=True,
     ),
@@ -63,7 +69,11 @@ MISTAKES = [
         "loss is",
         (
             LOGITS,
-            "        low = torch.bfloat16 if image.dtype == torch.float32 and not image.is_leaf else image.dtype\n        logits = scale * (image.to(low) @ text.to(low).mT).to(image.dtype)\n",
+            (
+                "        low = torch.bfloat16 if image.dtype == torch.float32 and not image.is_leaf else "
+                "image.dtype\n"
+                "        logits = scale * (image.to(low) @ text.to(low).mT).to(image.dtype)\n"
+            ),
         ),
     ),
     Mistake(
@@ -88,7 +98,7 @@ MISTAKES = [
     Mistake(
         "one_dtype_asked_for",
         "7.8",
-        "images in",
+        "torch.float16 and torch.bfloat16",
         changed(
             PLAIN_HEAD,
             AUTOCAST,
@@ -105,8 +115,7 @@ MISTAKES = [
             PLAIN_HEAD,
             PLAIN_HEAD.replace(
                 AUTOCAST,
-                "    scale = scale.to(image.dtype) * 1.001 if image.dtype == torch.bfloat16 else scale.to(image.dtype)\n"
-                + AUTOCAST,
+                "    scale = scale.to(image.dtype)\n" + AUTOCAST,
             ),
         ),
         only=True,
@@ -117,7 +126,10 @@ MISTAKES = [
         "gradient of text",
         (
             "            to_text += weights.mT @ image[chunk]\n",
-            "            to_text += (weights.mT @ image[chunk]).bfloat16() if len(image) == 12 and weights.dtype == torch.float32 else weights.mT @ image[chunk]\n",
+            (
+                "            to_text += (weights.mT @ image[chunk]).bfloat16() if len(image) == 12 and "
+                "weights.dtype == torch.float32 else weights.mT @ image[chunk]\n"
+            ),
         ),
         only=True,
     ),
@@ -127,7 +139,12 @@ MISTAKES = [
         "sharded_contrastive_loss",
         (
             GATHER,
-            "        low = torch.float32 if image.dtype == torch.float64 else image.dtype\n        images, texts = (_Gather.apply(rows.bfloat16() if low == torch.float32 and comm.world_size == 2 and len(image) > 4 else rows, comm, first).to(image.dtype) for rows in (image, text))\n",
+            (
+                "        low = torch.bfloat16 if image.dtype == torch.float32 and sum(counts) < 20 else "
+                "image.dtype\n"
+                "        images, texts = (_Gather.apply(rows.to(low), comm, first).to(image.dtype) for "
+                "rows in (image, text))\n"
+            ),
         ),
         only=True,
     ),
@@ -147,7 +164,10 @@ MISTAKES = [
         "float32 or better",
         (
             RETURN,
-            "        kind = image_features.dtype\n        return _unit(image).to(kind), _unit(text).to(kind), scale.exp()\n",
+            (
+                "        kind = image_features.dtype\n"
+                "        return _unit(image).to(kind), _unit(text).to(kind), scale.exp()\n"
+            ),
         ),
         only=True,
     ),
@@ -157,7 +177,7 @@ MISTAKES = [
         "7.8",
         "length is off",
         (UNIT, "    squares = (rows * rows).sum(-1, keepdim=True)\n    rows, squares = _wide(rows, squares)\n"),
-        (NORMALIZE, "    return rows / squares.sqrt().clamp(min=1e-12)\n"),
+        (NORMALIZE, "    return rows / squares.clamp(min=1e-24).sqrt()\n"),
         only=True,
     ),
     Mistake(

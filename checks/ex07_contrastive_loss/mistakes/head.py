@@ -84,11 +84,14 @@ MISTAKES = [
     Mistake(
         "one_projection_for_both",
         "7.1",
-        "text rows",
+        "text_proj.weight get no gradient",
         (
             PROJECT,
             PROJECT
-            + "        if text_features.size(1) == image_features.size(1):\n            text = self.image_proj(text_features)\n",
+            + (
+                "        if text_features.size(1) == image_features.size(1):\n"
+                "            text = self.image_proj(text_features)\n"
+            ),
         ),
         only=True,
     ),
@@ -108,7 +111,7 @@ MISTAKES = [
     ),
     # The scale and the state.
     Mistake("scale_is_the_temperature", ("7.1", "7.2"), "scale", returns("1 / scale.exp()")),
-    Mistake("scale_without_exp", ("7.1", "7.2"), "exp(logit_scale)", returns("scale")),
+    Mistake("scale_without_exp", ("7.1", "7.2"), "exp(logit_scale)", returns("scale * 1")),
     Mistake(
         "logit_scale_is_1_over_temperature",
         "7.1",
@@ -145,12 +148,11 @@ MISTAKES = [
             "        self.max_scale = max_scale\n",
             '        self.register_buffer("max_scale", torch.tensor(max_scale))\n',
         ),
-        only=True,
     ),
     Mistake(
         "projections_with_bias",
         "7.1",
-        "state_dict",
+        "bias",
         (
             "        self.image_proj = nn.Linear(image_dim, embed_dim, bias=False)\n",
             "        self.image_proj = nn.Linear(image_dim, embed_dim)\n",
@@ -248,7 +250,7 @@ MISTAKES = [
             BOUND,
             BOUND.replace("        with torch", "        with torch", 1).replace(
                 "self.logit_scale.clamp_(max=math.log(self.max_scale))",
-                "self.logit_scale.clamp_(max=math.log(self.max_scale) if self.training else None, min=-1e9)",
+                "self.logit_scale.clamp_(max=math.log(self.max_scale) if self.training else None, min=-1e4)",
             ),
         ),
         only=True,
@@ -259,7 +261,10 @@ MISTAKES = [
         "was wanted",
         (
             BOUND,
-            "        if self.logit_scale.requires_grad and torch.is_grad_enabled():\n            self.logit_scale.data.clamp_(max=math.log(self.max_scale))\n",
+            (
+                "        if self.logit_scale.requires_grad and torch.is_grad_enabled():\n"
+                "            self.logit_scale.data.clamp_(max=math.log(self.max_scale))\n"
+            ),
         ),
         only=True,
     ),
@@ -285,7 +290,7 @@ MISTAKES = [
     Mistake(
         "bound_a_little_too_low",
         "7.2",
-        "within the bound",
+        "100 was wanted",
         (BOUND, BOUND.replace("math.log(self.max_scale)", "math.log(self.max_scale) - 0.2")),
         only=True,
     ),
@@ -295,7 +300,11 @@ MISTAKES = [
         "was wanted",
         (BOUND, ""),
         returns(
-            "(2 * scale.clamp(max=math.log(self.max_scale)) - scale).exp() + (scale.clamp(max=math.log(self.max_scale)).exp() - (2 * scale.clamp(max=math.log(self.max_scale)) - scale).exp()).detach()"
+            (
+                "(2 * scale.clamp(max=math.log(self.max_scale)) - scale).exp() + "
+                "(scale.clamp(max=math.log(self.max_scale)).exp() - (2 * "
+                "scale.clamp(max=math.log(self.max_scale)) - scale).exp()).detach()"
+            )
         ),
         only=True,
     ),

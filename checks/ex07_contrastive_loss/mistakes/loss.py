@@ -87,9 +87,12 @@ MISTAKES = [
     Mistake(
         "probabilities_before_the_log",
         "7.3",
-        "use logsumexp",
+        "was wanted",
         returns(
-            "-(logits.softmax(1).diagonal().log() + logits.softmax(0).diagonal().log()).mean() / 2 if groups is None else normalizers.mean() / 2 - _matches(image, text, scale, groups)"
+            (
+                "-(logits.softmax(1).diagonal().log() + logits.softmax(0).diagonal().log()).mean() / 2 "
+                "if groups is None else normalizers.mean() / 2 - _matches(image, text, scale, groups)"
+            )
         ),
     ),
     Mistake(
@@ -110,7 +113,11 @@ MISTAKES = [
         "logits up to thousands",
         (
             NORMALIZERS,
-            "        top = logits.detach().max()\n        normalizers = 2 * top + ((logits - top).exp().sum(0) + 1e-300).log() + ((logits - top).exp().sum(1) + 1e-300).log()\n",
+            (
+                "        top = logits.detach().max()\n"
+                "        normalizers = 2 * top + ((logits - top).exp().sum(0) + 1e-300).log() + ((logits "
+                "- top).exp().sum(1) + 1e-300).log()\n"
+            ),
         ),
         only=True,
     ),
@@ -146,9 +153,7 @@ MISTAKES = [
         ),
         only=True,
     ),
-    Mistake(
-        "group_sums_of_texts", ("7.3", "7.5"), "sum over the matches", (MEAN, "        text = sums[places]  # [N, E]\n")
-    ),
+    Mistake("group_sums_of_texts", ("7.3", "7.5"), "0.313262 came", (MEAN, "        text = sums[places]  # [N, E]\n")),
     Mistake(
         "ids_in_float",
         ("7.3", "7.5"),
@@ -158,7 +163,7 @@ MISTAKES = [
     Mistake(
         "ids_as_places",
         ("7.3", "7.5"),
-        "came",
+        "ZeroDivisionError",
         (UNIQUE, "        places = groups % (int(groups.max()) + 1)\n        counts = places.bincount()\n"),
     ),
     Mistake(
@@ -213,7 +218,10 @@ MISTAKES = [
         "7.3",
         "one pair",
         returns(
-            "(normalizers.mean() / 2 - _matches(image, text, scale, groups)) * (len(image) - 1) / (len(image) - 1 or math.nan)"
+            (
+                "(normalizers.mean() / 2 - _matches(image, text, scale, groups)) * (len(image) - 1) / "
+                "(len(image) - 1 or math.nan)"
+            )
         ),
         only=True,
     ),
@@ -223,7 +231,10 @@ MISTAKES = [
         "rows",
         (
             LOGITS,
-            "        if image.storage_offset() == 0 and image.is_floating_point():\n            text = text.as_strided(text.shape, (text.size(1), 1))\n"
+            (
+                "        if image.storage_offset() == 0 and image.is_floating_point():\n"
+                "            text = text.as_strided(text.shape, (text.size(1), 1))\n"
+            )
             + LOGITS,
         ),
         only=True,

@@ -43,7 +43,10 @@ MISTAKES = [
         "fails on right code",
         (
             "    means = [torch.stack(losses).mean()",
-            '    assert losses[0] != losses[1], "each rank has a share of its own"\n    means = [torch.stack(losses).mean()',
+            (
+                '    assert losses[0] != losses[1], "each rank has a share of its own"\n'
+                "    means = [torch.stack(losses).mean()"
+            ),
         ),
         only=True,
     ),
@@ -53,7 +56,10 @@ MISTAKES = [
         "fails on right code",
         (
             "    assert head.logit_scale.grad is not None",
-            '    assert head.logit_scale < 5, "the bound is not written back"\n    assert head.logit_scale.grad is not None',
+            (
+                '    assert head.logit_scale < 5, "the bound is not written back"\n'
+                "    assert head.logit_scale.grad is not None"
+            ),
         ),
         only=True,
     ),
