@@ -146,7 +146,6 @@ MISTAKES = [
                 "rows in (image, text))\n"
             ),
         ),
-        only=True,
     ),
     # The head.
     Mistake("head_normalises_in_half_precision", "7.8", "normalise in float32", (UNIT, ""), only=True),

@@ -300,11 +300,9 @@ MISTAKES = [
         "was wanted",
         (BOUND, ""),
         returns(
-            (
-                "(2 * scale.clamp(max=math.log(self.max_scale)) - scale).exp() + "
-                "(scale.clamp(max=math.log(self.max_scale)).exp() - (2 * "
-                "scale.clamp(max=math.log(self.max_scale)) - scale).exp()).detach()"
-            )
+            "(2 * scale.clamp(max=math.log(self.max_scale)) - scale).exp() + "
+            "(scale.clamp(max=math.log(self.max_scale)).exp() - (2 * "
+            "scale.clamp(max=math.log(self.max_scale)) - scale).exp()).detach()"
         ),
         only=True,
     ),

@@ -89,10 +89,8 @@ MISTAKES = [
         "7.3",
         "was wanted",
         returns(
-            (
-                "-(logits.softmax(1).diagonal().log() + logits.softmax(0).diagonal().log()).mean() / 2 "
-                "if groups is None else normalizers.mean() / 2 - _matches(image, text, scale, groups)"
-            )
+            "-(logits.softmax(1).diagonal().log() + logits.softmax(0).diagonal().log()).mean() / 2 "
+            "if groups is None else normalizers.mean() / 2 - _matches(image, text, scale, groups)"
         ),
     ),
     Mistake(
@@ -218,10 +216,8 @@ MISTAKES = [
         "7.3",
         "one pair",
         returns(
-            (
-                "(normalizers.mean() / 2 - _matches(image, text, scale, groups)) * (len(image) - 1) / "
-                "(len(image) - 1 or math.nan)"
-            )
+            "(normalizers.mean() / 2 - _matches(image, text, scale, groups)) * (len(image) - 1) / "
+            "(len(image) - 1 or math.nan)"
         ),
         only=True,
     ),
