@@ -104,8 +104,7 @@ Conventions
   backward too; what comes back is new and carries no gradient, a rank's own part included.
 - DDP averages gradients over the ranks, it does not add them. What a rank's own value is, its share
   or the whole loss, is up to you, as long as the mean is right.
-- encode_text takes a list of texts and returns a row of any length for each; you may call it once
-  or often. The weights are float32 or better, too.
+- encode_text takes a list of texts and returns a row of any length for each, once or often.
 - positives are boolean or 0/1 in uint8, int32, int64, float32 or float64. Without them the diagonal
   is positive. k may exceed M.
 - How near, times 1 + |right value|: float64 1e-9; float32 1e-4, shares 1e-6. In half precision the
@@ -117,6 +116,7 @@ Not defined
 - features or projections too large for their dtype; rows of a length below 1e-6 that are not zeros
 - features of another dtype than the head's, but under autocast; backward under autocast
 - gradients of a row of zeros; second derivatives; tensors that change before backward
+- half precision in the evaluation
 - sharded: groups, image and text that do not fit, a scale, E or dtype that differs between ranks,
   a gradient that only some ranks need
 - what contrastive_loss costs; further attributes and helpers

@@ -27,7 +27,7 @@ ASKING: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "scale": ("scale",),
     "rows": ("image", "text"),
-    "none": (),
+    "nothing": (),
 }
 
 

@@ -61,11 +61,9 @@ COMES_IN: dict[str, tuple[tuple[torch.dtype, torch.dtype, torch.dtype], torch.dt
     "float16": ((F16, F16, F16), None),
     "bfloat16 rows, scale in float32": ((BF16, BF16, F32), None),
     "images in float16, texts in bfloat16": ((F16, BF16, F32), None),
-    "images in float32, texts in bfloat16": ((F32, BF16, F32), None),
     "images in bfloat16, texts in float64": ((BF16, F64, F16), None),
     "float32 under autocast to bfloat16": ((F32, F32, F32), BF16),
     "float32 under autocast to float16": ((F32, F32, F32), F16),
-    "bfloat16 under autocast to float16": ((BF16, BF16, F32), F16),
 }
 
 HARDER = ("bfloat16", "float32 under autocast to bfloat16")

@@ -13,7 +13,7 @@ from harness.testing import Aspect, Close, Step, Subject, Trace, Walk, is_tensor
 from .ranks import Rank, run_ranks
 from .reference import CHUNKED, HALVES, NAMES, NEAR, PLAIN, SHARDED, SHARES, Pairs, slices, units
 
-STEPS = 50
+STEPS = 38
 MODES: dict[str, Callable[[], Any]] = {
     "": contextlib.nullcontext,
     "no_grad": torch.no_grad,

@@ -164,7 +164,6 @@ MISTAKES = [
         ("ks: Sequence[int] = (1, 5, 10)", "ks: Sequence[int] = (5, 10)"),
         only=True,
     ),
-    Mistake("keys_sorted", "7.9", "keys", changed(SHARES, "in ks", "in sorted(ks)"), only=True),
     Mistake(
         "positives_inverted_bit_by_bit",
         "7.9",

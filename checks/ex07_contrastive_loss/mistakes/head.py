@@ -223,7 +223,7 @@ MISTAKES = [
     Mistake(
         "straight_through_after_exp",
         "7.2",
-        "exp first overflows",
+        "exp overflows",
         (BOUND, ""),
         returns("scale.exp() - (scale.exp() - scale.exp().clamp(max=self.max_scale)).detach()"),
         only=True,
