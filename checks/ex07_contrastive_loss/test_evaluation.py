@@ -216,6 +216,8 @@ def test_recall_with_positives(subject: Subject, rng: torch.Generator) -> None:
     positives[4] = False
     positives[5] = True
 
+    two = torch.tensor([[0.9, 0.9, 0.5], [0.3, 0.8, 0.8]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
+    recalled(subject, *two, (1, 2, 3), "a positive that scores as high as the best positive is no negative")
     for dtype in (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64):
         hint = f"positives in {dtype}; rank = 1 + the negatives that score at least as high as the best positive"
         recalled(subject, similarity, positives.to(dtype), (2, 1, 4, 30), hint)

@@ -400,7 +400,7 @@ MISTAKES = [
     Mistake(
         "frozen_scale_is_1",
         "7.5",
-        "asks for a gradient",
+        "asked for by image",
         (LOAD, LOAD + "        scale = scale if ctx.needs_input_grad[2] else torch.ones_like(scale)\n"),
         only=True,
     ),
