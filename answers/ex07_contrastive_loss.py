@@ -327,7 +327,7 @@ class _Meeting:
             number = self.made[rank]
             brought = self.calls.setdefault(number, {})
             self.made[rank] += 1
-            brought[rank] = call, tensor.detach()
+            brought[rank] = call, tensor.detach().clone()
             self.changed.notify_all()
             self.changed.wait_for(lambda: len(brought) == len(self.made) or self.gone - brought.keys())
             self.calls.pop(number, None)

@@ -8,22 +8,22 @@ group, and two ways to evaluate what was learned.
 
 Steps
 1. Head and loss (40 min): 7.1, 7.2, 7.3
-2. The loss in chunks (50 min): 7.5, 7.4
-3. The loss over ranks (45 min): 7.6, 7.7
-4. Half precision (25 min): 7.8
+2. The loss in chunks (60 min): 7.5, 7.4
+3. The loss over ranks (50 min): 7.6, 7.7
+4. Half precision (35 min): 7.8
 5. Evaluation (20 min): 7.9
 6. Your own test, and style (45 min): 7.10, 7.11
 
 Requirements
 7.1 (correctness) Build the head: `forward` gives the projected rows, each of length 1 within 1e-9
     in float64, and scale = exp(logit_scale), which starts at 1/temperature.
-    - Features, both projections and logit_scale get the formula's gradients, in eval too.
+    - Features, both projections and logit_scale get the gradients of that, in eval too.
     - image_proj.weight, text_proj.weight and logit_scale are the whole state_dict.
     - Weights may change between calls, in place, by loading or by a cast; the next call uses them.
-7.2 (robustness) Bound the temperature: scale = min(exp(logit_scale), max_scale), for any
-    logit_scale and max_scale, in float64, float32 and half precision, in training and in eval.
+7.2 (robustness) Bound the temperature: scale = min(exp(logit_scale), max_scale) in float64, float32
+    and half precision, in eval too, for any logit_scale and for max_scale from 0.01 to 10000.
     - Beyond the bound logit_scale is not stuck: its gradient is finite and has the sign of the
-      scale's gradient, also at logit_scale = 1000.
+      scale's gradient, also at logit_scale = 1000. How large it is there is up to you.
     - `forward` may write the bound into logit_scale. It leaves one within the bound as it is.
 7.3 (correctness) Compute the symmetric loss: `contrastive_loss` gives the formula's value and
     gradients, with one match or several, for rows of any length and for N = 1.
@@ -33,10 +33,11 @@ Requirements
 7.4 (efficiency) Keep memory O(N): chunked_contrastive_loss holds one chunk of logits at a time, in
     forward and in backward, with groups too.
     - For chunk_size > E no tensor has more than 2·chunk_size·N elements; masks count too.
-    - At twice N, 6 chunks in place of 3, the peak is less than 2.2 times as high.
-    - After forward, with only the loss held, at most 3 times the bytes of (image, text) are alive
-      in float32; once the loss is let go, nothing is.
-    - With N and chunk_size both doubled, a step makes at most 1.2 times as many torch operations.
+    - At twice N, with 6 chunks in place of 3, the peak is less than 2.2 times as high.
+    - With only the loss held, at most 3 times the bytes of (image, text) are alive besides them, in
+      float32 with E > 6. Once the loss is let go, nothing is.
+    - Loop over chunks, not over rows or groups: with N and chunk_size both doubled, forward and
+      backward make at most 1.2 times as many torch operations.
 7.5 (correctness) Chunks change nothing: chunked_contrastive_loss is contrastive_loss, with its
     gradients and its ValueError, for any chunk_size, also above N.
 7.6 (correctness) Shards change nothing: averaged over 1, 2, 3 or more ranks, as DDP averages,
@@ -47,11 +48,10 @@ Requirements
     2·n·N elements, in forward and in backward.
 7.8 (robustness) Work in half precision: what the head and the three losses return is float32 or
     better, for bfloat16 and float16, for mixed dtypes, and under autocast.
-    - A loss is within 1e-4 · max(1, loss) of the float64 loss of the same rows.
-    - A gradient has its tensor's dtype. It is off by at most 2 units in the last place of its
-      largest entry, or 1e-4; in float32 by 1e-4 · (1 + largest entry).
-    - The head's rows have length 1 within 1e-5, also where their length before that is too large
-      for float16, or its square too small.
+    - A loss of unit rows is within 1e-4 · max(1, loss) of the float64 loss of the same rows. Its
+      gradients have their tensors' dtypes. They are off by at most 2 units in the last place of
+      their largest entry, or 1e-4; in float32 by 1e-4 · (1 + largest entry).
+    - The head's rows have length 1 within 1e-5, also where float16 cannot hold length or square.
 7.9 (correctness) Evaluate: `zero_shot_weights` and `recall_at_k`, as "In plain text" says.
 7.10 (correctness) Write your own test: `test_contrastive` passes on right code, whoever wrote it,
     and fails on each of the slips listed below.
@@ -93,7 +93,7 @@ By hand
 Conventions
 - Only the head normalises; the losses take rows as they come. A row of zeros stays zeros.
 - scale is a tensor [] above 0. image, text, scale: any of them may need no gradient.
-- A loss may be multiplied before backward; a second backward (retain_graph=True) is right too.
+- A loss may be multiplied before backward (on all ranks alike). A second backward is right too.
 - Inputs may be strided: transposed, expanded, overlapping. Image and text may be one tensor.
 - Inputs are never written to, not even to be restored.
 - Between calls a module keeps nothing but its parameters and what this text names; no input, no
@@ -102,13 +102,14 @@ Conventions
 - An error gives shapes as Python prints them, in any brackets: `2, 3`.
 - Ranks are threads with a `Communicator` each. All ranks make the same calls in the same order, in
   backward too; what comes back is new and carries no gradient, a rank's own part included.
-- DDP averages gradients over the ranks, it does not add them. What a rank's own value is, its share
-  or the whole loss, is up to you, as long as the mean is right.
+- DDP averages gradients over the ranks, it does not add them. So a rank's own rows get, times the
+  number of ranks, what contrastive_loss on all rows gives them. What a rank's own value is, its
+  share or the whole loss, is up to you, as long as the mean is right.
 - encode_text takes a list of texts and returns a row of any length for each, once or often.
 - positives are boolean or 0/1 in uint8, int32, int64, float32 or float64. Without them the diagonal
   is positive. k may exceed M.
 - How near, times 1 + |right value|: float64 1e-9; float32 1e-4, shares 1e-6. In half precision the
-  head's rows and gradients 5e-2, scale 4e-2 (2^-8 of a logarithm is 4e-3 of its exponential).
+  head's rows and gradients 5e-2, scale 4e-2.
 - A submission is one file on torch and the standard library.
 
 Not defined
@@ -116,14 +117,13 @@ Not defined
 - features or projections too large for their dtype; rows of a length below 1e-6 that are not zeros
 - features of another dtype than the head's, but under autocast; backward under autocast
 - gradients of a row of zeros; second derivatives; tensors that change before backward
-- half precision in the evaluation
 - sharded: groups, image and text that do not fit, a scale, E or dtype that differs between ranks,
   a gradient that only some ranks need
-- what contrastive_loss costs; further attributes and helpers
+- evaluation but in float32 and float64; what contrastive_loss costs; further attributes, helpers
 
 Your own test (7.10) runs on other code, right and wrong, in place of your ContrastiveHead and
-functions. It may use these, Communicator, run_ranks, torch and helpers of the test; not names of
-parameters but those above. It sets its own seed and takes at most 1 s. How to see
+functions. It may use these, Communicator, run_ranks, torch and helpers in this file, and of a head
+image_proj, text_proj and logit_scale. It sets its own seed and takes at most 1 s. How to see
 - a bound that sticks: set logit_scale to 6, and look at its gradient
 - chunks, ranks: compare loss and gradients with those of the formula on all rows
 It has to fail on each of these slips:
@@ -350,7 +350,7 @@ class _Meeting:
             number = self.made[rank]
             brought = self.calls.setdefault(number, {})
             self.made[rank] += 1
-            brought[rank] = call, tensor.detach()
+            brought[rank] = call, tensor.detach().clone()
             self.changed.notify_all()
             self.changed.wait_for(lambda: len(brought) == len(self.made) or self.gone - brought.keys())
             self.calls.pop(number, None)

@@ -26,7 +26,7 @@ class Ranks:
             number = self.made[rank]
             brought = self.calls.setdefault(number, {})
             self.made[rank] += 1
-            brought[rank] = call, tensor.detach()
+            brought[rank] = call, tensor.detach().clone()
             self.changed.notify_all()
             self.changed.wait_for(lambda: len(brought) == len(self.made) or bool(self.gone - brought.keys()))
             self.calls.pop(number, None)
