@@ -1,6 +1,8 @@
 """What the checks of ex07 share: pairs, the loss from the formula, and the names of known slips."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -144,6 +146,15 @@ def sharded(
     return run_ranks(lambda comm: each(loss, parts[comm.rank], comm), len(sizes))
 
 
+def nothing_left(inputs: list[weakref.ref[Tensor]], what: str) -> None:
+    """Fails if a call that was refused has left one of its inputs alive."""
+    if any(one() is not None for one in inputs):
+        gc.collect()
+    assert all(one() is None for one in inputs), (
+        f"{what}: keeps an input of a call that failed; a call that failed leaves nothing behind"
+    )
+
+
 # What came, in words
 
 
@@ -162,6 +173,7 @@ def judged(
     tolerance = tolerance or (NEAR if given.groups is None else SHARES)
     with also(explain or known_loss, loss, *(() if explain else (given,))):
         close(loss, wanted, what, tolerance=tolerance)
+    assert given.groups is None or given.groups._version == 0, f"{what}: writes to groups"
     leaves = {name: leaf for name, leaf in zip(NAMES, given.tensors, strict=True) if leaf.requires_grad}
     if not leaves:
         assert not loss.requires_grad, f"{what}: the loss carries a gradient, although no input asks for one"

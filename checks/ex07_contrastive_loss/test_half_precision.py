@@ -92,6 +92,26 @@ def test_losses_are_as_exact_as_float32(subject: Subject, rng: torch.Generator, 
         assert len(wrong) < len(WAYS), f"{', '.join(wrong)}: none is right in float64, so none is in half precision"
 
 
+@requirement("7.8")
+def test_gradients_of_many_chunks(subject: Subject, rng: torch.Generator) -> None:
+    """What many chunks add up to in a gradient is rounded once."""
+
+    def call(subject: Subject, given: Pairs, autocast: torch.dtype | None) -> tuple[Tensor, list[Tensor | None]]:
+        return whole(lambda *tensors: subject.chunked_contrastive_loss(*tensors, chunk_size=1), given, autocast)
+
+    given = pairs(rng, 40, 3, 5.0)
+    image, text = ((rows + 3) / (rows + 3).norm(dim=1, keepdim=True) for rows in (given.image, given.text))
+    given = Pairs(image, text, given.scale).to(BF16)
+    gradients = given.exact()[1]
+    try:
+        for part, grad in zip(NAMES, call(subject, given, None)[1], strict=True):
+            what = f"{CHUNKED} of 40 pairs in bfloat16, chunk_size 1, backward: gradient of {part}"
+            exact_gradient(grad, gradients[part], BF16, what)
+    except AssertionError:
+        if right_in_float64(call, subject, given):
+            raise
+
+
 def right_in_float64(call: Way, subject: Subject, given: Pairs) -> bool:
     """Whether a loss is right where no precision is lost. Where it is not, another requirement says so."""
     given = given.to(F64)

@@ -1,13 +1,14 @@
 """The symmetric loss (7.3)."""
 
 import math
+import weakref
 
 import pytest
 import torch
 
 from harness.testing import Close, Subject, Trace, Where, also, refuses, requirement
 
-from .reference import ASKING, NAMES, PLAIN, SHARES, Pairs, judged, known_loss, near_pairs, pairs, plain
+from .reference import ASKING, NAMES, PLAIN, SHARES, Pairs, judged, known_loss, near_pairs, nothing_left, pairs, plain
 
 
 @requirement("7.3")
@@ -139,6 +140,9 @@ def test_other_shapes_are_refused(subject: Subject) -> None:
         shapes = [", ".join(map(str, shape)) for shape in (first, second)]
         refuses(ValueError, lambda image=image, text=text: subject.contrastive_loss(image, text, scale),  # type: ignore[misc]
                 f"{PLAIN} of image {first} and text {second}", *shapes)  # fmt: skip
+        left = [weakref.ref(image), weakref.ref(text)]
+        del image, text
+        nothing_left(left, PLAIN)
 
 
 @requirement("7.3")

@@ -89,7 +89,9 @@ class Losses(Walk):
             },
         ),
         Aspect("groups", "7.3", GROUPS, rate=0.6),
-        Aspect("ids", "7.3", {"": False, "every second element of a tensor of ids": True}, rate=0.3),
+        Aspect(
+            "ids", "7.3", {"": "", "every second element of a tensor of ids": "sliced", "ids expanded": "one"}, rate=0.3
+        ),
         Aspect(
             "numbers",
             "7.3",
@@ -209,7 +211,8 @@ class Drawn:
         ids = None
         if step["groups"] and not self.sizes:
             ids = torch.tensor(step["groups"](n))
-            ids = torch.stack((ids, ids + 1), 1)[:, 0] if step["ids"] else ids
+            ids = torch.stack((ids, ids + 1), 1)[:, 0] if step["ids"] == "sliced" else ids
+            ids = ids[0].expand(n) if step["ids"] == "one" else ids
         return Pairs(made[0], made[1], torch.tensor(scale, dtype=F64).to(self.kinds[2]), ids)
 
     def call(self, given: Pairs, comm: Rank | None = None) -> Any:
@@ -251,6 +254,7 @@ class Drawn:
         """A call and its backwards: the loss, and the gradients of each backward."""
         step, asking = self.step, self.asking()
         before = [(tensor._version, tensor.detach().clone()) for tensor in leaves.tensors]
+        ids = 0 if leaves.groups is None else leaves.groups._version
         with contextlib.ExitStack() as stack:
             stack.enter_context(MODES[step["mode"]]())
             if step["autocast"] is not None:
@@ -259,6 +263,7 @@ class Drawn:
         for name, tensor, (version, values) in zip(NAMES, leaves.tensors, before, strict=True):
             same = tensor._version == version and torch.equal(tensor, values)
             assert same, f"{self.name}: writes to {name}, if only to put it back"
+        assert leaves.groups is None or leaves.groups._version == ids, f"{self.name}: writes to groups"
         if not asking:
             assert not loss.requires_grad, f"{self.name}: the loss carries a gradient, although nothing asks for one"
             return loss, []

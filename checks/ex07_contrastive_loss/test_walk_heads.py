@@ -73,6 +73,7 @@ class Calls(Walk):
             "bound", "7.2", {"": 100.0, "max_scale 3": 3.0, "max_scale 0.25": 0.25, "max_scale 5000": 5000.0}, rate=0.3
         ),
         Aspect("frozen", "7.2", {"": False, "logit_scale frozen": True}, rate=0.2),
+        Aspect("fixed", "7.1", {"": False, "projections frozen": True}, rate=0.2),
         Aspect(
             "between",
             "7.1",
@@ -129,6 +130,8 @@ class Calls(Walk):
             held = {"beyond": math.log(step["bound"]) + 0.3, "below": math.log(step["bound"]) - 0.3}
             head.logit_scale.fill_(held.get(raw, raw))
         head.logit_scale.requires_grad_(not step["frozen"])
+        for layer in (head.image_proj, head.text_proj):
+            layer.weight.requires_grad_(not step["fixed"])
         compare(head, step, given, kind, rng)
 
 
@@ -248,11 +251,14 @@ def gradients(
     )
     if step["roles"]:
         of_image = of_text = of_image + of_text
-    assert all(one.requires_grad for one in rows), f"{HEAD}: the rows carry no gradient"
+    asking = step["asks"] or not step["fixed"]
+    assert all(one.requires_grad == asking for one in rows), f"{HEAD}: the rows' requires_grad is {not asking}"
     assert scale.requires_grad != step["frozen"], f"{HEAD}: the scale's requires_grad is {scale.requires_grad}"
     total = sum((came.double() * probe).sum() for came, probe in zip(rows, probes, strict=True)) - 2 * scale.double()
     names = ["image features", "text features", "image_proj.weight", "text_proj.weight"]
     tensors = [*given, head.image_proj.weight, head.text_proj.weight]
+    if not total.requires_grad:
+        return
     for again in (True, False) if step["again"] else (False,):
         for tensor in (*tensors, head.logit_scale):
             tensor.grad = None

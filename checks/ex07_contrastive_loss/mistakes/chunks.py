@@ -57,6 +57,26 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "whole_logits_for_the_scale_alone",
+        "7.4",
+        "gradients asked for by scale alone",
+        (LOAD, LOAD + "        if not any(ctx.needs_input_grad[:2]):\n            image @ text.mT\n"),
+        only=True,
+    ),
+    Mistake(
+        "strided_inputs_copied_in_float64",
+        "7.4",
+        "stay alive for backward",
+        (
+            SAVE,
+            SAVE
+            + """        if not image.is_contiguous():
+            ctx.dense = [rows.double() for rows in (image, text, image * text)]
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "graph_of_all_chunks_kept",
         "7.4",
         "chunk",
@@ -332,6 +352,16 @@ MISTAKES = [
         "7.5",
         "logits up to thousands",
         (COLUMNS, "            columns = (columns.exp() + logits.exp().sum(0)).log()\n"),
+    ),
+    Mistake(
+        "columns_begin_at_a_finite_number",
+        "7.5",
+        "logits up to thousands",
+        (
+            "        columns = image.new_full((len(image),), -math.inf)",
+            "        columns = image.new_full((len(image),), -1e4)",
+        ),
+        only=True,
     ),
     Mistake(
         "columns_by_the_first_chunks_maximum",

@@ -39,6 +39,13 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "alike_templates_once",
+        "7.9",
+        "differ",
+        changed(PROMPTS, "in templates]", "in dict.fromkeys(templates)]"),
+        only=True,
+    ),
+    Mistake(
         "replace_in_place_of_format",
         "7.9",
         "template.format(name)",

@@ -134,6 +134,17 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "texts_gradient_added_up_in_half_precision",
+        "7.8",
+        "round each gradient once",
+        (CHUNKED_HEAD, CHUNKED_HEAD.replace(AUTOCAST, "    _Normalizers.kind = text.dtype\n" + AUTOCAST)),
+        (
+            "            to_text += weights.mT @ image[chunk]\n",
+            "            to_text = (to_text + weights.mT @ image[chunk]).to(_Normalizers.kind).to(text.dtype)\n",
+        ),
+        only=True,
+    ),
+    Mistake(
         "gathered_in_half_precision",
         "7.8",
         "sharded_contrastive_loss",

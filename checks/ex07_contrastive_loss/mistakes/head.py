@@ -103,6 +103,26 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "rows_detached_beside_frozen_projections",
+        "7.1",
+        "projections frozen",
+        (
+            PROJECT,
+            PROJECT
+            + """        if not self.training and not self.image_proj.weight.requires_grad:
+            image, text = image.detach(), text.detach()
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "an_epsilon_beside_the_length",
+        "7.1",
+        "differ",
+        unit("rows / (rows.norm(dim=-1, keepdim=True) + 1e-12)"),
+        only=True,
+    ),
+    Mistake(
         "length_detached",
         "7.1",
         "gradient of image features",
@@ -240,6 +260,26 @@ MISTAKES = [
         "7.2",
         "was wanted",
         (BOUND, BOUND.replace("math.log(self.max_scale)", "self.max_scale")),
+        only=True,
+    ),
+    Mistake(
+        "bound_below_1_is_1",
+        "7.2",
+        "max_scale 0.5",
+        (BOUND, BOUND.replace("math.log(self.max_scale)", "max(math.log(self.max_scale), 0.0)")),
+        only=True,
+    ),
+    Mistake(
+        "bound_written_from_just_below_it",
+        "7.2",
+        "is within the bound and became",
+        (
+            BOUND,
+            BOUND
+            + """            if self.training and self.logit_scale > math.log(self.max_scale) - 1e-3:
+                self.logit_scale.fill_(math.log(self.max_scale))
+""",
+        ),
         only=True,
     ),
     Mistake(

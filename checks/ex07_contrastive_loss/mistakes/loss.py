@@ -182,6 +182,18 @@ MISTAKES = [
         "groups [4, -2",
         (UNIQUE, UNIQUE.replace("groups.unique", "groups.sort().values.unique")),
     ),
+    Mistake(
+        "ids_shifted_and_put_back",
+        ("7.3", "7.5"),
+        "groups",
+        (UNIQUE, "        groups.sub_(1)\n" + UNIQUE + "        groups.add_(1)\n"),
+    ),
+    Mistake(
+        "ids_shifted_behind_the_version_counter",
+        ("7.3", "7.5"),
+        "memory location",
+        (UNIQUE, "        groups.data.sub_(1)\n" + UNIQUE + "        groups.data.add_(1)\n"),
+    ),
     # Edges.
     Mistake(
         "shapes_unchecked",
@@ -194,6 +206,12 @@ MISTAKES = [
         ("7.3", "7.5"),
         "ValueError was wanted",
         (SHAPES, "    if len(image) != len(text):\n"),
+    ),
+    Mistake(
+        "inputs_of_a_refused_call_kept",
+        ("7.3", "7.5"),
+        "leaves nothing behind",
+        (SHAPES, SHAPES + "        _check_shapes.__dict__.setdefault('refused', []).append(text)\n"),
     ),
     Mistake(
         "one_shape_named",

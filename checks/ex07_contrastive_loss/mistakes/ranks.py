@@ -125,6 +125,18 @@ MISTAKES = [
         (CONCAT, "        return torch.cat(comm.all_gather(rows)[::-1])\n"),
     ),
     Mistake(
+        "one_gather_for_one_tensor",
+        "7.6",
+        "rank",
+        (
+            GATHER,
+            """        images = _Gather.apply(image, comm, first)
+        texts = images if text is image else _Gather.apply(text, comm, first)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "gather_where_gradients_are_asked_for",
         "7.6",
         "rank",
@@ -219,6 +231,13 @@ MISTAKES = [
         "7.7",
         "not all with all",
         (OWN, OWN + "        torch.eye(sum(counts), dtype=torch.bool)\n"),
+        only=True,
+    ),
+    Mistake(
+        "rows_padded_to_the_largest_rank",
+        "7.7",
+        "not all with all",
+        (TO_TEXT, "        F.pad(image, (0, 0, 0, max(counts) - len(image))) @ texts.mT\n" + TO_TEXT),
         only=True,
     ),
     Mistake(
