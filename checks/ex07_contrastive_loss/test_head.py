@@ -184,7 +184,7 @@ def test_features_beside_frozen_projections(subject: Subject, close: Close, rng:
         for x, layer in zip(copies, (head.image_proj, head.text_proj), strict=True):
             unit(x, layer.weight)[:, 0].sum().backward()
 
-        *rows, _ = called(head.train(training), *given)
+        *rows, _ = called(head.train(training), given[0], given[1])
 
         what = f"{HEAD} in {'training' if training else 'eval'}, projections frozen"
         assert all(one.requires_grad for one in rows), f"{what}: the rows carry no gradient; the features ask for one"

@@ -167,19 +167,19 @@ MISTAKES = [
     Mistake(
         "negative_ids_match_nothing_else",
         ("7.3", "7.5"),
-        "groups [4, -2",
+        "groups [4, -1",
         (UNIQUE, "        groups = torch.where(groups < 0, -torch.arange(1, len(groups) + 1), groups)\n" + UNIQUE),
     ),
     Mistake(
         "neighbours_alone_match",
         ("7.3", "7.5"),
-        "groups [4, -2",
+        "groups [4, -1",
         (UNIQUE, UNIQUE.replace("groups.unique(", "groups.unique_consecutive(")),
     ),
     Mistake(
         "groups_sorted_first",
         ("7.3", "7.5"),
-        "groups [4, -2",
+        "groups [4, -1",
         (UNIQUE, UNIQUE.replace("groups.unique", "groups.sort().values.unique")),
     ),
     Mistake(
