@@ -27,8 +27,8 @@ def test_a_loss_by_hand(subject: Subject, close: Close) -> None:
 def test_groups_by_hand(subject: Subject, close: Close) -> None:
     """Two orthonormal pairs have the loss log(1 + e) - 1; as one group, log(1 + e) - 1/2."""
     eye, one = torch.eye(2, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
-    for groups, wanted in ((None, 1.0), ([3, 5], 1.0), ([3, 3], 0.5)):
-        given = Pairs(eye, eye, one, None if groups is None else torch.tensor(groups))
+    for groups, wanted in ((None, 1.0), ([3, 5], 1.0), ([3, 3], 0.5), (torch.tensor(3).expand(2), 0.5)):
+        given = Pairs(eye, eye, one, None if groups is None else torch.as_tensor(groups))
 
         loss = plain(subject, given)
 

@@ -161,7 +161,7 @@ MISTAKES = [
     Mistake(
         "ids_as_places",
         ("7.3", "7.5"),
-        "ZeroDivisionError",
+        "groups [4, -1",
         (UNIQUE, "        places = groups % (int(groups.max()) + 1)\n        counts = places.bincount()\n"),
     ),
     Mistake(
