@@ -1,0 +1,1 @@
+"""What judges ex07, Contrastive loss (CLIP)."""
