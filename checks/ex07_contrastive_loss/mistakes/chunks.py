@@ -40,21 +40,21 @@ MISTAKES = [
         "7.4",
         "made for one chunk of rows",
         (APPLY, "        normalizers = sum((scale * image @ text.mT).logsumexp(dim).sum() for dim in (0, 1))\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "chunk_size_ignored",
         "7.4",
         "made for one chunk of rows",
         (APPLY, APPLY.replace("chunk_size", "256")),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "whole_logits_in_backward",
         "7.4",
         "backward makes a tensor",
         (BACKWARD_LOOP, "        for chunk in _chunks(len(image), len(image)):\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "whole_logits_for_the_scale_alone",
@@ -90,7 +90,7 @@ MISTAKES = [
         normalizers = torch.stack(rows).sum() + torch.stack(columns).logsumexp(0).sum()
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "logits_saved_for_backward",
@@ -105,7 +105,7 @@ MISTAKES = [
             "            logits = scale * image[chunk] @ text.mT  # [chunk, N]\n            weights",
             "            logits = kept.clone()\n            weights",
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "mask_of_all_pairs",
@@ -121,21 +121,21 @@ MISTAKES = [
                 "torch.ones_like(places)).clamp(min=1)\n"
             ),
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "one_hot_groups",
         "7.4",
         "with groups",
         (UNIQUE, UNIQUE + "        F.one_hot(places, len(groups))\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "row_by_row",
         "7.4",
         "loop over the chunks",
         (CHUNKS, "    return (slice(start, start + 1) for start in range(count))\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "rows_of_a_chunk_one_by_one_in_backward",
@@ -148,14 +148,14 @@ MISTAKES = [
                 "                to_text += line[:, None] * row\n"
             ),
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "group_by_group",
         "7.4",
         "with groups",
         (UNIQUE, UNIQUE + "        for one in groups.unique().tolist():\n            (groups == one).sum()\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "chunks_collected_for_one_backward",
@@ -178,7 +178,7 @@ MISTAKES = [
         "7.4",
         "made for one chunk",
         (TO_TEXT, "            to_text += (weights[:, :, None] * image[chunk, None]).sum(0)\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "the_last_chunk_stays",

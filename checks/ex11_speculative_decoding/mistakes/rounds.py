@@ -186,7 +186,7 @@ MISTAKES = [
         "11.5",
         "it is fed again what it has been fed before",
         (REWIND_DRAFT, "        proposer.rewind(0)\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "target_cache_started_again",
@@ -269,6 +269,6 @@ MISTAKES = [
         "11.5",
         "call",
         (VERIFY, VERIFY + "        if temperature > 0 and len(came) > 2:\n            came = came[:-1]\n"),
-        only=True,
+        wasteful=True,
     ),
 ]
