@@ -115,12 +115,12 @@ class Stage:
     def judge_schedule(self, plan: Plan, returned: dict[int, int], calls: list[list[tuple[int, int]]]) -> None:
         """One call, which feeds those that are to run what they are to feed."""
         wanted = [one.number for one in plan.running]
-        why = self.about(plan)
         if len(calls) != (1 if wanted else 0):
             what = "one was wanted" if wanted else "none was wanted: nothing is left"
-            self.demand("calls", False, f"step(): {len(calls)} calls of the model came, {what}", why)
+            self.demand("calls", False, f"step(): {len(calls)} calls of the model came, {what}", self.about(plan))
         if sorted(returned) != wanted:
-            return self.deviates(f"step(): tokens of requests {sorted(returned)} came, of {wanted} were wanted", why)
+            fact = f"step(): tokens of requests {sorted(returned)} came, of {wanted} were wanted"
+            return self.deviates(fact, self.about(plan))
         if not wanted:
             return None
         came = [pair for call in calls for pair in call]
@@ -133,7 +133,7 @@ class Stage:
             else:
                 fact = "step(): the tokens that were fed, or their positions, are not those of the requests"
             shown = f"fed as (position, token): {sorted(came)}; wanted: {sorted(possible[0])}"
-            return self.deviates(fact, f"{shown}\n{why}")
+            return self.deviates(fact, f"{shown}\n{self.about(plan)}")
         return None
 
     def about(self, plan: Plan) -> str:
@@ -160,6 +160,8 @@ class Stage:
             table, slots = one.table, self.cache.length(one.number)
             used.update(table)
             wanted = {one.fed} if one.state == "running" and not self.loose else {0, one.fed} if one.live else {0}
+            if slots in wanted and len(table) in {self.rules.blocks(count) for count in wanted}:
+                continue
             name = f"request {one.number}, {one.state}, which has fed {one.fed} tokens"
             self.demand(
                 "memory",
@@ -223,12 +225,9 @@ class Stage:
         if any(name in named for name in wanted):
             came = self.engine.metrics()
             for name in [name for name in wanted if name in named]:
-                value = wanted[name]
-                self.demand(
-                    "metric",
-                    came.get(name) == value,
-                    f"metrics()[{name!r}]: {came.get(name)!r} came, {value} was wanted",
-                )
+                if came.get(name) != wanted[name]:
+                    fact = f"metrics()[{name!r}]: {came.get(name)!r} came, {wanted[name]} was wanted"
+                    self.demand("metric", False, fact)
 
     def cancel(self, number: int) -> None:
         """Cancels a request, or what is none."""

@@ -129,10 +129,10 @@ def test_what_fits_is_accepted(subject: Subject) -> None:
             ) from error
         stage.step()
         try:
-            stage.submit([7], 15)
+            stage.submit([7] * 13, 3)
         except ValueError as error:
             raise AssertionError(
-                f"submit([7], 15) while another runs: ValueError ({error}) came; it may wait"
+                f"submit({[7] * 13}, 3) while another runs: ValueError ({error}) came; it may wait"
             ) from error
         stage.step()
         stage.drain()
