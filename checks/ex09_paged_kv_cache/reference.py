@@ -58,8 +58,8 @@ class Model(nn.Module):
         self.calls: list[list[tuple[int, int]]] = []
         self.tried = 0
         self.error: tuple[str, Exception] | None = None
-        for name, weight in zip(("embed", "place", "into", "out", "head"), weights(sizes, seed), strict=True):
-            setattr(self, name, nn.Parameter(weight.to(sizes.dtype, copy=True)))
+        made = (nn.Parameter(weight.to(sizes.dtype, copy=True)) for weight in weights(sizes, seed))
+        self.embed, self.place, self.into, self.out, self.head = made
 
     def fill(self, seed: int) -> None:
         """Gives it other weights, in place."""
