@@ -27,7 +27,7 @@ Requirements
 9.3 (correctness) Block tables: n slots take ceil(n / block_size) blocks.
     - `fork` copies nothing: the child holds the parent's blocks. Full ones stay shared.
     - Before `append` hands out slots in a partly filled last block that others hold too, the
-      sequence gets a copy of it, in all layers, keys and values. Others stay where they are.
+      sequence gets a copy of it, in all layers, keys and values. Other blocks stay where they are.
     - All or nothing: after OutOfBlocksError tables, counts and contents are as before.
     - After `fork` parent and child are equals: either may append first, or be freed first.
 9.4 (efficiency) Memory follows use: after a step each running request has slots for the tokens
@@ -38,9 +38,9 @@ Requirements
 9.5 (correctness) Continuous batching: every request gets `generate_alone`'s tokens, from `step`
     and from `run`. Requests join between any two steps; an engine can `run` again, with new
     weights too. The end token may be any, and come first. Models have other sizes and dtypes.
-9.6 (efficiency) One call a step: one call of the model feeds all that run, each token once, and no
-    call where nothing is left. The schedule is the one of "In plain text", without preemption and
-    sharing; `metrics` tells after each step what happened.
+9.6 (efficiency) One call a step: one call of the model feeds all that run, each token once. Where
+    nothing is left there is no call, and `step` returns {}. The schedule is the one of "In plain
+    text", without preemption and sharing; `metrics` tells after each step what happened.
 9.7 (robustness) Out of blocks: a running request without a block preempts, as "In plain text" says.
     No answer changes, and no token is returned twice. Nothing is preempted without need.
 9.8 (efficiency) Prefix sharing: a newcomer's first blocks are those of a running request with the
@@ -108,7 +108,7 @@ Conventions
   is relied upon. It stays as it is, and so does torch's grad mode.
 - A request fits if ceil((tokens of the prompt + max_new_tokens - 1) / block_size) <= num_blocks:
   the last token is never fed.
-- In a call of the model the requests come in any order, each with its tokens in theirs.
+- A call of the model has the requests in any order, the tokens of each together and in order.
 - In `append`, a count of 0 takes no block and copies none. Freed ids are new ones again.
 - No tensor of the cache asks for gradients, whatever is written.
 - The caller may reuse the prompt's list, and change what `run` and `block_table` return.
@@ -117,13 +117,13 @@ Conventions
 
 Not defined
 - paged_attention: gradients; q in another dtype than keys; autocast; lengths below 1
-- the cache: slots that were not handed out by the sequence's own append, or that were forked since;
-  a child that is known; a fork of more than the parent has; `free` of what is unknown; negative
-  counts; ref_count of blocks that do not exist; what is in slots that nobody wrote
+- the cache: `write` to slots that are not from the sequence's own append, or were forked since;
+  a child that is known; a fork of more than the parent has; `free` of a sequence without tokens;
+  negative counts; ref_count of blocks that do not exist; what is in slots that nobody wrote
 - the engine: equal logits, NaN; bfloat16's near ties; a model that is cast, or whose weights change
   while a request runs or waits; use by several threads; errors that are no Exception
 - between a failed step and the next: what `metrics` says of running, waiting, preemptions and
-  blocks. A submit or cancel there: the schedule from then on; the answers stay right
+  blocks; after a submit or cancel there, the schedule from then on, while the answers stay right
 - whose blocks are shared, of several running requests with the same beginning
 
 Your own test (9.10) runs on other code, right and wrong, in place of BlockAllocator, PagedKVCache,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import WeakSet, finalize
 
@@ -58,23 +58,14 @@ class Model(nn.Module):
         self.calls: list[list[tuple[int, int]]] = []
         self.tried = 0
         self.error: tuple[str, Exception] | None = None
-        width, out = 10, sizes.heads * sizes.head_dim
-        rows = out + 2 * sizes.kv_heads * sizes.head_dim
-        self.embed = nn.Parameter(torch.empty(sizes.vocabulary, width))
-        self.place = nn.Parameter(torch.empty(PLACES, width))
-        self.into = nn.Parameter(torch.empty(sizes.layers, width, rows))
-        self.out = nn.Parameter(torch.empty(sizes.layers, out, width))
-        self.head = nn.Parameter(torch.empty(width, sizes.vocabulary))
-        self.to(sizes.dtype)
-        self.fill(seed)
+        made = (nn.Parameter(weight.to(sizes.dtype, copy=True)) for weight in weights(sizes, seed))
+        self.embed, self.place, self.into, self.out, self.head = made
 
     def fill(self, seed: int) -> None:
         """Gives it other weights, in place."""
-        rng = torch.Generator().manual_seed(seed)
-        scales = {"embed": 0.5, "place": 0.5, "into": 0.8, "out": 0.8, "head": 1.0}
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(scales[name] * torch.randn(parameter.shape, generator=rng, dtype=torch.float64))
+            for parameter, weight in zip(self.parameters(), weights(self.sizes, seed), strict=True):
+                parameter.copy_(weight)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """[T], [T] -> [T, vocabulary]."""
@@ -105,6 +96,23 @@ class Model(nn.Module):
                 raise AssertionError(f"attend: shape {tuple(attended.shape)} came, {tuple(q.shape)} was wanted")
             x = (x + attended.flatten(1) @ self.out[layer]).tanh()
         return x @ self.head
+
+
+@cache
+@torch.inference_mode(False)
+def weights(sizes: Sizes, seed: int) -> list[Tensor]:
+    """What a model is filled with, in float64: embed, place, into, out, head."""
+    rng = torch.Generator().manual_seed(seed)
+    width, out = 10, sizes.heads * sizes.head_dim
+    rows = out + 2 * sizes.kv_heads * sizes.head_dim
+    shapes = (
+        (0.5, (sizes.vocabulary, width)),
+        (0.5, (PLACES, width)),
+        (0.8, (sizes.layers, width, rows)),
+        (0.8, (sizes.layers, out, width)),
+        (1.0, (width, sizes.vocabulary)),
+    )
+    return [scale * torch.randn(shape, generator=rng, dtype=torch.float64) for scale, shape in shapes]
 
 
 def causal(lengths: Sequence[int], queries: Sequence[int] | None = None) -> Tensor:

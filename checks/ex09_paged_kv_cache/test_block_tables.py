@@ -78,6 +78,8 @@ def test_write_in_pieces(subject: Subject, close: Close, rng: torch.Generator) -
     cache = subject.PagedKVCache(LAYERS, 6, 4, KV_HEADS, DIM, dtype=torch.float64)
     cache.append(4, 3)
     cache.append(2, 11)
+    zeros = torch.zeros(3, KV_HEADS, DIM, dtype=torch.float64)
+    cache.write(0, 4, 0, zeros, zeros)
     k = torch.randn(LAYERS, DIM, 11, KV_HEADS, generator=rng, dtype=torch.float64, requires_grad=True)
     k = k.permute(0, 2, 3, 1)  # [layers, tokens, Hkv, Dh]
     v = torch.randn(LAYERS, 1, KV_HEADS, 1, generator=rng, dtype=torch.float64).expand(LAYERS, 11, KV_HEADS, DIM)
@@ -90,9 +92,8 @@ def test_write_in_pieces(subject: Subject, close: Close, rng: torch.Generator) -
     for name, wanted in (("keys", k), ("values", v)):
         came = getattr(cache, name)[:, table].flatten(1, 2)[:, :11]
         close(came, wanted.detach(), f"{name} after write in pieces: [layers, positions, Hkv, Dh]")
-    first = [row for block in cache.block_table(4) for row in cache.keys[0, block, :3].flatten().tolist()]
-    written = [x for x in first if x in k.detach()[0].flatten().tolist()]
-    assert not written, "write to sequence 2 has written to the slots of sequence 4"
+    first = cache.keys[0, cache.block_table(4)[0], :3]
+    assert not first.any(), "write to sequence 2 has written to the slots of sequence 4"
 
 
 ORDERS = {
@@ -220,7 +221,8 @@ def all_or_nothing(
 
         now = state(known)
         assert now == seen, f"{call}: (tables, lengths, counts, num_free) were {seen}, after the error they are {now}"
-        same = [torch.equal(a, b) for a, b in zip(pools, (known.cache.keys, known.cache.values), strict=True)]
+        held = zip(pools, (known.cache.keys, known.cache.values), strict=True)
+        same = [torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in held]  # Slots that nobody wrote may hold NaN.
         assert all(same), f"{call}: keys or values have changed, although it raised"
     for one in [one for one in known.rows if one != sequence]:
         known.free(one)

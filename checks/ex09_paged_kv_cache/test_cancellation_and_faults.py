@@ -8,7 +8,7 @@ import torch
 from harness.testing import Subject, refuses, requirement
 
 from .reference import SMALL, Sizes
-from .stage import Stage, distinct, plays
+from .stage import Stage, apart_from_preemption, distinct
 
 CANCEL = ("tokens", "memory", "schedule", "cancelled", "finished", "preemptions")
 
@@ -71,15 +71,14 @@ def test_cancel_of_those_that_share(subject: Subject) -> None:
 def test_cancel_of_one_that_was_preempted(subject: Subject, rng: torch.Generator) -> None:
     """It holds no blocks, and never comes back."""
     prompts = distinct(rng, 6, 7)
-    if not plays(Stage(subject, 5, 4, sizes=SMALL, watch=CANCEL), [(prompt, 7) for prompt in prompts]):
-        return  # Preemption without cancellation is 9.7's to say.
-    stage = Stage(subject, 5, 4, sizes=SMALL, watch=CANCEL)
-    for prompt in prompts:
-        stage.submit(prompt, 7)
-    while not stage.rules.preemptions and stage.live:
-        stage.step()
-    stage.cancel(1)
-    stage.drain()
+    with apart_from_preemption(subject):
+        stage = Stage(subject, 5, 4, sizes=SMALL, watch=CANCEL)
+        for prompt in prompts:
+            stage.submit(prompt, 7)
+        while not stage.rules.preemptions and stage.live:
+            stage.step()
+        stage.cancel(1)
+        stage.drain()
 
 
 REFUSED: dict[str, tuple[list[int], int, tuple[int, ...]]] = {
@@ -129,10 +128,10 @@ def test_what_fits_is_accepted(subject: Subject) -> None:
             ) from error
         stage.step()
         try:
-            stage.submit([7], 15)
+            stage.submit([7] * 13, 3)
         except ValueError as error:
             raise AssertionError(
-                f"submit([7], 15) while another runs: ValueError ({error}) came; it may wait"
+                f"submit({[7] * 13}, 3) while another runs: ValueError ({error}) came; it may wait"
             ) from error
         stage.step()
         stage.drain()
@@ -185,17 +184,16 @@ def test_an_error_again_and_again(subject: Subject, rng: torch.Generator) -> Non
 def test_an_error_out_of_blocks(subject: Subject, rng: torch.Generator) -> None:
     """A step that preempts, or admits who was preempted, and fails is done again as it was to be, and counted once."""
     prompts = distinct(rng, 5, 4, 2)
-    if not plays(Stage(subject, 4, 3, sizes=SMALL, watch=CANCEL), [(prompt, 4) for prompt in prompts]):
-        return  # Preemption without errors is 9.7's to say.
-    stage = Stage(subject, 4, 3, sizes=Sizes(heads=2), watch=CANCEL)
-    for prompt in prompts:
-        stage.submit(prompt, 4)
-    while stage.live:
-        stage.fails("between its layers", RuntimeError("device lost"))
-        came = stage.generated
-        stage.step()
-        assert stage.generated > came, "step() after one that failed: no token came, and requests are left"
-    stage.judge_answers()
+    with apart_from_preemption(subject):
+        stage = Stage(subject, 4, 3, sizes=Sizes(heads=2), watch=CANCEL)
+        for prompt in prompts:
+            stage.submit(prompt, 4)
+        while stage.live:
+            stage.fails("between its layers", RuntimeError("device lost"))
+            came = stage.generated
+            stage.step()
+            assert stage.generated > came, "step() after one that failed: no token came, and requests are left"
+        stage.judge_answers()
 
 
 @requirement("9.9")

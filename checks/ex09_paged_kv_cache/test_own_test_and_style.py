@@ -6,7 +6,7 @@ OWN_TEST = OwnTest(
     __file__,
     "test_engine",
     swaps=("OutOfBlocksError", "BlockAllocator", "PagedKVCache", "paged_attention", "Engine"),
-    right=("answer",),
+    right=("answer", "full_blocks_by_prefix", "one_tensor"),
 )
 
 

@@ -41,7 +41,7 @@ class Sequences(Walk):
             if act == "append":
                 count = self.number(rng, 0, 2 * size + 1)
                 self.append(known, sequence, count, called)
-            elif act == "free" and sequence in known.rows:
+            elif act == "free" and length:
                 called.append(f"free({sequence})")
                 known.free(sequence)
             elif act == "fork" and length and (new := [one for one in range(5) if one not in known.rows]):
