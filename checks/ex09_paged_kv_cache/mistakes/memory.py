@@ -100,7 +100,7 @@ MISTAKES = [
         "9.4",
         "another tensor than before",
         (ATTEND, "            if not layer:\n                self.cache.keys = self.cache.keys.clone()\n" + ATTEND),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "pool_copied_for_the_attention",
@@ -113,14 +113,14 @@ MISTAKES = [
         "9.4",
         "read the blocks that the tables name",
         (GATHER, GATHER.replace("pool[blocks]", "pool.nan_to_num()[blocks]")),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "pool_copied_by_the_step",
         "9.4",
         "read the blocks that the tables name",
         (LOGITS, "        self.cache.keys.copy_(self.cache.keys.clone())\n" + LOGITS),
-        only=True,
+        wasteful=True,
     ),
     Mistake("logits_kept", "9.4", "are alive", (LOGITS, LOGITS + "        self._logits = logits\n"), only=True),
     Mistake(
@@ -138,14 +138,14 @@ MISTAKES = [
         "are alive",
         (START, START + "        self._beside: list[Tensor] = []\n"),
         (ATTEND, ATTEND + "            self._beside += [k.clone(), v.clone()]\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "two_pools",
         "9.4",
         "are alive",
         (CACHE, CACHE + "        self._spare = PagedKVCache(*sizes, dtype=weight.dtype, device=weight.device)\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "half_of_a_larger_pool",
@@ -156,6 +156,6 @@ MISTAKES = [
             "        shape = (2 * num_layers, *shape[1:])\n"
             + POOLS.replace("device=device)", "device=device)[:num_layers]"),
         ),
-        only=True,
+        wasteful=True,
     ),
 ]

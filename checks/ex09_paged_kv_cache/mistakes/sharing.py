@@ -16,7 +16,7 @@ COUNT_FED = '            self._counts["tokens_fed"] += len(request.tokens) - req
 ENOUGH = "        if needed > self.cache.allocator.num_free:\n"
 
 MISTAKES = [
-    Mistake("no_sharing", "9.8", "the same were wanted", (SHARED, "        shared = 0\n"), only=True),
+    Mistake("no_sharing", "9.8", "the same were wanted", (SHARED, "        shared = 0\n"), wasteful=True),
     Mistake(
         "only_equal_prompts_share",
         "9.8",
@@ -29,7 +29,7 @@ MISTAKES = [
                 "            shared = 0\n"
             ),
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "only_the_whole_prompt_is_shared",
@@ -39,7 +39,7 @@ MISTAKES = [
             SHARED,
             SHARED + ("        if shared < min(source.prompt, len(request.tokens) - 1):\n            shared = 0\n"),
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "blocks_known_by_themselves",
@@ -60,7 +60,7 @@ MISTAKES = [
         "9.8",
         "",
         (LIMIT, "    limit = min(len(request.tokens) - 1, other.fed, other.prompt)\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "the_own_answer_is_not_shared",
@@ -116,9 +116,9 @@ MISTAKES = [
                 "                pool.flatten(1, 2)[:, new] = pool.flatten(1, 2)[:, old]\n"
             ),
         ),
-        only=True,
+        wasteful=True,
     ),
-    Mistake("shared_tokens_are_fed_again", "9.8", "", (FED, "        request.fed = 0\n"), only=True),
+    Mistake("shared_tokens_are_fed_again", "9.8", "", (FED, "        request.fed = 0\n"), wasteful=True),
     Mistake(
         "shared_tokens_count_as_fed",
         "9.8",
@@ -166,7 +166,7 @@ MISTAKES = [
         "9.8",
         "",
         (SHARED, SHARED + "        shared = shared if shared % self._block_size == 0 else 0\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "one_block_at_most",
