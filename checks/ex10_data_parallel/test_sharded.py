@@ -60,9 +60,13 @@ CASES = {
 }
 
 
-@halfway
+MARKS = {"one per group": halfway}
+
+
 @requirement("10.7")
-@pytest.mark.parametrize("case", CASES, ids=[name.replace(" ", "-") for name in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, id=name.replace(" ", "-"), marks=MARKS.get(name, ())) for name in CASES]
+)
 def test_each_rank_keeps_a_share(subject: Subject, close: Close, case: str) -> None:
     """On every rank at most its part of the state and one parameter's is alive; a step sends little more than the
     parameters.
