@@ -280,12 +280,13 @@ def _close(meeting: Meeting) -> None:
 def _watch(meeting: Meeting) -> None:
     """Waits for the end of a run. A rank that neither ends nor makes a call fails it; a busy machine is no fault."""
     limit = _LATER if _spent else _FIRST
-    spent, seen = 0.0, -1
+    spent, seen, tick = 0.0, -1, min(0.1, limit / 4)
     while spent < limit:
         start, used = time.monotonic(), time.process_time()
-        if meeting.done.acquire(timeout=min(0.1, limit / 4)):
+        if meeting.done.acquire(timeout=tick):
             return
-        passed, progress = time.monotonic() - start, sum(map(len, meeting.logs))
+        # Where the whole process got no time, more than a tick has passed: for a rank that has been kept waiting, too.
+        passed, progress = min(time.monotonic() - start, tick), sum(map(len, meeting.logs))
         wants = _state(meeting.threads[meeting.running]) in b"RD"
         spent = spent + (min(passed, time.process_time() - used) if wants else passed) if progress == seen else 0.0
         seen = progress

@@ -374,6 +374,7 @@ def agree(
     defaults: dict[str, Any],
     script: Script,
     what: str,
+    hint: str = "",
     by_rank: bool = False,
 ) -> None:
     """A script gives the same with a sharded optimizer on some ranks as with optimizer_class alone."""
@@ -382,7 +383,7 @@ def agree(
 
     came = on_ranks(size, own, lambda groups: kind(groups, cls, **defaults), script, by_rank)
 
-    same_everywhere(close, came, expected, what)
+    same_everywhere(close, came, expected, what, hint)
 
 
 def same_everywhere(
@@ -408,6 +409,8 @@ def same_state(close: Close, came: Any, expected: Any, what: str) -> None:
     """A state_dict is the wanted one: keys, then values."""
     assert isinstance(came, dict), f"{what}: a {type(came).__name__} came, a dict was wanted"
     assert set(came) == set(expected), f"{what}: keys {sorted(came)} came, {sorted(expected)} were wanted"
+    strange = sorted({type(key).__name__ for key in came["state"]} - {"int"})
+    assert not strange, f"{what}: the states' keys are of type {strange[0]}; the parameters' numbers were wanted"
     keys = [sorted(one["state"]) for one in (came, expected)]
     assert keys[0] == keys[1], (
         f"{what}: the states of parameters {keys[0]} came, of {keys[1]} were wanted\n"

@@ -88,13 +88,16 @@ By hand
 
 Conventions
 - You write against `torch.distributed`; its default group is there before you are called.
-- Of its calls these are offered: all_reduce, broadcast, all_gather, all_gather_single,
-  all_gather_object, broadcast_object_list, barrier. Of an asynchronous one use `wait()`.
+- Beside get_rank and get_world_size these of its calls are offered: all_reduce, broadcast,
+  all_gather, all_gather_single, all_gather_object, broadcast_object_list, barrier. Of an
+  asynchronous one use `wait()`.
 - The result of an asynchronous call appears in `wait()`, not before. Until then the tensor belongs
   to the call: do not write to it.
 - all_reduce adds in the tensor's dtype. ReduceOp.AVG divides only after that.
 - Every rank makes the same calls in the same order; a cluster would hang, here an error comes.
 - Ranks are threads here. Nothing that differs between them may live in a module, class or function.
+- A gradient is ready once backward outside `no_sync` has computed all of it, also where a parameter
+  is used twice. What only an earlier backward gave is not ready: its bucket starts in `finish`.
 - Between two `finish` at most one backward of a rank runs outside `no_sync`, the last one. `finish`
   runs on every rank after backward, before gradients are read.
 - requires_grad stays as it was at construction. Buffers are sent only then.

@@ -60,9 +60,13 @@ CASES = {
 }
 
 
-@halfway
+MARKS = {"one per group": halfway}
+
+
 @requirement("10.7")
-@pytest.mark.parametrize("case", CASES, ids=[name.replace(" ", "-") for name in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, id=name.replace(" ", "-"), marks=MARKS.get(name, ())) for name in CASES]
+)
 def test_each_rank_keeps_a_share(subject: Subject, close: Close, case: str) -> None:
     """On every rank at most its part of the state and one parameter's is alive; a step sends little more than the
     parameters.
@@ -193,9 +197,10 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_equal_the_unsharded_ones(subject: Subject, close: Close, rng: torch.Generator, name: str) -> None:
     """Three steps on 1, 2 and 3 ranks, with strided, 0-dimensional and frozen parameters in two dtypes."""
+    hint = "what is given besides optimizer_class is passed on; parameters travel in their own dtype"
     own = parameters(rng, 5, (2, 3), (), (4, torch.float32), (3, 2), 1, frozen=[5], strided=[4])
     for size in {"AdamW": (2, 3), "SGD": (1, 2), "Adam": (2,)}[name]:
-        agree(subject, close, size, own, *OPTIMIZERS[name], steps(), f"{name} on {size} ranks")
+        agree(subject, close, size, own, *OPTIMIZERS[name], steps(), f"{name} on {size} ranks", hint)
 
 
 @requirement("10.8")
@@ -282,6 +287,7 @@ def scheduled(scheduler: Any, count: int = 4) -> Script:
     return script
 
 
+WRITTEN = "what is written into param_groups, under whatever key, counts from the next step on"
 SCHEDULERS: dict[str, Any] = {
     "StepLR": lambda optimizer: StepLR(optimizer, step_size=1, gamma=0.5),
     "LambdaLR": lambda optimizer: LambdaLR(optimizer, lambda k: 1.0 / (k + 1)),
@@ -295,7 +301,9 @@ def test_schedulers_reach_every_share(subject: Subject, close: Close, rng: torch
     """What a scheduler writes into `param_groups` counts from the next step on: rates, and momentum with OneCycleLR."""
     for cls, defaults in ((torch.optim.SGD, MOMENTUM), (torch.optim.AdamW, LR))[: 2 if name == "OneCycleLR" else 1]:
         script = scheduled(SCHEDULERS[name])
-        agree(subject, close, 2, parameters(rng, 3, 2, 4), cls, defaults, script, f"{cls.__name__} under {name}")
+        agree(
+            subject, close, 2, parameters(rng, 3, 2, 4), cls, defaults, script, f"{cls.__name__} under {name}", WRITTEN
+        )
 
 
 def by_hand(make: Make, own: list[nn.Parameter]) -> list[list[Tensor]]:
@@ -316,7 +324,17 @@ def by_hand(make: Make, own: list[nn.Parameter]) -> list[list[Tensor]]:
 def test_hyperparameters_changed_by_hand(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """What is written into `param_groups` counts from the next step on."""
     for cls, defaults in ((torch.optim.AdamW, LR), (torch.optim.SGD, MOMENTUM)):
-        agree(subject, close, 2, parameters(rng, 3, 2, 4), cls, defaults, by_hand, f"{cls.__name__} changed by hand")
+        agree(
+            subject,
+            close,
+            2,
+            parameters(rng, 3, 2, 4),
+            cls,
+            defaults,
+            by_hand,
+            f"{cls.__name__} changed by hand",
+            WRITTEN,
+        )
 
 
 def growing(make: Make, own: list[nn.Parameter]) -> list[list[Tensor]]:

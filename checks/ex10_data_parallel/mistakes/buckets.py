@@ -47,7 +47,12 @@ MISTAKES = [
             "sorted(reversed([p for p in module.parameters() if p.requires_grad]), key=lambda p: p.element_size())",
         ),
     ),
-    Mistake("one_dtype_for_all", "10.3", "", (CUT, "        if bucket and size + parameter.nbytes > cap:\n")),
+    Mistake(
+        "one_dtype_for_all",
+        "10.3",
+        "a gradient with dtype",
+        (CUT, "        if bucket and size + parameter.nbytes > cap:\n"),
+    ),
     Mistake("one_for_each_parameter", "10.3", "the rule gives", (CUT, "        if bucket:\n"), only=True),
     Mistake("one_for_all", "10.3", "the rule gives", (CUT, CUT.replace("size + parameter.nbytes > cap or ", ""))),
     Mistake(
@@ -69,7 +74,7 @@ MISTAKES = [
     Mistake(
         "tied_twice",
         "10.3",
-        "",
+        "bucket 0 is p3 and p2",
         (ORDER, "reversed([p for _, p in module.named_parameters(remove_duplicate=False) if p.requires_grad])"),
     ),
     Mistake("the_cap_is_ignored", "10.3", "the rule gives", ("bucket_cap_mb * 2**20", "25 * 2**20")),
@@ -78,6 +83,14 @@ MISTAKES = [
         "10.3",
         "25.0 was wanted",
         ("bucket_cap_mb: float = 25.0", "bucket_cap_mb: float = 1.0"),
+        only=True,
+    ),
+    Mistake(
+        "the_default_is_none_for_10_mib",
+        "10.3",
+        "without a cap",
+        ("bucket_cap_mb: float = 25.0", "bucket_cap_mb: float | None = None"),
+        ("bucket_cap_mb * 2**20", "(bucket_cap_mb or 10.0) * 2**20"),
         only=True,
     ),
     Mistake(

@@ -78,7 +78,7 @@ MISTAKES = [
     Mistake(
         "groups_not_loaded",
         "10.9",
-        "",
+        "groups too",
         (
             LOAD,
             '        kept = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]\n'
@@ -100,7 +100,11 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
-        "state_not_loaded", "10.9", "", (OWN, "        own: set[int] = set()\n        assert parameters\n"), only=True
+        "state_not_loaded",
+        "10.9",
+        "the state that was there is replaced",
+        (OWN, "        own: set[int] = set()\n        assert parameters\n"),
+        only=True,
     ),
     Mistake(
         "steps_not_saved",
@@ -173,7 +177,7 @@ MISTAKES = [
     Mistake(
         "states_by_tensor",
         "10.9",
-        "",
+        "numbers were wanted",
         (
             GATHER,
             GATHER
@@ -200,7 +204,7 @@ MISTAKES = [
     Mistake(
         "unseen_after_loading",
         "10.9",
-        "",
+        "saved and loaded between steps",
         (LOAD, LOAD.replace("        self._show(self._optimizer)\n", "")),
     ),
     Mistake(
@@ -220,21 +224,21 @@ MISTAKES = [
     Mistake(
         "nothing_before_the_first_step",
         "10.9",
-        "",
+        "param_groups [] came",
         (GATHER, GATHER + '        if not saved["state"]:\n            return {"state": {}, "param_groups": []}\n'),
         only=True,
     ),
     Mistake(
         "the_empty_dict_is_not_loaded",
         "10.9",
-        "",
+        "saved after 0 steps",
         ("        share = {number", '        if not state_dict["state"]:\n            return\n        share = {number'),
         only=True,
     ),
     Mistake(
         "loads_its_own_world_only",
         "10.9",
-        "",
+        "loaded on 3 ranks",
         (OWN, OWN + "        if len(self._loads) == 3:\n            own = {number + 1 for number in own}\n"),
     ),
 ]

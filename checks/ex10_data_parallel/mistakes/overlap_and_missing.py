@@ -132,7 +132,7 @@ MISTAKES = [
     Mistake(
         "buckets_in_order_of_completion",
         ("10.3", "10.4"),
-        "",
+        "numbers came",
         (
             "        self._running.append((flat, dist.all_reduce(flat, async_op=True)))\n",
             (
@@ -144,7 +144,7 @@ MISTAKES = [
             "        bucket = self._buckets[len(self._running)]\n",
             (
                 "        bucket = next(b for b, m in zip(self._buckets, self._missing, strict=True) if "
-                "not m and b not in self._order)\n"
+                "not m and all(b is not one for one in self._order))\n"
             ),
         ),
         (

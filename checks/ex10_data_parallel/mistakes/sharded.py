@@ -240,7 +240,7 @@ MISTAKES = [
     Mistake(
         "only_rates_are_taken_over",
         "10.8",
-        "",
+        "under whatever key",
         (
             GROUPS,
             (
@@ -288,7 +288,7 @@ MISTAKES = [
     Mistake(
         "none_gradients_left_out",
         "10.8",
-        "",
+        "differs between the ranks",
         (
             SEND,
             SEND.replace(
@@ -328,7 +328,7 @@ MISTAKES = [
             ),
         ),
     ),
-    Mistake("closure_without_gradients", "10.8", "", (LOSS, "            loss = closure()\n")),
+    Mistake("closure_without_gradients", "10.8", "does not require grad", (LOSS, "            loss = closure()\n")),
     Mistake(
         "closure_value_dropped",
         "10.8",
@@ -370,7 +370,7 @@ MISTAKES = [
     Mistake(
         "defaults_dropped",
         "10.8",
-        "",
+        "besides optimizer_class is passed on",
         ("optimizer_class(params, **defaults)", 'optimizer_class(params, lr=defaults.get("lr", 1e-3))'),
     ),
     Mistake(
@@ -383,7 +383,7 @@ MISTAKES = [
     Mistake(
         "a_generator_read_twice",
         "10.8",
-        "",
+        "an empty parameter list",
         (
             "        optimizer = optimizer_class(params, **defaults)\n",
             (
@@ -409,7 +409,7 @@ MISTAKES = [
     Mistake(
         "not_an_optimizer",
         "10.8",
-        "",
+        "is no torch.optim.Optimizer",
         ("class ShardedOptimizer(torch.optim.Optimizer):", "class ShardedOptimizer:"),
         (
             "        super().__init__(optimizer.param_groups, optimizer.defaults)\n",
@@ -439,7 +439,7 @@ MISTAKES = [
     Mistake(
         "sent_in_half_precision",
         "10.8",
-        "",
+        "in their own dtype",
         (
             SEND,
             """        for parameter, owner in self._owners.items():
@@ -468,7 +468,7 @@ MISTAKES = [
     Mistake(
         "ranks_in_the_class",
         "10.8",
-        "",
+        "on 2 ranks: tensor 0 after step 2",
         (
             "        self._loads = [0] * dist.get_world_size()\n",
             "        self._loads = [0] * dist.get_world_size()\n        type(self)._place = dist.get_rank()\n",

@@ -335,7 +335,6 @@ MISTAKES = [
             "from torch.distributed import Work\n",
             "from torch.distributed import Work\nfrom torch.distributed.fsdp import fully_shard\n",
         ),
-        only=True,
     ),
     Mistake(
         "state_in_the_class",
