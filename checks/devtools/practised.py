@@ -26,15 +26,19 @@ def problems(judge: Judge, exercise: Exercise, full: bool) -> Iterator[str]:
 
 
 def renew(judge: Judge, exercise: Exercise) -> Iterator[str]:
-    """Judges every function of every variant by itself in the answer, and lists those that are right."""
+    """Judges every function of every variant by itself in the answer, and lists those that are right; a list that was
+    there and says otherwise is a problem.
+    """
     found = [
         one.name
         for one in refactorings.proposed(exercise)
         if not _failures(judge, exercise, [one.change])
         and not _failures(judge, exercise, [one.change], kinds=("ruff", "mypy"))
     ]
-    if found != refactorings.listed(exercise):
+    there = exercise.refactorings_file.exists()
+    if not there or found != refactorings.listed(exercise):
         write_whole(exercise.refactorings_file, "".join(f"{name}\n" for name in found))
+    if there and found != refactorings.listed(exercise):
         yield f"{shown(exercise.refactorings_file)} was not what the checks say; it has been written anew"
 
 

@@ -55,7 +55,7 @@ def test_a_new_exercise_says_what_to_fill(workspace: Workspace) -> None:
     ):
         assert re.search(rf"^{line}$", said.stdout, re.MULTILINE), f"{line}\n{said.stdout}"
     assert len(set(said.stdout.splitlines())) == len(said.stdout.splitlines()), said.stdout
-    assert again.returncode == 2 and f"EX=12: {name}.py is there; the next free number is 7" in again.stdout, (
+    assert again.returncode == 2 and f"EX=12: {name}.py is there; the next free number is 13" in again.stdout, (
         again.stdout
     )
 

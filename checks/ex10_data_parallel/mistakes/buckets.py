@@ -53,7 +53,7 @@ MISTAKES = [
         "a gradient with dtype",
         (CUT, "        if bucket and size + parameter.nbytes > cap:\n"),
     ),
-    Mistake("one_for_each_parameter", "10.3", "the rule gives", (CUT, "        if bucket:\n"), only=True),
+    Mistake("one_for_each_parameter", "10.3", "the rule gives", (CUT, "        if bucket:\n"), wasteful=True),
     Mistake("one_for_all", "10.3", "the rule gives", (CUT, CUT.replace("size + parameter.nbytes > cap or ", ""))),
     Mistake(
         "frozen_counted",
@@ -112,7 +112,7 @@ MISTAKES = [
                 "            *averages, counts = flat[: sum(sizes)].split(sizes)\n"
             ),
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "sent_in_float64",

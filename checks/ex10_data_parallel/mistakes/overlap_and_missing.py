@@ -24,7 +24,7 @@ MISTAKES = [
         "10.4",
         "in finish",
         (HOOK, "        self._missing[number].discard(parameter)\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "started_by_the_last_gradient",
@@ -58,7 +58,7 @@ MISTAKES = [
 """,
         ),
         (WAIT, ""),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "waits_for_the_one_before",
@@ -75,7 +75,7 @@ MISTAKES = [
                 ),
             ),
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "one_bucket_at_a_time",

@@ -45,7 +45,7 @@ MISTAKES = [
         "10.7",
         "bytes are alive after a step",
         (HIDE, "        hidden: dict[Tensor, Tensor | None] = {}\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "frozen_ones_counted",
@@ -98,14 +98,14 @@ MISTAKES = [
                 "        self._all = [p.detach().clone() for p in self._owners] + self._last\n"
             ),
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "a_flat_copy_of_all",
         "10.7",
         "bytes are alive",
         (STEP, STEP + "        self._flat = torch.cat([p.detach().double().flatten() for p in self._owners] * 2)\n"),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "copies_in_a_closure",
@@ -150,7 +150,7 @@ MISTAKES = [
         ),
         only=True,
     ),
-    Mistake("sent_twice", "10.7", "bytes are sent", (SEND, SEND + SEND), only=True),
+    Mistake("sent_twice", "10.7", "bytes are sent", (SEND, SEND + SEND), wasteful=True),
     Mistake(
         "everything_gathered_from_all",
         "10.7",
@@ -164,7 +164,7 @@ MISTAKES = [
             parameter.copy_(others[owner])
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "state_sent_too",
@@ -175,7 +175,7 @@ MISTAKES = [
             SEND
             + "        dist.all_gather_object([None] * len(self._loads), [self.state.get(p) for p in self._owners])\n",
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "frozen_ones_sent",
@@ -189,7 +189,7 @@ MISTAKES = [
             _broadcast(parameter.detach(), source=0)
 """,
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "sent_by_sums",
