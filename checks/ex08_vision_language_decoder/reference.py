@@ -309,9 +309,7 @@ def decode(w: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.layer_norm(x, (D,), w["decoder.norm.weight"], w["decoder.norm.bias"]) @ w["decoder.head.weight"].T
 
 
-_NAMES = [
-    f"{layer}.{kind}" for layer in ("norm1", "norm2", "qkv", "out", "up", "down") for kind in ("weight", "bias")
-]
+_NAMES = [f"{layer}.{kind}" for layer in ("norm1", "norm2", "qkv", "out", "up", "down") for kind in ("weight", "bias")]
 
 
 def _turned(x: Tensor, angles: Tensor) -> Tensor:

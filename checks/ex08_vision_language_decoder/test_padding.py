@@ -1,0 +1,195 @@
+"""Padding (8.5): mask and positions, in and out, and rows that get in a batch what they get alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, Where, also, is_tensor, requirement
+
+from .reference import (
+    IGNORED,
+    PLACEHOLDER,
+    Batch,
+    Built,
+    batch,
+    build,
+    calls_told,
+    expect,
+    merged,
+    ran,
+    shown,
+    spelled,
+    value,
+)
+
+P = PLACEHOLDER
+# Three tokens an image: rows of 6, 2 and 5 tokens. What is hidden may be anything, a placeholder or no id at all.
+PADDING: dict[str, tuple[list[list[int]], list[list[int]]]] = {
+    "right": (
+        [[9, P, 5, 6, P], [4, 7, P, P, -1], [P, 1, 2, 10**6, 0]],
+        [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]],
+    ),
+    "left": (
+        [[P, 9, P, 5, 6], [-1, P, P, 4, 7], [0, 10**6, P, 1, 2]],
+        [[0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]],
+    ),
+    "mixed": (
+        [[P, 9, P, 5, 6], [4, 7, -1, P, P], [10**6, P, 1, 2, P]],
+        [[0, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0]],
+    ),
+}
+LENGTHS = [6, 2, 5]
+
+
+@requirement("8.5")
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("given_side", PADDING)
+def test_mask_and_positions(subject: Subject, rng: torch.Generator, given_side: str, side: str) -> None:
+    """Rows are as long as their tokens; what was padding is dropped, and stands on the side that is asked for."""
+    built = build(subject, rng)
+    given = batch(rng, *PADDING[given_side])
+    what = f"merge, padding {given_side}, padding_side={side!r}"
+
+    found = looked_up(built, given, what, padding_side=side)
+
+    mask, positions = found.attention_mask, found.position_ids
+    wanted = shown(LENGTHS, side)
+    assert mask.shape == wanted.shape, (
+        f"{what}: attention_mask: shape {tuple(mask.shape)} came, {tuple(wanted.shape)} was wanted: S is the longest "
+        "row's length"
+    )
+    assert mask.dtype == torch.bool, f"{what}: attention_mask: {mask.dtype} came, torch.bool was wanted"
+    for number, (came, right) in enumerate(zip(mask.tolist(), wanted.tolist(), strict=True)):
+        assert came == right, (
+            f"{what}: attention_mask, row {number} of {LENGTHS[number]} tokens: {[*map(int, came)]} came, "
+            f"{[*map(int, right)]} was wanted"
+        )
+    assert positions.dtype == torch.int64, f"{what}: position_ids: {positions.dtype} came, torch.int64 was wanted"
+    assert positions.shape == wanted.shape, f"{what}: position_ids: shape {tuple(positions.shape)} came"
+    for number, length in enumerate(LENGTHS):
+        places = positions[number][wanted[number]].tolist()
+        assert places == list(range(length)), (
+            f"{what}: position_ids of row {number}'s {length} tokens: {places} came, 0 to {length - 1} were wanted"
+        )
+
+
+def looked_up(built: Built, given: Batch, what: str, **more: Any) -> Any:
+    """merge, where ids under padding may be none."""
+    try:
+        return merged(built, given, what, **more)
+    except (IndexError, ValueError) as error:
+        raise AssertionError(
+            f"{what}: {type(error).__name__} ({error}) came\nwhat the mask hides counts for nothing: no id, no "
+            "placeholder"
+        ) from error
+
+
+@requirement("8.5")
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_stand_where_the_mask_says(subject: Subject, close: Close, rng: torch.Generator, side: str) -> None:
+    """inputs_embeds holds each row's tokens where the mask is True, and finite numbers elsewhere."""
+    built = build(subject, rng)
+    given = batch(rng, *PADDING["mixed"])
+    expected = torch.cat(expect(built, given, run=False).embeds)
+    keep = shown(LENGTHS, side)
+    what = f"merge, padding mixed, padding_side={side!r}: inputs_embeds"
+
+    embeds = looked_up(built, given, what, padding_side=side).inputs_embeds
+
+    assert embeds.shape[:2] == keep.shape, f"{what}: shape {tuple(embeds.shape)} came, {tuple(keep.shape)} leads"
+    with also(spelled, built, given, embeds):
+        close(embeds[keep], expected, f"{what}, at the tokens")
+    assert embeds.isfinite().all(), f"{what}: not finite under padding"
+
+
+@requirement("8.5")
+def test_the_mask_alone_says_what_is_padding(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """pad_token_id where the mask shows it is a token like any other, at the ends of a row too."""
+    built = build(subject, rng, pad=4)
+    given = batch(rng, [[4, 4, 9, P], [P, 4, 4, 4], [4, 4, 4, 4]])
+    expected = expect(built, given)
+
+    found = merged(built, given)
+
+    lengths = [6, 6, 4]
+    came = is_tensor(found.attention_mask, "merge: attention_mask").sum(dim=1).tolist()
+    assert came == lengths, (
+        f"merge, pad_token_id 4 in rows without a mask: {came} tokens are visible, {lengths} were wanted\n"
+        "only the mask says what is padding"
+    )
+    logits, _ = ran(built, given)
+    for number, row in enumerate(expected.logits):
+        close(logits[number, : len(row)], row, f"forward, pad_token_id 4 in row {number}: logits")
+
+
+@requirement("8.5")
+@pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "rotary"])
+@pytest.mark.parametrize("given_side", PADDING)
+def test_a_row_gets_what_it_gets_alone(
+    subject: Subject, close: Close, rng: torch.Generator, given_side: str, absolute: bool
+) -> None:
+    """The logits of each row are those of the row run by itself, to 1e-9."""
+    built = build(subject, rng, absolute=absolute)
+    given = batch(rng, *PADDING[given_side])
+    expected = expect(built, given)
+    what = f"forward, padding {given_side}"
+
+    with also(calls_told, built.decoder, LENGTHS):
+        try:
+            logits, _ = ran(built, given)
+        except (IndexError, ValueError) as error:
+            raise AssertionError(f"{what}: {type(error).__name__} ({error}) came") from error
+
+        assert logits.shape[:2] == (3, 6), f"{what}: logits: shape {tuple(logits.shape)} came, (3, 6, 13) was wanted"
+        for number, row in enumerate(expected.logits):
+            close(logits[number, : len(row)], row, f"{what}: logits of row {number}, padded on the right")
+
+
+@requirement("8.5")
+def test_what_is_hidden_changes_nothing(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Other ids, placeholders and labels under padding give the same logits and the same loss, bit for bit."""
+    built = build(subject, rng)
+    ids, mask = PADDING["mixed"]
+    given = batch(rng, ids, mask, [[9, 9, 9, 5, 6], [4, 7, 9, 9, 9], [9, 9, 1, 2, 9]])
+    visible = given.visible()
+    hidden = Batch(given.ids.where(visible, 3), given.images, given.mask)
+    hidden.labels = is_tensor(given.labels, "").where(visible, IGNORED)
+
+    (logits, loss), (others, other_loss) = ran(built, given), ran(built, hidden)
+
+    keep = shown(LENGTHS)
+    hint = "what the mask hides counts for nothing"
+    close(value(logits)[keep], value(others)[keep], "forward with other ids under padding: logits", hint=hint)
+    total, other = (is_tensor(one, "forward: loss").detach() for one in (loss, other_loss))
+    close(total, other, "forward with other labels under padding: loss", tolerance=1e-6, hint=hint)
+
+
+@requirement("8.5")
+def test_rows_of_one_token(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A batch of rows with one token each, wherever it stands, gives logits [B, 1, V]."""
+    built = build(subject, rng)
+    given = batch(rng, [[9, P, P], [P, 5, P], [P, P, 6]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    expected = torch.stack(expect(built, given).logits)
+
+    logits, _ = ran(built, given)
+
+    with also(calls_told, built.decoder, [1, 1, 1]):
+        close(logits, expected, "forward, rows of one token: logits")
+
+
+@requirement("8.5")
+def test_forward_agrees_with_the_rows(subject: Subject, close: Close, rng: torch.Generator, on: Where) -> None:
+    """Logits are those of the rows alone on any device and in any dtype."""
+    built = build(subject, rng, scale=0.3)
+    given = batch(rng, *PADDING["mixed"])
+    expected = [value(row).to(on.device, on.dtype) for row in expect(built, given).logits]
+    built.model.to(on.device, on.dtype)
+    images = is_tensor(given.images, "").to(on.device, on.dtype)
+
+    logits, _ = built.model(given.ids.to(on.device), images, is_tensor(given.mask, "").to(on.device))
+
+    came: Tensor = is_tensor(logits, "forward: logits")
+    for number, row in enumerate(expected):
+        close(came[number, : len(row)], row, f"forward: logits of row {number}")

@@ -1,0 +1,188 @@
+"""Two stages of training (8.6): what trains, what stays, and modes."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from harness.testing import Close, Subject, is_tensor, refuses, requirement
+
+from .reference import PLACEHOLDER, Batch, Built, batch, build, expect, ran, value
+
+P = PLACEHOLDER
+TRAINED = {0: ("vision", "projector", "decoder"), 1: ("projector",), 2: ("projector", "decoder")}
+ORDERS = [(1,), (2,), (1, 2), (2, 1), (1, 1), (1, 2, 1)]
+
+
+@pytest.fixture
+def close() -> Close:
+    """The loss may be computed in float32."""
+    return Close(1e-5)
+
+
+def told(stages: Sequence[int]) -> str:
+    """The calls so far in words."""
+    return "after " + ", ".join(f"set_stage({stage})" for stage in stages) if stages else "before any stage"
+
+
+def lesson(rng: torch.Generator) -> Batch:
+    """A batch with images and labels in which every parameter gets a gradient."""
+    return batch(rng, [[9, P, 5, 6], [0, 1, P, 4]], [[1, 1, 1, 1], [0, 1, 1, 1]], [[9, 0, 5, 6], [0, 1, 0, 4]])
+
+
+def enter(built: Built, stages: Sequence[int]) -> None:
+    """Goes through stages, with a step's gradients before each."""
+    for stage in stages:
+        for parameter in built.parameters().values():
+            if parameter.requires_grad:
+                parameter.grad = torch.ones_like(parameter)
+        built.model.set_stage(stage)
+
+
+@requirement("8.6")
+@pytest.mark.parametrize("stages", ORDERS, ids=lambda stages: "_".join(map(str, stages)))
+def test_what_a_stage_trains(subject: Subject, rng: torch.Generator, stages: tuple[int, ...]) -> None:
+    """What the last stage does not train has requires_grad False and no gradient; the rest asks for gradients."""
+    built = build(subject, rng)
+    asking = [name for name, parameter in built.parameters().items() if not parameter.requires_grad]
+    assert not asking, f"{told(())}: {asking[0]} does not ask for gradients; everything trains"
+
+    enter(built, stages)
+
+    for name, parameter in built.parameters().items():
+        trains = name.split(".")[0] in TRAINED[stages[-1]]
+        what = f"set_stage: {name} {told(stages)}"
+        assert parameter.requires_grad == trains, f"{what}: requires_grad {parameter.requires_grad} came"
+        assert trains or parameter.grad is None, (
+            f"{what}: an old gradient is still there, None was wanted: an optimizer would follow it"
+        )
+
+
+@requirement("8.6")
+@pytest.mark.parametrize("stages", [(), *ORDERS], ids=lambda stages: "_".join(map(str, stages)) or "none")
+def test_a_step_changes_the_right_bytes(subject: Subject, rng: torch.Generator, stages: tuple[int, ...]) -> None:
+    """A step of AdamW over all parameters, in training, changes all that the stage trains, and nothing else."""
+    built = build(subject, rng)
+    given = lesson(rng)
+    optimizer = torch.optim.AdamW(built.model.parameters(), lr=0.1, weight_decay=0.1)
+    is_tensor(ran(built, given)[1], "forward: loss").backward()
+    optimizer.step()
+    enter(built, stages)
+    built.model.train()
+    before = {name: value(parameter) for name, parameter in built.parameters().items()}
+    buffers = {name: value(buffer) for name, buffer in built.tower.named_buffers()}
+    optimizer.zero_grad()
+
+    loss = is_tensor(ran(built, given)[1], "forward: loss")
+    assert loss.requires_grad, f"forward {told(stages)}: the loss carries no gradient"
+    loss.backward()
+    optimizer.step()
+
+    trained = TRAINED[stages[-1] if stages else 0]
+    for name, parameter in built.parameters().items():
+        same, trains = torch.equal(parameter, before[name]), name.split(".")[0] in trained
+        assert same != trains, (
+            f"a step of AdamW {told(stages)}: {name} has {'not ' if same else ''}changed; "
+            f"{' and '.join(trained)} train{'s' if len(trained) == 1 else ''}"
+        )
+    for name, buffer in built.tower.named_buffers():
+        if stages:
+            assert torch.equal(buffer, buffers[name]), (
+                f"forward {told(stages)}, after train(): the tower's buffer {name} has changed; it stays in eval"
+            )
+
+
+@requirement("8.6")
+@pytest.mark.parametrize("stages", [(1,), (2,), (1, 2)], ids=lambda stages: "_".join(map(str, stages)))
+def test_what_trains_gets_its_full_gradient(
+    subject: Subject, close: Close, rng: torch.Generator, stages: tuple[int, ...]
+) -> None:
+    """In stage 1 the projector's gradient goes through the whole decoder, in stage 2 both have theirs."""
+    built = build(subject, rng)
+    given = lesson(rng)
+    enter(built, stages)
+    built.model.zero_grad()
+    expected = expect(built, given)
+    expected.loss.backward()
+
+    loss = is_tensor(ran(built, given)[1], "forward: loss")
+    assert loss.requires_grad, f"forward {told(stages)}: the loss carries no gradient; does the decoder run in no_grad?"
+    loss.backward()
+
+    for name, parameter in built.parameters().items():
+        if name.split(".")[0] in TRAINED[stages[-1]]:
+            what = f"forward {told(stages)}, backward: gradient of {name}"
+            close(parameter.grad, is_tensor(expected.weights[name].grad, ""), what)
+
+
+@requirement("8.6")
+def test_the_tower_stays_in_eval(subject: Subject, rng: torch.Generator) -> None:
+    """Once a stage is set the tower is in eval, also after train(), of a parent too; before it follows as usual."""
+    built = build(subject, rng)
+    model, tower = built.model, built.tower
+    tower.inner = nn.Sequential(nn.Dropout())
+    parent = nn.ModuleList([model])
+    model.eval()
+    model.train()
+    assert tower.training and tower.inner[0].training, "train() before any stage: the tower is in eval"
+
+    for stage in (1, 2, 1):
+        model.set_stage(stage)
+        for call in ("", "train()", "eval()", "train(True)", "train() of a parent"):
+            if call == "train() of a parent":
+                parent.train()
+            elif call == "train(True)":
+                came = model.train(True)
+                assert came is model, "train(True): a module's train() returns the module"
+            elif call:
+                getattr(model, call[:-2])()
+            what = f"set_stage({stage}){', then ' + call if call else ''}"
+            assert not (tower.training or tower.inner[0].training), (
+                f"{what}: the tower, or a part of it, is in training"
+            )
+
+
+@requirement("8.6")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_no_other_mode_changes(subject: Subject, rng: torch.Generator, stage: int) -> None:
+    """set_stage leaves the modes of the model, the projector and a decoder that trains; train() and eval() set them."""
+    for training in (True, False):
+        built = build(subject, rng)
+        built.model.train(training)
+        parts = {"the model": built.model, "the projector": built.model.projector}
+        if stage == 2:
+            parts |= {"the decoder": built.decoder, "a layer of the decoder": built.decoder.layers[0]}
+        built.model.set_stage(stage)
+        for name, part in parts.items():
+            assert part.training is training, f"set_stage({stage}): {name}'s mode has changed"
+        for mode in (True, False, True):
+            built.model.train(mode)
+            for name, part in parts.items():
+                assert part.training is mode, f"train({mode}) after set_stage({stage}): {name} does not follow"
+
+
+@requirement("8.6")
+@pytest.mark.parametrize("stage", [0, 3, -1])
+def test_other_stages_are_refused(subject: Subject, rng: torch.Generator, stage: int) -> None:
+    """A stage other than 1 or 2 is a ValueError, and leaves all as it was."""
+    built = build(subject, rng)
+
+    refuses(ValueError, lambda: built.model.set_stage(stage), f"set_stage({stage})")
+
+    frozen = [name for name, parameter in built.parameters().items() if not parameter.requires_grad]
+    assert not frozen, f"set_stage({stage}): refused, but {frozen[0]} is frozen now"
+    assert built.model.train().vision.training, f"set_stage({stage}): refused, but the tower stays in eval"
+
+
+@requirement("8.6")
+def test_a_stage_is_the_models_own(subject: Subject, rng: torch.Generator) -> None:
+    """Another model, made before or after, still trains everything."""
+    models = [build(subject, rng)]
+    build(subject, rng).model.set_stage(1)
+    models.append(build(subject, rng))
+
+    for built in models:
+        frozen = [name for name, parameter in built.parameters().items() if not parameter.requires_grad]
+        assert not frozen, f"set_stage(1) of another model: {frozen[0]} is frozen here"
+        assert built.model.train().vision.training, "set_stage(1) of another model: this one's tower stays in eval"
