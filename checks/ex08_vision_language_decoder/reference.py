@@ -11,12 +11,32 @@ from torch.nn import functional as F
 
 from harness.testing import Subject, fill, is_tensor, plain, untouched
 
-PLACEHOLDER = -200
+P = PLACEHOLDER = -200
 VOCABULARY, D, HEADS, LAYERS = 13, 8, 2, 2
 T, WIDTH = 3, 6
 IMAGE = (2, 2, 3)  # C, H, W
 PLACES = 40
 IGNORED = -100
+# Three tokens an image: rows of 6, 2 and 5 tokens. What is hidden may be anything, a placeholder or no id at all.
+PADDING: dict[str, tuple[list[list[int]], list[list[int]]]] = {
+    "right": (
+        [[9, P, 5, 6, P], [4, 7, P, P, -1], [P, 1, 2, 10**6, 0]],
+        [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]],
+    ),
+    "left": (
+        [[P, 9, P, 5, 6], [-1, P, P, 4, 7], [0, 10**6, P, 1, 2]],
+        [[0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]],
+    ),
+    "mixed": (
+        [
+            [P, 9, P, 5, 6],
+            [4, 7, -1, P, P],
+            [10**6, P, 1, 2, P],
+        ],
+        [[0, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0]],
+    ),
+}
+LENGTHS = [6, 2, 5]
 
 
 class Tower(nn.Module):
@@ -93,6 +113,7 @@ class Call:
     shape: tuple[int, ...]
     mask: Tensor
     positions: Tensor
+    grad: bool
 
 
 @dataclass
@@ -183,15 +204,19 @@ def decoder_of(subject: Subject, rng: torch.Generator, absolute: bool = True, sc
             """Notes, adds, and goes on."""
             if self.seen is not None:
                 shape = tuple(inputs_embeds.shape)
-                self.seen.append(Call(shape, value(attention_mask), value(position_ids)))
+                grad = torch.is_grad_enabled()
+                self.seen.append(Call(shape, value(attention_mask), value(position_ids), grad))
             if absolute:
                 inputs_embeds = inputs_embeds + self.places[position_ids.clamp(0, PLACES - 1)]
             return super().forward(inputs_embeds, attention_mask, position_ids, cache)
 
     decoder = Noted().double()
-    randomize(rng, *decoder.parameters(), scale=scale)
-    if absolute:
-        randomize(rng, decoder.places, scale=2 * scale)
+    for name, parameter in decoder.named_parameters():
+        # Small biases: large ones would decide each next token alone.
+        kind = 0.15 if "bias" in name or "norm" in name else 2.0 if name == "places" else 1.0
+        randomize(rng, parameter, scale=scale * kind)
+        if "norm" in name and "weight" in name:
+            parameter.data.add_(1.0)
     return decoder
 
 

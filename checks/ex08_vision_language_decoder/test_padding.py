@@ -10,6 +10,8 @@ from harness.testing import Close, Subject, Where, also, is_tensor, requirement
 
 from .reference import (
     IGNORED,
+    LENGTHS,
+    PADDING,
     PLACEHOLDER,
     Batch,
     Built,
@@ -25,22 +27,6 @@ from .reference import (
 )
 
 P = PLACEHOLDER
-# Three tokens an image: rows of 6, 2 and 5 tokens. What is hidden may be anything, a placeholder or no id at all.
-PADDING: dict[str, tuple[list[list[int]], list[list[int]]]] = {
-    "right": (
-        [[9, P, 5, 6, P], [4, 7, P, P, -1], [P, 1, 2, 10**6, 0]],
-        [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]],
-    ),
-    "left": (
-        [[P, 9, P, 5, 6], [-1, P, P, 4, 7], [0, 10**6, P, 1, 2]],
-        [[0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]],
-    ),
-    "mixed": (
-        [[P, 9, P, 5, 6], [4, 7, -1, P, P], [10**6, P, 1, 2, P]],
-        [[0, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0]],
-    ),
-}
-LENGTHS = [6, 2, 5]
 
 
 @requirement("8.5")

@@ -1,0 +1,325 @@
+"""Generation (8.7), and what calls cost (8.8)."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.testing import Close, Subject, Trace, Where, also, is_tensor, requirement
+
+from .reference import (
+    PADDING,
+    PLACEHOLDER,
+    Batch,
+    Built,
+    batch,
+    build,
+    calls_told,
+    continued,
+    expect,
+    merged,
+    pictures,
+    ran,
+    randomize,
+    value,
+)
+
+P = PLACEHOLDER
+
+
+def new_tokens(built: Built, given: Batch, what: str, **more: Any) -> Tensor:
+    """The learner's generate."""
+    return is_tensor(built.model.generate(given.ids, given.images, given.mask, **more), what)
+
+
+def generates(built: Built, given: Batch, wanted: Tensor, what: str, **more: Any) -> None:
+    """Generates, and compares with the tokens that are wanted."""
+    built.decoder.seen = []
+    built.tower.seen.clear()
+    came = new_tokens(built, given, what, **more)
+    lengths = [len(row) for row in expect(built, given, run=False).entries]
+    with also(generation_slip, built, given, lengths, came):
+        assert came.shape == wanted.shape, (
+            f"{what}: shape {tuple(came.shape)} came, {tuple(wanted.shape)} was wanted: the new tokens alone"
+        )
+        assert came.dtype == torch.int64, f"{what}: {came.dtype} came, torch.int64 was wanted"
+        for number, (row, right) in enumerate(zip(came.tolist(), wanted.tolist(), strict=True)):
+            assert row == right, f"{what}: row {number}: {row} came, {right} was wanted"
+
+
+def generation_slip(built: Built, given: Batch, lengths: list[int], came: Tensor) -> str:
+    """What is wrong with what the decoder was called with, or read from it."""
+    if len(given.images if given.images is not None else ()) and not built.tower.seen:
+        return "the tower is not called: generate does not see the images"
+    if told := calls_told(built.decoder, lengths):
+        return told
+    if not built.decoder.seen or built.decoder.seen[0].shape[:2] != (len(lengths), max(lengths)):
+        return ""
+    lasts = built.decoder.seen[0].mask[:, -1].tolist()
+    if not all(lasts) and came.shape[:1] == (len(lengths),):
+        return "mask and positions are right; is the first token read from the row's last token, not the last column?"
+    return ""
+
+
+@requirement("8.7")
+@pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "rotary"])
+@pytest.mark.parametrize("side", PADDING)
+def test_generation_equals_running_all_again(subject: Subject, rng: torch.Generator, side: str, absolute: bool) -> None:
+    """Each new token is the best one after the whole row so far, for padding on any side."""
+    built = build(subject, rng, absolute=absolute, scale=1.0)
+    given = batch(rng, *PADDING[side])
+    wanted = continued(built, given, 6)
+    assert len(wanted.unique()) > 2, "the check's own set-up is not one token again and again"
+
+    generates(built, given, wanted, f"generate, padding {side}", max_new_tokens=6)
+
+
+@requirement("8.7")
+@pytest.mark.parametrize("images", ["none", "no_rows", "images"])
+def test_generation_from_any_prompt(subject: Subject, rng: torch.Generator, images: str) -> None:
+    """From text alone; from an image alone, one id, and an image at the end."""
+    built = build(subject, rng, scale=1.0)
+    ids = [[P, 0], [7, P], [3, 0]] if images == "images" else [[9, 8, 5], [4, 6, 2], [0, 0, 3]]
+    mask = [[1, 0], [1, 1], [1, 0]] if images == "images" else None
+    given = batch(rng, ids, mask)
+    given.images = None if images == "none" else given.images
+
+    what = f"generate({ids}), images {'None' if images == 'none' else 'as many as placeholders'}".replace(str(P), "P")
+    generates(built, given, continued(built, given, 5), what, max_new_tokens=5)
+
+
+@requirement("8.7")
+@pytest.mark.parametrize(("row", "step"), [(0, 0), (1, 2), (2, 3)])
+def test_a_row_ends_at_its_end_token(subject: Subject, rng: torch.Generator, row: int, step: int) -> None:
+    """The end token stays, pad_token_id follows it, and the other rows go on."""
+    built = build(subject, rng, pad=11, scale=1.0)
+    given = batch(rng, *PADDING["mixed"])
+    eos = int(continued(built, given, 7)[row, step])
+    wanted = continued(built, given, 7, eos)
+
+    generates(built, given, wanted, f"generate, eos_token_id {eos}", max_new_tokens=7, eos_token_id=eos)
+
+
+@requirement("8.7")
+def test_every_row_ends_at_once(subject: Subject, rng: torch.Generator) -> None:
+    """Where the first token of all rows is the end token, the rest is pad_token_id."""
+    built = build(subject, rng, pad=3, scale=1.0)
+    given = batch(rng, [[9, P, 5], [9, P, 5]])
+    given.images = is_tensor(given.images, "")[:1].expand(2, -1, -1, -1)
+    eos = int(continued(built, given, 1)[0, 0])
+    wanted = torch.tensor([[eos, 3, 3, 3]] * 2)
+
+    generates(built, given, wanted, f"generate, eos_token_id {eos}", max_new_tokens=4, eos_token_id=eos)
+
+
+@requirement("8.7")
+def test_how_many_tokens(subject: Subject, rng: torch.Generator) -> None:
+    """One token if one is asked for; 16 by default; an end token that never comes ends nothing."""
+    built = build(subject, rng)
+    given = batch(rng, [[9, P, 5], [4, 2, P]])
+    wanted = continued(built, given, 16)
+    never = next(token for token in range(13) if token not in wanted)
+
+    generates(built, given, wanted[:, :1], "generate(…, max_new_tokens=1)", max_new_tokens=1)
+    generates(built, given, wanted, "generate(…), 16 tokens by default")
+    what = f"generate(…, eos_token_id={never}), which never comes"
+    generates(built, given, wanted[:, :3], what, max_new_tokens=3, eos_token_id=never)
+
+
+@requirement("8.7")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_generation_tracks_no_gradients(subject: Subject, rng: torch.Generator, training: bool) -> None:
+    """In training and eval: no gradients are tracked, the result is an ordinary tensor, and all is left as it was."""
+    built = build(subject, rng)
+    built.model.train(training)
+    built.decoder.layers[0].train(not training)
+    modes = {name: module.training for name, module in built.model.named_modules()}
+    given = batch(rng, [[9, P, 5], [4, 2, P]])
+    what = f"generate in {'training' if training else 'eval'}"
+
+    generates(built, given, continued(built, given, 3), what, max_new_tokens=3)
+    tokens = new_tokens(built, given, what, max_new_tokens=3)
+
+    tracked = [number for number, call in enumerate(built.decoder.seen, start=1) if call.grad]
+    assert not tracked, f"{what}: gradients are on while the decoder runs, in calls {tracked}"
+    assert torch.is_grad_enabled(), f"{what}: gradients are off afterwards"
+    assert not tokens.is_inference(), f"{what}: an inference tensor came, an ordinary one was wanted"
+    for name, parameter in built.parameters().items():
+        assert parameter.grad is None and parameter.requires_grad, f"{what}: {name} is no longer as it was"
+    changed = [name for name, module in built.model.named_modules() if module.training is not modes[name]]
+    assert not changed, f"{what}: the mode of {changed[0] or 'the model'} has changed"
+
+
+@requirement("8.7")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_generation_inside_other_modes(subject: Subject, rng: torch.Generator, mode: Any) -> None:
+    """Inside no_grad and inference_mode the tokens are the same, and training goes on afterwards."""
+    built = build(subject, rng)
+    given = batch(rng, [[9, P, 5], [4, 2, P]])
+    wanted = continued(built, given, 3)
+
+    with mode():
+        generates(built, given, wanted, f"generate in {mode.__name__}", max_new_tokens=3)
+
+    given.labels = given.ids
+    loss = is_tensor(ran(built, given)[1], "forward: loss")
+    assert loss.requires_grad, f"forward after generate in {mode.__name__}: the loss carries no gradient"
+    loss.backward()
+
+
+@requirement("8.7")
+def test_generation_by_new_weights(subject: Subject, rng: torch.Generator) -> None:
+    """A second call after the weights have changed, with another prompt, keeps nothing of the first."""
+    built = build(subject, rng, scale=1.0)
+    for number in range(3):
+        given = batch(rng, *list(PADDING.values())[number])
+        for name, parameter in built.parameters().items():
+            if not name.startswith("projector."):
+                randomize(rng, parameter.data)
+
+        wanted = continued(built, given, 5)
+        generates(built, given, wanted, f"generate, call {number + 1}, after new weights", max_new_tokens=5)
+
+
+@requirement("8.7")
+def test_generation_agrees_elsewhere(subject: Subject, rng: torch.Generator, on: Where) -> None:
+    """The tokens are those of forward run again, on any device; where two are nearly as good, either is right."""
+    built = build(subject, rng)
+    given = batch(rng, [[9, P, 5, 0], [4, 2, P, 6]], [[1, 1, 1, 0], [1, 1, 1, 1]])
+    built.model.to(on.device, on.dtype)
+    images = is_tensor(given.images, "").to(on.device, on.dtype)
+
+    tokens = built.model.generate(given.ids.to(on.device), images, is_tensor(given.mask, "").to(on.device), 4)
+
+    came = is_tensor(tokens, "generate")
+    assert came.device.type == on.device.type, f"generate: the tokens are on {came.device}"
+    for number, row in enumerate(([9, P, 5], [4, 2, P, 6])):
+        ids = torch.tensor([row + came[number].tolist()])
+        whole = Batch(ids, is_tensor(given.images, "")[number : number + 1])
+        logits = expect(built, whole).logits[0][-5:-1].detach()
+        chosen = logits.gather(1, came[number].cpu()[:, None])[:, 0]
+        behind = float((logits.amax(dim=1) - chosen).max())
+        assert behind <= 20 * on.tolerance, f"generate: row {number}: a token is {behind:.3g} below the best"
+
+
+# 8.8 costs
+
+
+@requirement("8.8")
+@pytest.mark.parametrize("count", [3, 1, 0], ids=["images", "one_image", "text"])
+@pytest.mark.parametrize("call", ["merge", "forward", "generate"])
+def test_the_tower_is_called_once(subject: Subject, rng: torch.Generator, call: str, count: int) -> None:
+    """merge, forward and generate call the tower once, with all images; without any image not at all."""
+    close = Close(1e-2)
+    built = build(subject, rng)
+    ids = [[9, P, 5, P], [1, 2, P, 3]] if count == 3 else [[9, P if count else 8, 5, 4], [1, 2, 6, 3]]
+    given = batch(rng, ids)
+    expected = expect(built, given)
+    what = f"{call} with {count} images in 2 rows"
+
+    if call == "merge":
+        embeds = merged(built, given).inputs_embeds
+        close(embeds[0, : len(expected.embeds[0])], expected.embeds[0], f"{what}: inputs_embeds of row 0")
+    elif call == "forward":
+        close(ran(built, given)[0][0, : len(expected.logits[0])], expected.logits[0], f"{what}: logits of row 0")
+    else:
+        came = new_tokens(built, given, what, max_new_tokens=3).tolist()
+        wanted = continued(built, given, 3).tolist()
+        assert came == wanted, f"{what}: {came} came, {wanted} was wanted"
+
+    seen = [shape[0] for shape, _ in built.tower.seen]
+    assert seen == ([count] if count else []), (
+        f"{what}: the tower is called with {seen} images, {[count] if count else 'not at all'} was wanted"
+    )
+
+
+@requirement("8.8")
+@pytest.mark.parametrize("side", PADDING)
+def test_generation_reads_each_token_once(subject: Subject, rng: torch.Generator, side: str) -> None:
+    """All prompts in the decoder's first call, then one token per row and call, no call more than new tokens."""
+    built = build(subject, rng)
+    given = batch(rng, *PADDING[side])
+
+    frugal(built, given, continued(built, given, 5), 5, None, 5)
+
+
+def frugal(built: Built, given: Batch, wanted: Tensor, steps: int, eos: int | None, most: int) -> None:
+    """Generates, compares, and looks at the decoder's calls: at most `most`."""
+    built.decoder.seen = []
+    what = f"generate, max_new_tokens {steps}" + ("" if eos is None else f", eos_token_id {eos}")
+    came = new_tokens(built, given, what, max_new_tokens=steps, eos_token_id=eos).tolist()
+    assert came == wanted.tolist(), f"{what}: {came} came, {wanted.tolist()} was wanted"
+    shapes = [call.shape[:2] for call in built.decoder.seen]
+    lengths = [len(row) for row in expect(built, given, run=False).entries]
+    assert len(shapes) <= most, (
+        f"{what}: the decoder is called {len(shapes)} times, at most {most} are needed: {shapes} rows and tokens"
+    )
+    rows, columns = len(lengths), max(lengths)
+    fed = sum(one * length for one, length in shapes)
+    limit = rows * columns + rows * (most - 1)
+    assert fed <= limit and shapes[0] == (rows, columns), (
+        f"{what}: the decoder's calls read {shapes} rows and tokens; ({rows}, {columns}) first, then one token per "
+        "row were wanted"
+    )
+
+
+@requirement("8.8")
+@pytest.mark.parametrize("last", [1, 2, 4])
+def test_no_call_once_all_rows_have_ended(subject: Subject, rng: torch.Generator, last: int) -> None:
+    """Where the last row ends after n tokens, the decoder is called n times."""
+    built = build(subject, rng, scale=1.0)
+    given = batch(rng, *PADDING["right"])
+    if last == 1:
+        given = Batch(torch.tensor([[9, P, 5]] * 2), pictures(rng, 1).expand(2, -1, -1, -1))
+        eos = int(continued(built, given, 1)[0, 0])
+    else:
+        given, eos = ending(built, given, rng, last)
+
+    frugal(built, given, continued(built, given, 7, eos), 7, eos, last)
+
+
+def ending(built: Built, given: Batch, rng: torch.Generator, last: int) -> tuple[Batch, int]:
+    """A batch whose last row ends after `last` tokens of 7, by trying other images."""
+    for _ in range(60):
+        tokens = continued(built, given, last).tolist()
+        for eos in set(tokens[0]):
+            if max(row.index(eos) if eos in row else last for row in tokens) == last - 1:
+                return given, eos
+        given.images = 2 * pictures(rng, len(is_tensor(given.images, "")))
+    raise AssertionError("the check's own set-up holds")
+
+
+@requirement("8.8")
+@pytest.mark.parametrize("call", ["merge", "forward", "generate", "refused"])
+def test_nothing_is_kept(subject: Subject, rng: torch.Generator, call: str) -> None:
+    """Once what a call returned is let go, nothing that it made is alive; nor after one that failed."""
+    built = build(subject, rng)
+    built.decoder.seen = None
+    given = batch(rng, [[9, P, 5, 6], [1, P, 2, 3]], [[1, 1, 1, 1], [0, 1, 1, 1]])
+    given.labels = given.ids
+    expected = expect(built, given)
+    found: Any = None
+
+    with Trace() as seen:
+        if call == "refused":
+            try:
+                built.model(given.ids, is_tensor(given.images, "")[:1])
+            except ValueError as error:
+                found = str(error)
+        elif call == "generate":
+            found = new_tokens(built, given, call, max_new_tokens=2)
+        else:
+            found = merged(built, given) if call == "merge" else ran(built, given)
+
+    assert found is not None, "forward with 2 placeholders and 1 image: was accepted"
+    if call == "merge":
+        Close(1e-2)(value(found.inputs_embeds)[0], expected.embeds[0], "merge: inputs_embeds of row 0")
+    elif call == "forward":
+        Close(1e-2)(value(found[0])[0], expected.logits[0], "forward: logits of row 0")
+    elif call == "generate":
+        wanted = continued(built, given, 2).tolist()
+        assert found.tolist() == wanted, f"generate: {found.tolist()} came, {wanted} was wanted"
+    del found
+    left = seen.alive_after_collection()
+    assert not left, f"{call}: {left} bytes of what the call made are alive after its result is gone; what keeps them?"
