@@ -177,8 +177,9 @@ class Expected:
 def randomize(rng: torch.Generator, *tensors: Tensor, scale: float = 0.5) -> None:
     """Writes new random numbers into tensors, in place."""
     with torch.no_grad():
-        for tensor in tensors:
-            tensor.copy_(scale * torch.randn(tensor.shape, generator=rng, dtype=torch.float64))
+        numbers = scale * torch.randn(sum(tensor.numel() for tensor in tensors), generator=rng, dtype=torch.float64)
+        for tensor, part in zip(tensors, numbers.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def value(tensor: Tensor) -> Tensor:
@@ -210,13 +211,17 @@ def decoder_of(subject: Subject, rng: torch.Generator, absolute: bool = True, sc
                 inputs_embeds = inputs_embeds + self.places[position_ids.clamp(0, PLACES - 1)]
             return super().forward(inputs_embeds, attention_mask, position_ids, cache)
 
-    decoder = Noted().double()
-    for name, parameter in decoder.named_parameters():
-        # Small biases: large ones would decide each next token alone.
-        kind = 0.15 if "bias" in name or "norm" in name else 2.0 if name == "places" else 1.0
-        randomize(rng, parameter, scale=scale * kind)
-        if "norm" in name and "weight" in name:
-            parameter.data.add_(1.0)
+    torch.set_default_dtype(torch.float64)
+    decoder = Noted()
+    torch.set_default_dtype(torch.float32)
+    randomize(rng, *decoder.parameters(), scale=scale)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            # Small biases: large ones would decide each next token alone.
+            if name.endswith("bias") or "norm" in name:
+                parameter.mul_(0.15).add_(float(name.endswith("weight")))
+        if absolute:
+            decoder.places.mul_(2)
     return decoder
 
 
@@ -286,9 +291,8 @@ def image_tokens(built: Built, w: dict[str, Tensor], images: Tensor) -> Tensor:
         tokens = flat.reshape(len(images), -1, WIDTH) + w["vision.shift"]
     else:
         tokens = images.reshape(*images.shape[:2], -1).transpose(1, 2)
-    inner = tokens @ w["projector.fc1.weight"].T + w["projector.fc1.bias"]
-    inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
-    return inner @ w["projector.fc2.weight"].T + w["projector.fc2.bias"]
+    inner = F.gelu(F.linear(tokens, w["projector.fc1.weight"], w["projector.fc1.bias"]))
+    return F.linear(inner, w["projector.fc2.weight"], w["projector.fc2.bias"])
 
 
 def expect(built: Built, given: Batch, run: bool = True) -> Expected:
@@ -300,7 +304,7 @@ def expect(built: Built, given: Batch, run: bool = True) -> Expected:
     embeds = [torch.stack([vector(w, tokens, entry) for entry in row]) for row in entries]
     expected = Expected(entries, embeds, w, images)
     if run:
-        expected.logits = [decode(w, row) for row in embeds]
+        expected.logits = decode(w, embeds)
     return expected
 
 
@@ -312,49 +316,49 @@ def vector(w: dict[str, Tensor], tokens: Tensor | None, entry: Entry) -> Tensor:
     return tokens[entry.number, entry.part]
 
 
-def decode(w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """One row through the decoder: [n, D] -> [n, V]."""
-    n, half = len(x), D // HEADS // 2
+def decode(w: dict[str, Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+    """Rows [n, D] through the decoder: [n, V] of each. Padded on the right, which no token before it can see."""
+    x = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # [B, n, D]
+    n, half = x.size(1), D // HEADS // 2
     if "decoder.places" in w:
         x = x + w["decoder.places"][:n]
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = torch.arange(n, dtype=torch.float64)[:, None, None] * frequencies
-    hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+    angles = torch.arange(n, dtype=torch.float64)[:, None, None, None] * frequencies  # [n, 1, 1, Dh/2]
+    turns = torch.polar(torch.ones_like(angles), angles)
     for layer in range(LAYERS):
         p = {name: w[f"decoder.layers.{layer}.{name}"] for name in _NAMES}
         normed = F.layer_norm(x, (D,), p["norm1.weight"], p["norm1.bias"])
-        q, k, v = (normed @ p["qkv.weight"].T + p["qkv.bias"]).reshape(n, 3, HEADS, -1).unbind(1)  # [n, H, Dh]
-        q, k = _turned(q, angles), _turned(k, angles)
-        scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(D // HEADS)
-        attended = torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
-        x = x + attended.reshape(n, D) @ p["out.weight"].T + p["out.bias"]
+        qkv = F.linear(normed, p["qkv.weight"], p["qkv.bias"]).unflatten(-1, (3, HEADS, -1))  # [B, n, 3, H, Dh]
+        pairs = torch.complex(*qkv[:, :, :2].chunk(2, dim=-1)) * turns
+        q, k = torch.cat([pairs.real, pairs.imag], dim=-1).transpose(1, 3).unbind(2)  # [B, H, n, Dh]
+        attended = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2), is_causal=True)
+        x = x + F.linear(attended.transpose(1, 2).flatten(2), p["out.weight"], p["out.bias"])
         normed = F.layer_norm(x, (D,), p["norm2.weight"], p["norm2.bias"])
-        inner = normed @ p["up.weight"].T + p["up.bias"]
-        x = x + (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) @ p["down.weight"].T + p["down.bias"]
-    return F.layer_norm(x, (D,), w["decoder.norm.weight"], w["decoder.norm.bias"]) @ w["decoder.head.weight"].T
+        x = x + F.linear(F.gelu(F.linear(normed, p["up.weight"], p["up.bias"])), p["down.weight"], p["down.bias"])
+    x = F.layer_norm(x, (D,), w["decoder.norm.weight"], w["decoder.norm.bias"])
+    return [one[: len(row)] for one, row in zip(F.linear(x, w["decoder.head.weight"]), rows, strict=True)]
 
 
 _NAMES = [f"{layer}.{kind}" for layer in ("norm1", "norm2", "qkv", "out", "up", "down") for kind in ("weight", "bias")]
 
 
-def _turned(x: Tensor, angles: Tensor) -> Tensor:
-    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([pairs.real, pairs.imag], dim=-1)
-
-
 @torch.no_grad()
 def continued(built: Built, given: Batch, steps: int, eos: int | None = None) -> Tensor:
-    """The greedy tokens of each row, which is run as a whole for each of them: [B, steps]."""
+    """The greedy tokens of each row, all of which are run as a whole for each of them: [B, steps]."""
     expected = expect(built, given, run=False)
-    table, rows = expected.weights["decoder.embed.weight"], []
-    for row in expected.embeds:
-        new: list[int] = []
-        while len(new) < steps and eos not in new:
-            best = decode(expected.weights, torch.cat([row, table[new]]))[-1].topk(2)
-            assert float(best.values[0] - best.values[1]) > 1e-6, "the check's own set-up has no ties"
-            new.append(int(best.indices[0]))
-        rows.append(new + [built.pad] * (steps - len(new)))
-    return torch.tensor(rows)
+    table, rows = expected.weights["decoder.embed.weight"], list(expected.embeds)
+    new = torch.full((len(rows), steps), built.pad)
+    running = torch.ones(len(rows), dtype=torch.bool)
+    for step in range(steps):
+        best = torch.stack([logits[-1] for logits in decode(expected.weights, rows)]).topk(2)
+        margins = best.values[running] @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+        assert margins.min() > 1e-6, "the check's own set-up has no ties"
+        new[running, step] = best.indices[running, 0]
+        running = running & (new[:, step] != (-1 if eos is None else eos))
+        if not running.any():
+            break
+        rows = [torch.cat([row, table[one][None]]) for row, one in zip(rows, best.indices[:, 0], strict=True)]
+    return new
 
 
 def merged(built: Built, given: Batch, what: str = "merge", **more: Any) -> Any:

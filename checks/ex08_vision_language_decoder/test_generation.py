@@ -63,20 +63,19 @@ def generation_slip(built: Built, given: Batch, lengths: list[int], came: Tensor
 
 
 @requirement("8.7")
-@pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "rotary"])
-@pytest.mark.parametrize("side", PADDING)
+@pytest.mark.parametrize(("side", "absolute"), [("right", True), ("left", True), ("mixed", True), ("mixed", False)])
 def test_generation_equals_running_all_again(subject: Subject, rng: torch.Generator, side: str, absolute: bool) -> None:
     """Each new token is the best one after the whole row so far, for padding on any side."""
     built = build(subject, rng, absolute=absolute, scale=1.0)
     given = batch(rng, *PADDING[side])
-    wanted = continued(built, given, 6)
+    wanted = continued(built, given, 5)
     assert len(wanted.unique()) > 2, "the check's own set-up is not one token again and again"
 
-    generates(built, given, wanted, f"generate, padding {side}", max_new_tokens=6)
+    generates(built, given, wanted, f"generate, padding {side}", max_new_tokens=5)
 
 
 @requirement("8.7")
-@pytest.mark.parametrize("images", ["none", "no_rows", "images"])
+@pytest.mark.parametrize("images", ["none", "images"])
 def test_generation_from_any_prompt(subject: Subject, rng: torch.Generator, images: str) -> None:
     """From text alone; from an image alone, one id, and an image at the end."""
     built = build(subject, rng, scale=1.0)
@@ -86,19 +85,19 @@ def test_generation_from_any_prompt(subject: Subject, rng: torch.Generator, imag
     given.images = None if images == "none" else given.images
 
     what = f"generate({ids}), images {'None' if images == 'none' else 'as many as placeholders'}".replace(str(P), "P")
-    generates(built, given, continued(built, given, 5), what, max_new_tokens=5)
+    generates(built, given, continued(built, given, 3), what, max_new_tokens=3)
 
 
 @requirement("8.7")
-@pytest.mark.parametrize(("row", "step"), [(0, 0), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("row", "step"), [(0, 0), (1, 2)])
 def test_a_row_ends_at_its_end_token(subject: Subject, rng: torch.Generator, row: int, step: int) -> None:
     """The end token stays, pad_token_id follows it, and the other rows go on."""
     built = build(subject, rng, pad=11, scale=1.0)
     given = batch(rng, *PADDING["mixed"])
-    eos = int(continued(built, given, 7)[row, step])
-    wanted = continued(built, given, 7, eos)
+    eos = int(continued(built, given, 3)[row, step])
+    wanted = continued(built, given, 5, eos)
 
-    generates(built, given, wanted, f"generate, eos_token_id {eos}", max_new_tokens=7, eos_token_id=eos)
+    generates(built, given, wanted, f"generate, eos_token_id {eos}", max_new_tokens=5, eos_token_id=eos)
 
 
 @requirement("8.7")
@@ -172,14 +171,12 @@ def test_generation_inside_other_modes(subject: Subject, rng: torch.Generator, m
 def test_generation_by_new_weights(subject: Subject, rng: torch.Generator) -> None:
     """A second call after the weights have changed, with another prompt, keeps nothing of the first."""
     built = build(subject, rng, scale=1.0)
-    for number in range(3):
-        given = batch(rng, *list(PADDING.values())[number])
-        for name, parameter in built.parameters().items():
-            if not name.startswith("projector."):
-                randomize(rng, parameter.data)
+    for number, side in enumerate(("right", "mixed")):
+        given = batch(rng, *PADDING[side])
+        randomize(rng, *(p.data for name, p in built.parameters().items() if not name.startswith("projector.")))
 
-        wanted = continued(built, given, 5)
-        generates(built, given, wanted, f"generate, call {number + 1}, after new weights", max_new_tokens=5)
+        wanted = continued(built, given, 3)
+        generates(built, given, wanted, f"generate, call {number + 1}, after new weights", max_new_tokens=3)
 
 
 @requirement("8.7")
@@ -207,41 +204,41 @@ def test_generation_agrees_elsewhere(subject: Subject, rng: torch.Generator, on:
 
 
 @requirement("8.8")
-@pytest.mark.parametrize("count", [3, 1, 0], ids=["images", "one_image", "text"])
 @pytest.mark.parametrize("call", ["merge", "forward", "generate"])
-def test_the_tower_is_called_once(subject: Subject, rng: torch.Generator, call: str, count: int) -> None:
+def test_the_tower_is_called_once(subject: Subject, rng: torch.Generator, call: str) -> None:
     """merge, forward and generate call the tower once, with all images; without any image not at all."""
     close = Close(1e-2)
     built = build(subject, rng)
-    ids = [[9, P, 5, P], [1, 2, P, 3]] if count == 3 else [[9, P if count else 8, 5, 4], [1, 2, 6, 3]]
-    given = batch(rng, ids)
-    expected = expect(built, given)
-    what = f"{call} with {count} images in 2 rows"
+    for ids in ([[9, P, 5, P], [1, 2, P, 3]], [[9, 8, 5, 4], [1, 2, 6, 3]]):
+        given = batch(rng, ids)
+        expected, count = expect(built, given), len(is_tensor(given.images, ""))
+        what = f"{call} with {count} images in 2 rows"
+        built.tower.seen.clear()
 
-    if call == "merge":
-        embeds = merged(built, given).inputs_embeds
-        close(embeds[0, : len(expected.embeds[0])], expected.embeds[0], f"{what}: inputs_embeds of row 0")
-    elif call == "forward":
-        close(ran(built, given)[0][0, : len(expected.logits[0])], expected.logits[0], f"{what}: logits of row 0")
-    else:
-        came = new_tokens(built, given, what, max_new_tokens=3).tolist()
-        wanted = continued(built, given, 3).tolist()
-        assert came == wanted, f"{what}: {came} came, {wanted} was wanted"
+        if call == "merge":
+            embeds = merged(built, given).inputs_embeds
+            close(embeds[0, : len(expected.embeds[0])], expected.embeds[0], f"{what}: inputs_embeds of row 0")
+        elif call == "forward":
+            close(ran(built, given)[0][0, : len(expected.logits[0])], expected.logits[0], f"{what}: logits of row 0")
+        else:
+            came = new_tokens(built, given, what, max_new_tokens=2).tolist()
+            wanted = continued(built, given, 2).tolist()
+            assert came == wanted, f"{what}: {came} came, {wanted} was wanted"
 
-    seen = [shape[0] for shape, _ in built.tower.seen]
-    assert seen == ([count] if count else []), (
-        f"{what}: the tower is called with {seen} images, {[count] if count else 'not at all'} was wanted"
-    )
+        seen = [shape[0] for shape, _ in built.tower.seen]
+        assert seen == ([count] if count else []), (
+            f"{what}: the tower is called with {seen} images, {[count] if count else 'not at all'} was wanted"
+        )
 
 
 @requirement("8.8")
-@pytest.mark.parametrize("side", PADDING)
+@pytest.mark.parametrize("side", ["right", "left"])
 def test_generation_reads_each_token_once(subject: Subject, rng: torch.Generator, side: str) -> None:
     """All prompts in the decoder's first call, then one token per row and call, no call more than new tokens."""
     built = build(subject, rng)
     given = batch(rng, *PADDING[side])
 
-    frugal(built, given, continued(built, given, 5), 5, None, 5)
+    frugal(built, given, continued(built, given, 4), 4, None, 4)
 
 
 def frugal(built: Built, given: Batch, wanted: Tensor, steps: int, eos: int | None, most: int) -> None:
@@ -265,33 +262,23 @@ def frugal(built: Built, given: Batch, wanted: Tensor, steps: int, eos: int | No
 
 
 @requirement("8.8")
-@pytest.mark.parametrize("last", [1, 2, 4])
-def test_no_call_once_all_rows_have_ended(subject: Subject, rng: torch.Generator, last: int) -> None:
+def test_no_call_once_all_rows_have_ended(subject: Subject, rng: torch.Generator) -> None:
     """Where the last row ends after n tokens, the decoder is called n times."""
     built = build(subject, rng, scale=1.0)
-    given = batch(rng, *PADDING["right"])
-    if last == 1:
-        given = Batch(torch.tensor([[9, P, 5]] * 2), pictures(rng, 1).expand(2, -1, -1, -1))
-        eos = int(continued(built, given, 1)[0, 0])
-    else:
-        given, eos = ending(built, given, rng, last)
+    given = Batch(torch.tensor([[9, P, 5]]), pictures(rng, 1))
+    alone = continued(built, given, 4)[0].tolist()
+    last = max(place for place in range(4) if alone[place] not in alone[:place])
+    assert last > 1, "the check's own set-up ends late"
+    # The second row is a token ahead of the first.
+    given = Batch(torch.tensor([[9, P, 5, 0], [9, P, 5, alone[0]]]), is_tensor(given.images, "").expand(2, -1, -1, -1))
+    given.mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
 
-    frugal(built, given, continued(built, given, 7, eos), 7, eos, last)
-
-
-def ending(built: Built, given: Batch, rng: torch.Generator, last: int) -> tuple[Batch, int]:
-    """A batch whose last row ends after `last` tokens of 7, by trying other images."""
-    for _ in range(60):
-        tokens = continued(built, given, last).tolist()
-        for eos in set(tokens[0]):
-            if max(row.index(eos) if eos in row else last for row in tokens) == last - 1:
-                return given, eos
-        given.images = 2 * pictures(rng, len(is_tensor(given.images, "")))
-    raise AssertionError("the check's own set-up holds")
+    for eos, calls in ((alone[last], last + 1), (alone[1], 2)):
+        frugal(built, given, continued(built, given, 6, eos), 6, eos, calls)
 
 
 @requirement("8.8")
-@pytest.mark.parametrize("call", ["merge", "forward", "generate", "refused"])
+@pytest.mark.parametrize("call", ["forward", "generate", "refused"])
 def test_nothing_is_kept(subject: Subject, rng: torch.Generator, call: str) -> None:
     """Once what a call returned is let go, nothing that it made is alive; nor after one that failed."""
     built = build(subject, rng)
@@ -310,12 +297,10 @@ def test_nothing_is_kept(subject: Subject, rng: torch.Generator, call: str) -> N
         elif call == "generate":
             found = new_tokens(built, given, call, max_new_tokens=2)
         else:
-            found = merged(built, given) if call == "merge" else ran(built, given)
+            found = ran(built, given)
 
     assert found is not None, "forward with 2 placeholders and 1 image: was accepted"
-    if call == "merge":
-        Close(1e-2)(value(found.inputs_embeds)[0], expected.embeds[0], "merge: inputs_embeds of row 0")
-    elif call == "forward":
+    if call == "forward":
         Close(1e-2)(value(found[0])[0], expected.logits[0], "forward: logits of row 0")
     elif call == "generate":
         wanted = continued(built, given, 2).tolist()

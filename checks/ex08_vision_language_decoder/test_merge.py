@@ -58,7 +58,7 @@ def test_merge_by_hand(subject: Subject) -> None:
 
 
 @requirement("8.3")
-@pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 0, 3)], ids=["one", "two", "none"])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 0, 3)], ids=["a_vector", "rows", "none"])
 def test_the_projector(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
     """fc2(gelu(fc1(x))) with the exact GELU, for any leading sizes, with its gradient."""
     projector = subject.Projector(WIDTH, 4).double()
@@ -156,9 +156,9 @@ def test_text_alone(subject: Subject, close: Close, rng: torch.Generator, images
 
 
 @requirement("8.3")
-@pytest.mark.parametrize("placeholder", [-200, 4, 0, 10**9, -1])
+@pytest.mark.parametrize("placeholder", [4, 0, 10**9])
 def test_any_placeholder_id(subject: Subject, close: Close, rng: torch.Generator, placeholder: int) -> None:
-    """The placeholder's id may lie in the vocabulary, below it or above."""
+    """The placeholder's id may lie in the vocabulary, or above it."""
     built = build(subject, rng, placeholder=placeholder, pad=3)
     given = batch(rng, [[9, placeholder, 5], [3, 3, placeholder]], placeholder=placeholder)
     expected = torch.stack(expect(built, given, run=False).embeds)
@@ -174,24 +174,22 @@ def test_any_placeholder_id(subject: Subject, close: Close, rng: torch.Generator
 
 
 @requirement("8.3")
-@pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64], ids=str
-)
-def test_masks_of_any_dtype(subject: Subject, close: Close, rng: torch.Generator, dtype: torch.dtype) -> None:
+def test_masks_of_any_dtype(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A mask of zeros and ones hides the same in every dtype; a hidden placeholder has no image."""
     built = build(subject, rng)
     given = batch(rng, [[9, P, 5, P], [P, 1, P, 3]], [[1, 1, 1, 0], [0, 1, 1, 1]])
-    given.mask = is_tensor(given.mask, "").to(dtype)
     expected = torch.stack(expect(built, given, run=False).embeds)
-    what = f"merge, a mask in {dtype} that hides one placeholder in each row"
+    for dtype in (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64):
+        given.mask = is_tensor(given.mask, "").to(dtype)
+        what = f"merge, a mask in {dtype} that hides one placeholder in each row"
 
-    try:
-        found = merged(built, given, what)
-    except ValueError as error:
-        raise AssertionError(f"{what}, 2 images: ValueError ({error}) came") from error
+        try:
+            found = merged(built, given, what)
+        except ValueError as error:
+            raise AssertionError(f"{what}, 2 images: ValueError ({error}) came") from error
 
-    with also(spelled, built, given, found.inputs_embeds):
-        close(found.inputs_embeds, expected, f"{what}: inputs_embeds")
+        with also(spelled, built, given, found.inputs_embeds):
+            close(found.inputs_embeds, expected, f"{what}: inputs_embeds")
 
 
 @requirement("8.3")
