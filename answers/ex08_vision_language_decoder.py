@@ -107,9 +107,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, visible: Tensor, rotation: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, L, D], visible bool [B, 1, L, P + L] -> [B, L, D], and all keys and values [B, H, P + L, Dh]."""
-        heads = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))  # [B, L, 3, H, Dh]
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [B, H, L, Dh]
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        heads = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(heads[:2], *rotation), heads[2]  # each [B, H, L, Dh]
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # [B, H, P + L, Dh]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # [B, H, L, Dh]
@@ -119,9 +118,9 @@ class DecoderLayer(nn.Module):
 
 # Given; no need to change.
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of halves: x [B, H, L, Dh], cos and sin [B, 1, L, Dh/2]."""
+    """Turns the two halves of x as pairs: x [..., B, H, L, Dh], cos and sin [B, 1, L, Dh]."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 # Given; no need to change.
@@ -164,7 +163,7 @@ class Decoder(nn.Module):
         visible = (before & attention_mask.bool()[:, None] | itself)[:, None]  # [B, 1, L, P + L]
         half = self.d_model // self.num_heads // 2
         frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=inputs_embeds.device) / half)
-        angles = (position_ids[..., None] * frequencies)[:, None]  # [B, 1, L, Dh/2]
+        angles = (position_ids[..., None] * frequencies.repeat(2))[:, None]  # [B, 1, L, Dh]
         rotation = angles.cos().to(inputs_embeds.dtype), angles.sin().to(inputs_embeds.dtype)
         x, new = inputs_embeds, []
         for number, layer in enumerate(self.layers):

@@ -107,25 +107,7 @@ def test_mixed_dtypes(subject: Subject, rng: torch.Generator, mix: Mix) -> None:
 
 
 @requirement("8.9")
-@pytest.mark.parametrize("mix", MIXES[:2], ids=str)
-def test_gradients_of_mixed_dtypes(subject: Subject, rng: torch.Generator, mix: Mix) -> None:
-    """The gradients of what merge gives reach tower, projector and embedding, in their dtypes, by the formula."""
-    built, given = mixed(subject, rng, mix)
-    expected = expect(built, given, run=False)
-    torch.cat(expected.embeds).sum().backward()
-
-    found = runs(lambda: merged(built, given), f"merge, {mix.told}")
-    found.inputs_embeds[found.attention_mask].sum().backward()
-
-    for name, parameter in built.parameters().items():
-        wanted = expected.weights[name].grad
-        if wanted is not None:
-            what = f"merge, {mix.told}, backward: gradient of {name}"
-            Close(2 * mix.tolerance)(parameter.grad, wanted.to(parameter.dtype), what)
-
-
-@requirement("8.9")
-@pytest.mark.parametrize("mix", MIXES[1:3], ids=str)
+@pytest.mark.parametrize("mix", [MIXES[1], MIXES[4]], ids=str)
 def test_generation_of_mixed_dtypes(subject: Subject, rng: torch.Generator, mix: Mix) -> None:
     """generate works with every mixture; each token is, to the dtypes' precision, the best after its row so far."""
     built, given = mixed(subject, rng, mix)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.testing import Close, Subject, Trace, Where, also, is_tensor, requirement
+from harness.testing import Close, Subject, Trace, Where, also, is_tensor, refuses, requirement
 
 from .reference import (
     PADDING,
@@ -63,41 +63,42 @@ def generation_slip(built: Built, given: Batch, lengths: list[int], came: Tensor
 
 
 @requirement("8.7")
-@pytest.mark.parametrize(("side", "absolute"), [("right", True), ("left", True), ("mixed", True), ("mixed", False)])
-def test_generation_equals_running_all_again(subject: Subject, rng: torch.Generator, side: str, absolute: bool) -> None:
+@pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "rotary"])
+def test_generation_equals_running_all_again(subject: Subject, rng: torch.Generator, absolute: bool) -> None:
     """Each new token is the best one after the whole row so far, for padding on any side."""
-    built = build(subject, rng, absolute=absolute, scale=1.0)
-    given = batch(rng, *PADDING[side])
-    wanted = continued(built, given, 5)
-    assert len(wanted.unique()) > 2, "the check's own set-up is not one token again and again"
+    built, different = build(subject, rng, absolute=absolute, scale=1.0), set()
+    for side in PADDING if absolute else ["right", "mixed"]:
+        given = batch(rng, *PADDING[side])
+        wanted = continued(built, given, 5)
+        different |= {*wanted.flatten().tolist()}
 
-    generates(built, given, wanted, f"generate, padding {side}", max_new_tokens=5)
+        generates(built, given, wanted, f"generate, padding {side}", max_new_tokens=5)
+    assert len(different) > 2, "the check's own set-up is not one token again and again"
 
 
 @requirement("8.7")
-@pytest.mark.parametrize("images", ["none", "images"])
-def test_generation_from_any_prompt(subject: Subject, rng: torch.Generator, images: str) -> None:
+def test_generation_from_any_prompt(subject: Subject, rng: torch.Generator) -> None:
     """From text alone; from an image alone, one id, and an image at the end."""
     built = build(subject, rng, scale=1.0)
-    ids = [[P, 0], [7, P], [3, 0]] if images == "images" else [[9, 8, 5], [4, 6, 2], [0, 0, 3]]
-    mask = [[1, 0], [1, 1], [1, 0]] if images == "images" else None
-    given = batch(rng, ids, mask)
-    given.images = None if images == "none" else given.images
+    for ids, mask in (([[9, 8, 5], [4, 6, 2]], None), ([[P, 0], [7, P], [3, 0]], [[1, 0], [1, 1], [1, 0]])):
+        given = batch(rng, ids, mask)
+        given.images = given.images if mask else None
 
-    what = f"generate({ids}), images {'None' if images == 'none' else 'as many as placeholders'}".replace(str(P), "P")
-    generates(built, given, continued(built, given, 3), what, max_new_tokens=3)
+        what = f"generate({ids}), {'an image for each placeholder' if mask else 'images None'}".replace(str(P), "P")
+        generates(built, given, continued(built, given, 3), what, max_new_tokens=3)
 
 
 @requirement("8.7")
-@pytest.mark.parametrize(("row", "step"), [(0, 0), (1, 2)])
-def test_a_row_ends_at_its_end_token(subject: Subject, rng: torch.Generator, row: int, step: int) -> None:
+def test_a_row_ends_at_its_end_token(subject: Subject, rng: torch.Generator) -> None:
     """The end token stays, pad_token_id follows it, and the other rows go on."""
     built = build(subject, rng, pad=11, scale=1.0)
     given = batch(rng, *PADDING["mixed"])
-    eos = int(continued(built, given, 3)[row, step])
-    wanted = continued(built, given, 5, eos)
+    first = continued(built, given, 3)
+    for row, step in ((0, 0), (1, 2)):
+        eos = int(first[row, step])
+        wanted = continued(built, given, 5, eos)
 
-    generates(built, given, wanted, f"generate, eos_token_id {eos}", max_new_tokens=5, eos_token_id=eos)
+        generates(built, given, wanted, f"generate, eos_token_id {eos}", max_new_tokens=5, eos_token_id=eos)
 
 
 @requirement("8.7")
@@ -116,54 +117,56 @@ def test_every_row_ends_at_once(subject: Subject, rng: torch.Generator) -> None:
 def test_how_many_tokens(subject: Subject, rng: torch.Generator) -> None:
     """One token if one is asked for; 16 by default; an end token that never comes ends nothing."""
     built = build(subject, rng)
-    given = batch(rng, [[9, P, 5], [4, 2, P]])
-    wanted = continued(built, given, 16)
+    given = batch(rng, [[9, P], [P, 2]])
+    wanted = continued(built, given, 3)
     never = next(token for token in range(13) if token not in wanted)
 
     generates(built, given, wanted[:, :1], "generate(…, max_new_tokens=1)", max_new_tokens=1)
-    generates(built, given, wanted, "generate(…), 16 tokens by default")
     what = f"generate(…, eos_token_id={never}), which never comes"
-    generates(built, given, wanted[:, :3], what, max_new_tokens=3, eos_token_id=never)
+    generates(built, given, wanted, what, max_new_tokens=3, eos_token_id=never)
+    came = new_tokens(built, given, "generate(…)")
+    assert tuple(came.shape) == (2, 16), f"generate(…): shape {tuple(came.shape)} came, 16 tokens are the default"
+    assert torch.equal(came[:, :3], wanted), f"generate(…): {came[:, :3].tolist()} came first, {wanted.tolist()} wanted"
 
 
 @requirement("8.7")
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_generation_tracks_no_gradients(subject: Subject, rng: torch.Generator, training: bool) -> None:
+def test_generation_tracks_no_gradients(subject: Subject, rng: torch.Generator) -> None:
     """In training and eval: no gradients are tracked, the result is an ordinary tensor, and all is left as it was."""
     built = build(subject, rng)
-    built.model.train(training)
-    built.decoder.layers[0].train(not training)
-    modes = {name: module.training for name, module in built.model.named_modules()}
     given = batch(rng, [[9, P, 5], [4, 2, P]])
-    what = f"generate in {'training' if training else 'eval'}"
+    wanted = continued(built, given, 2)
+    for training in (True, False):
+        built.model.train(training)
+        built.decoder.layers[0].train(not training)
+        modes, what = [module.training for module in built.model.modules()], f"generate in training {training}"
+        built.decoder.seen = []
 
-    generates(built, given, continued(built, given, 3), what, max_new_tokens=3)
-    tokens = new_tokens(built, given, what, max_new_tokens=3)
+        tokens = new_tokens(built, given, what, max_new_tokens=2)
 
-    tracked = [number for number, call in enumerate(built.decoder.seen, start=1) if call.grad]
-    assert not tracked, f"{what}: gradients are on while the decoder runs, in calls {tracked}"
-    assert torch.is_grad_enabled(), f"{what}: gradients are off afterwards"
-    assert not tokens.is_inference(), f"{what}: an inference tensor came, an ordinary one was wanted"
-    for name, parameter in built.parameters().items():
-        assert parameter.grad is None and parameter.requires_grad, f"{what}: {name} is no longer as it was"
-    changed = [name for name, module in built.model.named_modules() if module.training is not modes[name]]
-    assert not changed, f"{what}: the mode of {changed[0] or 'the model'} has changed"
+        assert tokens.tolist() == wanted.tolist(), f"{what}: {tokens.tolist()} came, {wanted.tolist()} was wanted"
+        tracked = [number for number, call in enumerate(built.decoder.seen, start=1) if call.grad]
+        assert not tracked, f"{what}: gradients are on while the decoder runs, in calls {tracked}"
+        assert torch.is_grad_enabled(), f"{what}: gradients are off afterwards"
+        assert not tokens.is_inference(), f"{what}: an inference tensor came, an ordinary one was wanted"
+        for name, parameter in built.parameters().items():
+            assert parameter.grad is None and parameter.requires_grad, f"{what}: {name} is no longer as it was"
+        after = [module.training for module in built.model.modules()]
+        assert after == modes, f"{what}: the mode of a module has changed"
 
 
 @requirement("8.7")
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_generation_inside_other_modes(subject: Subject, rng: torch.Generator, mode: Any) -> None:
+def test_generation_inside_other_modes(subject: Subject, rng: torch.Generator) -> None:
     """Inside no_grad and inference_mode the tokens are the same, and training goes on afterwards."""
     built = build(subject, rng)
     given = batch(rng, [[9, P, 5], [4, 2, P]])
-    wanted = continued(built, given, 3)
-
-    with mode():
-        generates(built, given, wanted, f"generate in {mode.__name__}", max_new_tokens=3)
+    wanted = continued(built, given, 2)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            generates(built, given, wanted, f"generate in {mode.__name__}", max_new_tokens=2)
 
     given.labels = given.ids
     loss = is_tensor(ran(built, given)[1], "forward: loss")
-    assert loss.requires_grad, f"forward after generate in {mode.__name__}: the loss carries no gradient"
+    assert loss.requires_grad, "forward after generate in inference_mode: the loss carries no gradient"
     loss.backward()
 
 
@@ -204,31 +207,29 @@ def test_generation_agrees_elsewhere(subject: Subject, rng: torch.Generator, on:
 
 
 @requirement("8.8")
-@pytest.mark.parametrize("call", ["merge", "forward", "generate"])
-def test_the_tower_is_called_once(subject: Subject, rng: torch.Generator, call: str) -> None:
+def test_the_tower_is_called_once(subject: Subject, rng: torch.Generator) -> None:
     """merge, forward and generate call the tower once, with all images; without any image not at all."""
-    close = Close(1e-2)
-    built = build(subject, rng)
+    close, built = Close(1e-2), build(subject, rng)
     for ids in ([[9, P, 5, P], [1, 2, P, 3]], [[9, 8, 5, 4], [1, 2, 6, 3]]):
         given = batch(rng, ids)
         expected, count = expect(built, given), len(is_tensor(given.images, ""))
-        what = f"{call} with {count} images in 2 rows"
-        built.tower.seen.clear()
+        for call in ("merge", "forward", "generate"):
+            what = f"{call} with {count} images in 2 rows"
+            built.tower.seen.clear()
 
-        if call == "merge":
-            embeds = merged(built, given).inputs_embeds
-            close(embeds[0, : len(expected.embeds[0])], expected.embeds[0], f"{what}: inputs_embeds of row 0")
-        elif call == "forward":
-            close(ran(built, given)[0][0, : len(expected.logits[0])], expected.logits[0], f"{what}: logits of row 0")
-        else:
-            came = new_tokens(built, given, what, max_new_tokens=2).tolist()
-            wanted = continued(built, given, 2).tolist()
-            assert came == wanted, f"{what}: {came} came, {wanted} was wanted"
+            if call == "generate":
+                came = new_tokens(built, given, what, max_new_tokens=2).tolist()
+                wanted = continued(built, given, 2).tolist()
+                assert came == wanted, f"{what}: {came} came, {wanted} was wanted"
+            else:
+                found = merged(built, given).inputs_embeds if call == "merge" else ran(built, given)[0]
+                right = (expected.embeds if call == "merge" else expected.logits)[0]
+                close(found[0, : len(right)], right, f"{what}: row 0")
 
-        seen = [shape[0] for shape, _ in built.tower.seen]
-        assert seen == ([count] if count else []), (
-            f"{what}: the tower is called with {seen} images, {[count] if count else 'not at all'} was wanted"
-        )
+            seen = [shape[0] for shape, _ in built.tower.seen]
+            assert seen == ([count] if count else []), (
+                f"{what}: the tower is called with {seen} images, {[count] if count else 'not at all'} was wanted"
+            )
 
 
 @requirement("8.8")
@@ -278,33 +279,28 @@ def test_no_call_once_all_rows_have_ended(subject: Subject, rng: torch.Generator
 
 
 @requirement("8.8")
-@pytest.mark.parametrize("call", ["forward", "generate", "refused"])
-def test_nothing_is_kept(subject: Subject, rng: torch.Generator, call: str) -> None:
+def test_nothing_is_kept(subject: Subject, rng: torch.Generator) -> None:
     """Once what a call returned is let go, nothing that it made is alive; nor after one that failed."""
     built = build(subject, rng)
     built.decoder.seen = None
     given = batch(rng, [[9, P, 5, 6], [1, P, 2, 3]], [[1, 1, 1, 1], [0, 1, 1, 1]])
+    wanted, logits = continued(built, given, 2).tolist(), expect(built, given).logits[0]
     given.labels = given.ids
-    expected = expect(built, given)
-    found: Any = None
+    for call in ("forward", "generate", "a refused merge"):
+        found: Any = None
 
-    with Trace() as seen:
-        if call == "refused":
-            try:
-                built.model(given.ids, is_tensor(given.images, "")[:1])
-            except ValueError as error:
-                found = str(error)
+        with Trace() as seen:
+            if call == "a refused merge":
+                refuses(ValueError, lambda: built.model.merge(given.ids), "merge with 2 placeholders and no images")
+            elif call == "generate":
+                found = new_tokens(built, given, call, max_new_tokens=2)
+            else:
+                found = ran(built, given)
+
+        if call == "forward":
+            Close(1e-2)(value(found[0])[0], logits, "forward: logits of row 0")
         elif call == "generate":
-            found = new_tokens(built, given, call, max_new_tokens=2)
-        else:
-            found = ran(built, given)
-
-    assert found is not None, "forward with 2 placeholders and 1 image: was accepted"
-    if call == "forward":
-        Close(1e-2)(value(found[0])[0], expected.logits[0], "forward: logits of row 0")
-    elif call == "generate":
-        wanted = continued(built, given, 2).tolist()
-        assert found.tolist() == wanted, f"generate: {found.tolist()} came, {wanted} was wanted"
-    del found
-    left = seen.alive_after_collection()
-    assert not left, f"{call}: {left} bytes of what the call made are alive after its result is gone; what keeps them?"
+            assert found.tolist() == wanted, f"generate: {found.tolist()} came, {wanted} was wanted"
+        del found
+        left = seen.alive_after_collection()
+        assert not left, f"{call}: {left} bytes of what it made are alive after its result is gone; what keeps them?"

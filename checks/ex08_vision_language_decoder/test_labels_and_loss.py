@@ -44,20 +44,20 @@ def close() -> Close:
 
 
 @requirement("8.4")
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_labels_stand_at_their_tokens(subject: Subject, rng: torch.Generator, side: str) -> None:
+def test_labels_stand_at_their_tokens(subject: Subject, rng: torch.Generator) -> None:
     """Each label goes with its token; image tokens and padding have -100, whatever the caller put there."""
     built = build(subject, rng)
     given = batch(rng, IDS, MASK, LABELS)
     assert T == 3, "the check's own set-up holds"
-    wanted = [row + [X] * (6 - len(row)) if side == "right" else [X] * (6 - len(row)) + row for row in ALIGNED]
+    for side in ("right", "left"):
+        wanted = [row + [X] * (6 - len(row)) if side == "right" else [X] * (6 - len(row)) + row for row in ALIGNED]
 
-    labels = is_tensor(merged(built, given, padding_side=side).labels, "merge: labels")
+        labels = is_tensor(merged(built, given, padding_side=side).labels, "merge: labels")
 
-    what = f"merge(…, padding_side={side!r}): labels"
-    assert labels.dtype == torch.int64, f"{what}: {labels.dtype} came, torch.int64 was wanted"
-    for number, (row, right) in enumerate(zip(labels.tolist(), wanted, strict=True)):
-        assert row == right, f"{what}: row {number}: {row} came, {right} was wanted\n{label_slip(row, number)}"
+        what = f"merge(…, padding_side={side!r}): labels"
+        assert labels.dtype == torch.int64, f"{what}: {labels.dtype} came, torch.int64 was wanted"
+        for number, (row, right) in enumerate(zip(labels.tolist(), wanted, strict=True)):
+            assert row == right, f"{what}: row {number}: {row} came, {right} was wanted\n{label_slip(row, number)}"
 
 
 def label_slip(row: list[int], number: int) -> str:
@@ -188,52 +188,40 @@ def test_loss_and_gradients(subject: Subject, close: Close, rng: torch.Generator
 
 
 @requirement("8.4")
-@pytest.mark.parametrize(
-    ("ids", "labels"),
-    [
+def test_the_mean_is_over_all_labels(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Rows with many labels weigh more than rows with few; text after an image is predicted from its last token."""
+    built = build(subject, rng)
+    for ids, labels in (
         ([[9, P, 5, 6], [1, 2, 3, 4]], [[X, X, 5, X], [X, 2, 3, 4]]),
         ([[P, P], [5, P], [P, 6]], [[X, X], [5, X], [X, 6]]),
         ([[9, P], [4, 3]], [[X, X], [X, 3]]),
         ([[7, 3, 1, 1, 2]], [[7, 3, X, 1, 2]]),
-    ],
-    ids=["uneven_rows", "after_an_image", "one_label", "one_row_of_text"],
-)
-def test_the_mean_is_over_all_labels(
-    subject: Subject, close: Close, rng: torch.Generator, ids: list[list[int]], labels: list[list[int]]
-) -> None:
-    """Rows with many labels weigh more than rows with few; text after an image is predicted from its last token."""
-    built = build(subject, rng)
-
-    check_loss(close, built, batch(rng, ids, None, labels), f"forward({ids}), labels {labels}".replace(str(P), "P"))
+    ):
+        what = f"forward({ids}), labels {labels}".replace(str(P), "P")
+        check_loss(close, built, batch(rng, ids, None, labels), what)
 
 
 @requirement("8.4")
-@pytest.mark.parametrize(
-    ("ids", "mask", "labels"),
-    [
+def test_no_label_at_all(subject: Subject, rng: torch.Generator) -> None:
+    """Where no label counts the loss is 0, not NaN, and backward leaves no gradient, or zeros."""
+    built = build(subject, rng)
+    for ids, mask, labels in (
         ([[9, P, 5, 6], [1, 2, 3, 4]], None, [[X] * 4, [X] * 4]),
         ([[9, P, 5], [3, 1, 2]], [[1, 1, 1], [0, 1, 1]], [[9, 5, X], [3, 1, X]]),
         ([[9], [3]], None, [[9], [3]]),
         ([[P], [P]], None, [[4], [P]]),
-    ],
-    ids=["all_ignored", "first_and_hidden_ones", "one_token", "an_image_alone"],
-)
-def test_no_label_at_all(
-    subject: Subject, rng: torch.Generator, ids: list[list[int]], mask: Any, labels: list[list[int]]
-) -> None:
-    """Where no label counts the loss is 0, not NaN, and backward leaves no gradient, or zeros."""
-    built = build(subject, rng)
-    what = f"forward({ids}), labels {labels}: loss, where no label counts".replace(str(P), "P")
+    ):
+        what = f"forward({ids}), labels {labels}: loss, where no label counts".replace(str(P), "P")
 
-    loss = is_tensor(ran(built, batch(rng, ids, mask, labels))[1], what)
+        loss = is_tensor(ran(built, batch(rng, ids, mask, labels))[1], what)
 
-    assert tuple(loss.shape) == (), f"{what}: shape {tuple(loss.shape)} came, () was wanted"
-    assert float(loss.detach()) == 0, f"{what}: {float(loss.detach())} came, 0 was wanted"
-    assert loss.requires_grad, f"{what}: it cannot be back-propagated"
-    loss.backward()
-    for name, parameter in built.parameters().items():
-        zero = parameter.grad is None or not parameter.grad.any()
-        assert zero, f"{what}, backward: the gradient of {name} is not zero"
+        assert tuple(loss.shape) == (), f"{what}: shape {tuple(loss.shape)} came, () was wanted"
+        assert float(loss.detach()) == 0, f"{what}: {float(loss.detach())} came, 0 was wanted"
+        assert loss.requires_grad, f"{what}: it cannot be back-propagated"
+        loss.backward()
+        for name, parameter in built.parameters().items():
+            zero = parameter.grad is None or not parameter.grad.any()
+            assert zero, f"{what}, backward: the gradient of {name} is not zero"
 
 
 @requirement("8.4")

@@ -93,29 +93,23 @@ def other_activation(output: Tensor, inner: Tensor, weight: Tensor, bias: Tensor
 
 
 @requirement("8.3")
-@pytest.mark.parametrize(
-    "ids",
-    [
-        [[9, P, 5, P], [P, P, 3, 4], [1, 2, P, P]],
+def test_every_placeholder_becomes_its_image(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """First, last, side by side or alone: each becomes the tokens of its own image, in order over the rows."""
+    built = build(subject, rng)
+    for ids in (
         [[P, 8, 2], [8, P, 2], [2, 8, P]],
+        [[9, P, 5, P], [P, P, 3, 4], [1, 2, P, P]],
         [[P, P], [P, P]],
         [[P], [P], [P]],
         [[4, P, P, P, 2]],
-    ],
-    ids=["two_a_row", "one_a_row", "nothing_else", "one_id", "one_row"],
-)
-def test_every_placeholder_becomes_its_image(
-    subject: Subject, close: Close, rng: torch.Generator, ids: list[list[int]]
-) -> None:
-    """First, last, side by side or alone: each becomes the tokens of its own image, in order over the rows."""
-    built = build(subject, rng)
-    given = batch(rng, ids)
-    expected = torch.stack(expect(built, given, run=False).embeds)
+    ):
+        given = batch(rng, ids)
+        expected = torch.stack(expect(built, given, run=False).embeds)
 
-    found = merged(built, given)
+        found = merged(built, given)
 
-    with also(spelled, built, given, found.inputs_embeds):
-        close(found.inputs_embeds, expected, f"merge({ids}): inputs_embeds".replace(str(P), "P"))
+        with also(spelled, built, given, found.inputs_embeds):
+            close(found.inputs_embeds, expected, f"merge({ids}): inputs_embeds".replace(str(P), "P"))
 
 
 @requirement("8.3")
@@ -141,18 +135,17 @@ def compare(close: Close, built: Built, given: Batch, found: Any, what: str, tol
 
 
 @requirement("8.3")
-@pytest.mark.parametrize("images", ["none", "no_rows"])
-def test_text_alone(subject: Subject, close: Close, rng: torch.Generator, images: str) -> None:
+def test_text_alone(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Without images, given as None or as [0, C, H, W], rows are their ids' embeddings."""
     built = build(subject, rng)
     given = batch(rng, [[9, 8, 5], [0, 6, 2]])
-    given.images = None if images == "none" else given.images
     expected = torch.stack(expect(built, given, run=False).embeds)
+    for images, told in ((None, "None"), (given.images, "of shape [0, C, H, W]")):
+        given.images = images
 
-    found = merged(built, given)
+        found = merged(built, given)
 
-    what = f"merge, text alone, images {'None' if images == 'none' else 'of shape [0, C, H, W]'}"
-    close(found.inputs_embeds, expected, f"{what}: inputs_embeds")
+        close(found.inputs_embeds, expected, f"merge, text alone, images {told}: inputs_embeds")
 
 
 @requirement("8.3")
@@ -213,23 +206,18 @@ def test_inputs_stay_as_they_are(subject: Subject, close: Close, rng: torch.Gene
 
 
 @requirement("8.3")
-@pytest.mark.parametrize(
-    ("visible", "count"), [(2, 1), (2, 3), (0, 1), (2, 0), (3, None)], ids=["few", "many", "text", "no_rows", "none"]
-)
-def test_counts_that_differ_are_refused(
-    subject: Subject, rng: torch.Generator, visible: int, count: int | None
-) -> None:
+def test_counts_that_differ_are_refused(subject: Subject, rng: torch.Generator) -> None:
     """Placeholders and images that differ in number are a ValueError with both, before anything runs."""
     built = build(subject, rng)
     ids = torch.tensor([[P, 5, P, P, P], [5, 6, 7, 8, P]])
-    mask = torch.tensor([[place < visible for place in (0, 9, 1, 2, 9)], [False, True, True, True, False]])
-    mask[0, 1] = True
-    images = None if count is None else pictures(rng, count)
-    what = f"merge with {visible} visible placeholders and {'no' if count is None else count} images"
+    for visible, count in ((2, 1), (2, 3), (0, 1), (2, 0), (3, None)):
+        mask = torch.tensor([[place < visible for place in (0, -1, 1, 2, 9)], [False, True, True, True, False]])
+        images = None if count is None else pictures(rng, count)
+        what = f"merge with {visible} visible placeholders and {'no' if count is None else count} images"
 
-    refuses(ValueError, lambda: built.model.merge(ids, images, mask), what, visible, count or 0)
+        refuses(ValueError, lambda i=images, m=mask: built.model.merge(ids, i, m), what, visible, count or 0)
 
-    assert not built.tower.seen and not built.decoder.seen, f"{what}: the tower runs before the ValueError"
+        assert not built.tower.seen and not built.decoder.seen, f"{what}: the tower runs before the ValueError"
 
 
 @requirement("8.3")
