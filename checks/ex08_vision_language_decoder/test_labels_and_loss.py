@@ -166,25 +166,27 @@ def check_loss(close: Close, built: Built, given: Batch, what: str) -> Expected:
 
 
 @requirement("8.4")
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_loss_and_gradients(subject: Subject, close: Close, rng: torch.Generator, training: bool) -> None:
+def test_loss_and_gradients(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """The mean over all labels that count, and its gradients for tower, projector, decoder and images."""
-    built = build(subject, rng)
-    built.model.train(training)
-    given = batch(rng, IDS, MASK, LABELS)
-    given.images = is_tensor(given.images, "").requires_grad_()
-    what = f"forward in {'training' if training else 'eval'}"
+    for training in (True, False):
+        built = build(subject, rng)
+        built.model.train(training)
+        given = batch(rng, IDS, MASK, LABELS)
+        given.images = is_tensor(given.images, "").requires_grad_()
+        what = f"forward in {'training' if training else 'eval'}"
 
-    expected = check_loss(close, built, given, what)
+        expected = check_loss(close, built, given, what)
 
-    expected.loss.backward()
-    for name, parameter in built.parameters().items():
-        wanted = expected.weights[name].grad
-        if parameter.grad is None:
-            raise AssertionError(f"{what}, backward: {name} gets no gradient; is something detached, or in no_grad?")
-        close(parameter.grad, is_tensor(wanted, ""), f"{what}, backward: gradient of {name}")
-    wanted = is_tensor(is_tensor(expected.images, "").grad, "")
-    close(is_tensor(given.images, "").grad, wanted, f"{what}, backward: gradient of images")
+        expected.loss.backward()
+        for name, parameter in built.parameters().items():
+            wanted = expected.weights[name].grad
+            if parameter.grad is None:
+                raise AssertionError(
+                    f"{what}, backward: {name} gets no gradient; is something detached, or in no_grad?"
+                )
+            close(parameter.grad, is_tensor(wanted, ""), f"{what}, backward: gradient of {name}")
+        wanted = is_tensor(is_tensor(expected.images, "").grad, "")
+        close(is_tensor(given.images, "").grad, wanted, f"{what}, backward: gradient of images")
 
 
 @requirement("8.4")

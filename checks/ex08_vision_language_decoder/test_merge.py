@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -58,24 +57,24 @@ def test_merge_by_hand(subject: Subject) -> None:
 
 
 @requirement("8.3")
-@pytest.mark.parametrize("shape", [(), (5,), (2, 0, 3)], ids=["a_vector", "rows", "none"])
-def test_the_projector(subject: Subject, close: Close, rng: torch.Generator, shape: tuple[int, ...]) -> None:
+def test_the_projector(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """fc2(gelu(fc1(x))) with the exact GELU, for any leading sizes, with its gradient."""
     projector = subject.Projector(WIDTH, 4).double()
     fill(projector.fc1, projector.fc2)
     (w1, b1), (w2, b2) = plain(projector.fc1), plain(projector.fc2)
-    x = 3 * torch.randn(*shape, WIDTH, generator=rng, dtype=torch.float64)
-    given, x = value(x).requires_grad_(), x.requires_grad_()
-    inner = x @ w1.T + b1
-    expected = (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) @ w2.T + b2
-    expected.sum().backward()
+    for shape in ((), (5,), (2, 0, 3)):
+        x = 3 * torch.randn(*shape, WIDTH, generator=rng, dtype=torch.float64)
+        given, x = value(x).requires_grad_(), x.requires_grad_()
+        inner = x @ w1.T + b1
+        expected = (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) @ w2.T + b2
+        expected.sum().backward()
 
-    output = is_tensor(projector(given), "Projector.forward(x)")
+        output = is_tensor(projector(given), "Projector.forward(x)")
 
-    with also(other_activation, output, inner.detach(), w2, b2):
-        close(output, expected, f"Projector.forward(x [{', '.join(map(str, (*shape, WIDTH)))}])")
-    output.sum().backward()
-    close(given.grad, is_tensor(x.grad, ""), "Projector, backward: gradient of x")
+        with also(other_activation, output, inner.detach(), w2, b2):
+            close(output, expected, f"Projector.forward(x [{', '.join(map(str, (*shape, WIDTH)))}])")
+        output.sum().backward()
+        close(given.grad, is_tensor(x.grad, ""), "Projector, backward: gradient of x")
 
 
 def other_activation(output: Tensor, inner: Tensor, weight: Tensor, bias: Tensor) -> str:
@@ -149,21 +148,21 @@ def test_text_alone(subject: Subject, close: Close, rng: torch.Generator) -> Non
 
 
 @requirement("8.3")
-@pytest.mark.parametrize("placeholder", [4, 0, 10**9])
-def test_any_placeholder_id(subject: Subject, close: Close, rng: torch.Generator, placeholder: int) -> None:
+def test_any_placeholder_id(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """The placeholder's id may lie in the vocabulary, or above it."""
-    built = build(subject, rng, placeholder=placeholder, pad=3)
-    given = batch(rng, [[9, placeholder, 5], [3, 3, placeholder]], placeholder=placeholder)
-    expected = torch.stack(expect(built, given, run=False).embeds)
-    what = f"merge, image_token_id {placeholder}"
+    for placeholder in (4, 0, 10**9):
+        built = build(subject, rng, placeholder=placeholder, pad=3)
+        given = batch(rng, [[9, placeholder, 5], [3, 3, placeholder]], placeholder=placeholder)
+        expected = torch.stack(expect(built, given, run=False).embeds)
+        what = f"merge, image_token_id {placeholder}"
 
-    try:
-        found = merged(built, given, what)
-    except IndexError as error:
-        raise AssertionError(f"{what}: IndexError ({error}) came\nis the placeholder's id looked up?") from error
+        try:
+            found = merged(built, given, what)
+        except IndexError as error:
+            raise AssertionError(f"{what}: IndexError ({error}) came\nis the placeholder's id looked up?") from error
 
-    with also(spelled, built, given, found.inputs_embeds):
-        close(found.inputs_embeds, expected, f"{what}: inputs_embeds")
+        with also(spelled, built, given, found.inputs_embeds):
+            close(found.inputs_embeds, expected, f"{what}: inputs_embeds")
 
 
 @requirement("8.3")
@@ -263,16 +262,16 @@ def test_new_weights_and_images_count_at_once(subject: Subject, close: Close, rn
 
 
 @requirement("8.3")
-@pytest.mark.parametrize("kind", ["no_weights", "one_token"])
-def test_other_towers(subject: Subject, close: Close, rng: torch.Generator, kind: str) -> None:
+def test_other_towers(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A tower may have no parameters, or give one token an image."""
-    built = build(subject, rng, tower=Bare() if kind == "no_weights" else Tower(rng, tokens=1))
-    given = batch(rng, [[9, P, 5, P], [P, 1, 0, 3], [4, 4, 4, 4]])
+    for kind in ("no_weights", "one_token"):
+        built = build(subject, rng, tower=Bare() if kind == "no_weights" else Tower(rng, tokens=1))
+        given = batch(rng, [[9, P, 5, P], [P, 1, 0, 3], [4, 4, 4, 4]])
 
-    found = merged(built, given)
+        found = merged(built, given)
 
-    what = "a tower without parameters" if kind == "no_weights" else "a tower of one token an image"
-    compare(close, built, given, found, f"merge, {what}")
+        what = "a tower without parameters" if kind == "no_weights" else "a tower of one token an image"
+        compare(close, built, given, found, f"merge, {what}")
 
 
 @requirement("8.3")

@@ -31,34 +31,36 @@ P = PLACEHOLDER
 
 
 @requirement("8.5")
-@pytest.mark.parametrize("given_side", PADDING)
-def test_mask_and_positions(subject: Subject, rng: torch.Generator, given_side: str) -> None:
+def test_mask_and_positions(subject: Subject, rng: torch.Generator) -> None:
     """Rows are as long as their tokens; what was padding is dropped, and stands on the side that is asked for."""
     built = build(subject, rng)
-    given = batch(rng, *PADDING[given_side])
-    for side in ("right", "left"):
-        what = f"merge, padding {given_side}, padding_side={side!r}"
+    for given_side in PADDING:
+        given = batch(rng, *PADDING[given_side])
+        for side in ("right", "left"):
+            what = f"merge, padding {given_side}, padding_side={side!r}"
 
-        found = looked_up(built, given, what, padding_side=side)
+            found = looked_up(built, given, what, padding_side=side)
 
-        mask, positions, wanted = found.attention_mask, found.position_ids, shown(LENGTHS, side)
-        assert mask.shape == wanted.shape, (
-            f"{what}: attention_mask: shape {tuple(mask.shape)} came, {tuple(wanted.shape)} was wanted: S is the "
-            "longest row's length"
-        )
-        assert mask.dtype == torch.bool, f"{what}: attention_mask: {mask.dtype} came, torch.bool was wanted"
-        for number, (came, right) in enumerate(zip(mask.tolist(), wanted.tolist(), strict=True)):
-            assert came == right, (
-                f"{what}: attention_mask, row {number} of {LENGTHS[number]} tokens: {[*map(int, came)]} came, "
-                f"{[*map(int, right)]} was wanted"
+            mask, positions, wanted = found.attention_mask, found.position_ids, shown(LENGTHS, side)
+            assert mask.shape == wanted.shape, (
+                f"{what}: attention_mask: shape {tuple(mask.shape)} came, {tuple(wanted.shape)} was wanted: S is the "
+                "longest row's length"
             )
-        assert positions.dtype == torch.int64, f"{what}: position_ids: {positions.dtype} came, torch.int64 was wanted"
-        assert positions.shape == wanted.shape, f"{what}: position_ids: shape {tuple(positions.shape)} came"
-        for number, length in enumerate(LENGTHS):
-            places = positions[number][wanted[number]].tolist()
-            assert places == list(range(length)), (
-                f"{what}: position_ids of row {number}'s {length} tokens: {places} came, 0 to {length - 1} were wanted"
+            assert mask.dtype == torch.bool, f"{what}: attention_mask: {mask.dtype} came, torch.bool was wanted"
+            for number, (came, right) in enumerate(zip(mask.tolist(), wanted.tolist(), strict=True)):
+                assert came == right, (
+                    f"{what}: attention_mask, row {number} of {LENGTHS[number]} tokens: {[*map(int, came)]} came, "
+                    f"{[*map(int, right)]} was wanted"
+                )
+            assert positions.dtype == torch.int64, (
+                f"{what}: position_ids: {positions.dtype} came, torch.int64 was wanted"
             )
+            assert positions.shape == wanted.shape, f"{what}: position_ids: shape {tuple(positions.shape)} came"
+            for number, length in enumerate(LENGTHS):
+                places = positions[number][wanted[number]].tolist()
+                assert places == list(range(length)), (
+                    f"{what}: position_ids of row {number}: {places} came, 0 to {length - 1} were wanted"
+                )
 
 
 def looked_up(built: Built, given: Batch, what: str, **more: Any) -> Any:
@@ -73,21 +75,21 @@ def looked_up(built: Built, given: Batch, what: str, **more: Any) -> Any:
 
 
 @requirement("8.5")
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_tokens_stand_where_the_mask_says(subject: Subject, close: Close, rng: torch.Generator, side: str) -> None:
+def test_tokens_stand_where_the_mask_says(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """inputs_embeds holds each row's tokens where the mask is True, and finite numbers elsewhere."""
     built = build(subject, rng)
     given = batch(rng, *PADDING["mixed"])
     expected = torch.cat(expect(built, given, run=False).embeds)
-    keep = shown(LENGTHS, side)
-    what = f"merge, padding mixed, padding_side={side!r}: inputs_embeds"
+    for side in ("right", "left"):
+        keep = shown(LENGTHS, side)
+        what = f"merge, padding mixed, padding_side={side!r}: inputs_embeds"
 
-    embeds = looked_up(built, given, what, padding_side=side).inputs_embeds
+        embeds = looked_up(built, given, what, padding_side=side).inputs_embeds
 
-    assert embeds.shape[:2] == keep.shape, f"{what}: shape {tuple(embeds.shape)} came, {tuple(keep.shape)} leads"
-    with also(spelled, built, given, embeds):
-        close(embeds[keep], expected, f"{what}, at the tokens")
-    assert embeds.isfinite().all(), f"{what}: not finite under padding"
+        assert embeds.shape[:2] == keep.shape, f"{what}: shape {tuple(embeds.shape)} came, {tuple(keep.shape)} leads"
+        with also(spelled, built, given, embeds):
+            close(embeds[keep], expected, f"{what}, at the tokens")
+        assert embeds.isfinite().all(), f"{what}: not finite under padding"
 
 
 @requirement("8.5")

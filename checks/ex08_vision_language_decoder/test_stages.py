@@ -137,22 +137,22 @@ def test_the_tower_stays_in_eval(subject: Subject, rng: torch.Generator) -> None
 
 
 @requirement("8.6")
-@pytest.mark.parametrize("stage", [1, 2])
-def test_no_other_mode_changes(subject: Subject, rng: torch.Generator, stage: int) -> None:
+def test_no_other_mode_changes(subject: Subject, rng: torch.Generator) -> None:
     """set_stage leaves the modes of the model, the projector and a decoder that trains; train() and eval() set them."""
-    for training in (True, False):
-        built = build(subject, rng)
-        built.model.train(training)
-        parts = {"the model": built.model, "the projector": built.model.projector}
-        if stage == 2:
-            parts |= {"the decoder": built.decoder, "a layer of the decoder": built.decoder.layers[0]}
-        built.model.set_stage(stage)
-        for name, part in parts.items():
-            assert part.training is training, f"set_stage({stage}): {name}'s mode has changed"
-        for mode in (True, False, True):
-            built.model.train(mode)
+    for stage in (1, 2):
+        for training in (True, False):
+            built = build(subject, rng)
+            built.model.train(training)
+            parts = {"the model": built.model, "the projector": built.model.projector}
+            if stage == 2:
+                parts |= {"the decoder": built.decoder, "a layer of the decoder": built.decoder.layers[0]}
+            built.model.set_stage(stage)
             for name, part in parts.items():
-                assert part.training is mode, f"train({mode}) after set_stage({stage}): {name} does not follow"
+                assert part.training is training, f"set_stage({stage}): {name}'s mode has changed"
+            for mode in (True, False, True):
+                built.model.train(mode)
+                for name, part in parts.items():
+                    assert part.training is mode, f"train({mode}) after set_stage({stage}): {name} does not follow"
 
 
 @requirement("8.6")
