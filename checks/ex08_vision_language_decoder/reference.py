@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -136,15 +137,15 @@ class Built:
         parts = {"vision": self.tower, "projector": self.model.projector, "decoder": self.decoder}
         return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
-    def weights(self) -> dict[str, Tensor]:
-        """Leaves in float64 that hold what the parameters hold now."""
-        found = {f"vision.{name}": value(p).double() for name, p in self.tower.named_parameters()}
+    def weights(self, gradients: bool = False) -> dict[str, Tensor]:
+        """Leaves in float64 that hold what the parameters hold now; `gradients`: and that ask for theirs."""
+        found = {f"vision.{name}": exact(p) for name, p in self.tower.named_parameters()}
         for layer in ("fc1", "fc2"):
             weight, bias = plain(getattr(self.model.projector, layer))
             found |= {f"projector.{layer}.weight": weight.clone(), f"projector.{layer}.bias": bias.clone()}
-        found |= {f"decoder.{name}": value(p).double() for name, p in self.decoder.named_parameters()}
+        found |= {f"decoder.{name}": exact(p) for name, p in self.decoder.named_parameters()}
         untouched()
-        return {name: held.requires_grad_() for name, held in found.items()}
+        return {name: held.requires_grad_() for name, held in found.items()} if gradients else found
 
 
 @dataclass
@@ -187,6 +188,11 @@ def value(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """The same in float64."""
+    return tensor.detach().to(torch.float64, copy=True)
+
+
 def decoder_of(subject: Subject, rng: torch.Generator, absolute: bool = True, scale: float = 0.6) -> Any:
     """A given decoder that notes what it is called with; in float64. Absolute: each position adds a vector too."""
 
@@ -214,15 +220,27 @@ def decoder_of(subject: Subject, rng: torch.Generator, absolute: bool = True, sc
     torch.set_default_dtype(torch.float64)
     decoder = Noted()
     torch.set_default_dtype(torch.float32)
-    randomize(rng, *decoder.parameters(), scale=scale)
+    parameters = dict(decoder.named_parameters())
+    factors, offsets = sizes_of_numbers(tuple((name, p.numel()) for name, p in parameters.items()))
+    numbers = scale * factors * torch.randn(len(factors), generator=rng, dtype=torch.float64) + offsets
+    parts = numbers.split([p.numel() for p in parameters.values()])
     with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            # Small biases: large ones would decide each next token alone.
-            if name.endswith("bias") or "norm" in name:
-                parameter.mul_(0.15).add_(float(name.endswith("weight")))
-        if absolute:
-            decoder.places.mul_(2)
+        for parameter, part in zip(parameters.values(), parts, strict=True):
+            parameter.copy_(part.view(parameter.shape))
     return decoder
+
+
+@cache
+def sizes_of_numbers(parameters: tuple[tuple[str, int], ...]) -> tuple[Tensor, Tensor]:
+    """By what random numbers of a decoder are multiplied, and what is added. Biases are small: large ones would decide
+    each next token alone.
+    """
+    factors, offsets = [], []
+    for name, count in parameters:
+        small = name.endswith("bias") or "norm" in name
+        factors += [0.15 if small else 2.0 if name == "places" else 1.0] * count
+        offsets += [float("norm" in name and name.endswith("weight"))] * count
+    return torch.tensor(factors, dtype=torch.float64), torch.tensor(offsets, dtype=torch.float64)
 
 
 def build(
@@ -295,10 +313,10 @@ def image_tokens(built: Built, w: dict[str, Tensor], images: Tensor) -> Tensor:
     return F.linear(inner, w["projector.fc2.weight"], w["projector.fc2.bias"])
 
 
-def expect(built: Built, given: Batch, run: bool = True) -> Expected:
-    """What a batch gives with the weights as they are now; `run`: with logits."""
-    w = built.weights()
-    images = None if given.images is None else value(given.images).double().requires_grad_()
+def expect(built: Built, given: Batch, run: bool = True, gradients: bool = False) -> Expected:
+    """What a batch gives with the weights as they are now; `run`: with logits; `gradients`: to go backward from."""
+    w = built.weights(gradients)
+    images = None if given.images is None else exact(given.images).requires_grad_(gradients)
     tokens = None if images is None or not len(images) else image_tokens(built, w, images)
     entries = entries_of(given, built.placeholder, built.per_image)
     embeds = [torch.stack([vector(w, tokens, entry) for entry in row]) for row in entries]

@@ -153,14 +153,14 @@ def loss_slip(expected: Expected, came: Any) -> str:
     return "a label is predicted from the token before it in its own row; the first of a row is not predicted"
 
 
-def check_loss(close: Close, built: Built, given: Batch, what: str) -> Expected:
-    """Runs forward, and compares the loss."""
-    expected = expect(built, given)
+def check_loss(close: Close, built: Built, given: Batch, what: str, backward: bool = False) -> Expected:
+    """Runs forward, and compares the loss; then goes backward."""
+    expected = expect(built, given, gradients=backward)
     loss = is_tensor(ran(built, given)[1], f"{what}: loss")
     assert loss.dtype in (torch.float32, torch.float64), f"{what}: a loss in {loss.dtype} came, no less than float32"
     with also(loss_slip, expected, loss.detach()):
         close(loss.double(), expected.loss, f"{what}: loss")
-    if loss.requires_grad:
+    if backward:
         loss.backward()
     return expected
 
@@ -168,14 +168,14 @@ def check_loss(close: Close, built: Built, given: Batch, what: str) -> Expected:
 @requirement("8.4")
 def test_loss_and_gradients(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """The mean over all labels that count, and its gradients for tower, projector, decoder and images."""
+    built = build(subject, rng)
+    given = batch(rng, IDS, MASK, LABELS)
     for training in (True, False):
-        built = build(subject, rng)
-        built.model.train(training)
-        given = batch(rng, IDS, MASK, LABELS)
-        given.images = is_tensor(given.images, "").requires_grad_()
+        built.model.train(training).zero_grad()
+        given.images = value(is_tensor(given.images, "")).requires_grad_()
         what = f"forward in {'training' if training else 'eval'}"
 
-        expected = check_loss(close, built, given, what)
+        expected = check_loss(close, built, given, what, backward=True)
 
         expected.loss.backward()
         for name, parameter in built.parameters().items():
@@ -245,7 +245,7 @@ def test_labels_of_any_strides(subject: Subject, close: Close, rng: torch.Genera
     built = build(subject, rng)
     given = Batch(torch.tensor([[9, P, 5], [2, P, 6]]), pictures(rng, 2))
     given.labels = torch.tensor([[X, X], [X, X], [5, 6]]).T
-    expected = expect(built, given)
+    expected = expect(built, given, gradients=True)
 
     loss = is_tensor(ran(built, given)[1], "forward: loss")
 
