@@ -217,8 +217,8 @@ def test_gradients_through_merge(subject: Subject, close: Close, rng: torch.Gene
     built = build(subject, rng)
     given = batch(rng, [[9, P, 9, P], [P, 1, 2, P]])
     given.images = is_tensor(given.images, "").requires_grad_()
-    expected = expect(built, given, run=False, gradients=True)
     with torch.enable_grad():
+        expected = expect(built, given, run=False, gradients=True)
         torch.stack(expected.embeds).square().sum().backward()
 
         found = merged(built, given)
