@@ -16,7 +16,7 @@ P = PLACEHOLDER = -200
 VOCABULARY, D, HEADS, LAYERS = 13, 8, 2, 2
 T, WIDTH = 3, 6
 IMAGE = (2, 2, 3)  # C, H, W
-PLACES = 40
+PLACES = 64
 IGNORED = -100
 # Three tokens an image: rows of 6, 2 and 5 tokens. What is hidden may be anything, a placeholder or no id at all.
 PADDING: dict[str, tuple[list[list[int]], list[list[int]]]] = {
