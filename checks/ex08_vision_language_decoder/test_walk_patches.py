@@ -75,10 +75,10 @@ class Patches(Walk):
         """One call, with gradients where they are on."""
         rng, (rows, columns), dtype = step.rng(), step["grid"], step["dtype"]
         layer = state.at(step["own"], step["patch"], step["channels"])
-        images, other = drawn(step, rng), state.at(5, step["patch"], step["channels"])
+        images, other = drawn(step, rng), state.at(5, step["patch"], step["channels"]).to(dtype)
         layer.train(step["flag"]).to(dtype)
         with MODES[step["mode"]]():
-            before(layer, other.to(dtype), images, step)
+            before(layer, other, images, step)
         changed(layer, step, rng)
         layer.zero_grad()
         proj, table = (value(x) for x in (layer.proj.weight, layer.position_embedding))
