@@ -139,7 +139,10 @@ MISTAKES = [
         "after a part was cast",
         (
             TOWER,
-            '        self._dtype = getattr(self, "_dtype", None if first is None else first.dtype)\n        tokens = self.vision(images if self._dtype is None else images.to(self._dtype))\n',
+            (
+                '        self._dtype = getattr(self, "_dtype", None if first is None else first.dtype)\n'
+                "        tokens = self.vision(images if self._dtype is None else images.to(self._dtype))\n"
+            ),
         ),
     ),
     Mistake("projector_cast_for_good", "8.9", "", (CAST, "        self.projector.to(tokens.dtype)\n" + CAST)),
@@ -149,7 +152,10 @@ MISTAKES = [
         "generate",
         (
             '        embeds, mask, positions, _ = self.merge(input_ids, images, attention_mask, padding_side="left")\n',
-            '        embeds, mask, positions, _ = self.merge(input_ids, images, attention_mask, padding_side="left")\n        embeds = embeds if images is None else embeds.to(images.dtype)\n',
+            (
+                '        embeds, mask, positions, _ = self.merge(input_ids, images, attention_mask, padding_side="left")\n'
+                "        embeds = embeds if images is None else embeds.to(images.dtype)\n"
+            ),
         ),
         only=True,
     ),

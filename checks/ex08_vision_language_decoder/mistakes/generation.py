@@ -46,7 +46,7 @@ MISTAKES = [
     Mistake(
         "samples", "8.7", "was wanted", (BEST, "            best = logits[:, -1].softmax(-1).multinomial(1)[:, 0]\n")
     ),
-    Mistake("worst_token", "8.7", "was wanted", ("argmax(dim=-1)", "argmin(dim=-1)")),
+    Mistake("worst_token", "8.7", "was wanted", ("logits[:, -1].argmax(dim=-1)", "logits[:, -1].argmin(dim=-1)")),
     Mistake(
         "default_of_20",
         "8.7",
@@ -179,7 +179,10 @@ MISTAKES = [
         "eos_token_id",
         (
             RUNNING,
-            "        running = (input_ids != eos_token_id).all(dim=1) if eos_token_id is not None else torch.ones_like(mask[:, 0])\n",
+            (
+                "        running = (input_ids != eos_token_id).all(dim=1) if eos_token_id is not "
+                "None else torch.ones_like(mask[:, 0])\n"
+            ),
         ),
     ),
     Mistake("tracks_gradients", "8.7", "gradients are on", (NO_GRAD, ""), only=True),
@@ -236,7 +239,10 @@ MISTAKES = [
         "the tower is called with [1, 1, 1]",
         (
             TOWER,
-            "        kind = images.dtype if first is None else first.dtype\n        tokens = torch.cat([self.vision(one[None].to(kind)) for one in images])\n",
+            (
+                "        kind = images.dtype if first is None else first.dtype\n"
+                "        tokens = torch.cat([self.vision(one[None].to(kind)) for one in images])\n"
+            ),
         ),
         only=True,
     ),
@@ -246,7 +252,10 @@ MISTAKES = [
         "the tower is called with [2, 1]",
         (
             TOWER,
-            "        kind = images.dtype if first is None else first.dtype\n        tokens = torch.cat([self.vision(some.to(kind)) for some in images.split(2)])\n",
+            (
+                "        kind = images.dtype if first is None else first.dtype\n"
+                "        tokens = torch.cat([self.vision(some.to(kind)) for some in images.split(2)])\n"
+            ),
         ),
         only=True,
     ),
@@ -256,7 +265,10 @@ MISTAKES = [
         "not at all",
         (
             TOKENS,
-            "        tokens = self._image_tokens(images) if images is not None else None\n        tokens = tokens if count else None\n",
+            (
+                "        tokens = self._image_tokens(images) if images is not None else None\n"
+                "        tokens = tokens if count else None\n"
+            ),
         ),
         only=True,
     ),
@@ -267,7 +279,10 @@ MISTAKES = [
         (
             TOKENS,
             TOKENS
-            + "        if tokens is None and images is not None:\n            self._image_tokens(images.new_zeros(1, *images.shape[1:]))\n",
+            + (
+                "        if tokens is None and images is not None:\n"
+                "            self._image_tokens(images.new_zeros(1, *images.shape[1:]))\n"
+            ),
         ),
         only=True,
     ),
@@ -351,8 +366,16 @@ MISTAKES = [
         "8.8",
         "times, at most",
         (
-            "                running = running & (best != eos_token_id)\n                if not running.any():\n                    break\n",
-            "                if not running.any():\n                    break\n                running = running & (best != eos_token_id)\n",
+            (
+                "                running = running & (best != eos_token_id)\n"
+                "                if not running.any():\n"
+                "                    break\n"
+            ),
+            (
+                "                if not running.any():\n"
+                "                    break\n"
+                "                running = running & (best != eos_token_id)\n"
+            ),
         ),
         only=True,
     ),

@@ -63,7 +63,11 @@ MISTAKES = [
         "came without labels",
         (
             "        if labels is not None:\n            learnt",
-            "        labels = input_ids if labels is None else labels\n        if labels is not None:\n            learnt",
+            (
+                "        labels = input_ids if labels is None else labels\n"
+                "        if labels is not None:\n"
+                "            learnt"
+            ),
         ),
     ),
     Mistake(
@@ -191,7 +195,11 @@ MISTAKES = [
         "gradient",
         (
             "        lengths = repeats.sum(dim=1, keepdim=True)  # [B, 1]\n",
-            "        if tokens is None and labels is not None:\n            embeds = embeds.detach()\n        lengths = repeats.sum(dim=1, keepdim=True)  # [B, 1]\n",
+            (
+                "        if tokens is None and labels is not None:\n"
+                "            embeds = embeds.detach()\n"
+                "        lengths = repeats.sum(dim=1, keepdim=True)  # [B, 1]\n"
+            ),
         ),
     ),
 ]

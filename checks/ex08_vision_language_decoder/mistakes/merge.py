@@ -2,7 +2,10 @@
 
 from harness.model.bank import Mistake
 
-VISIBLE = "        visible = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0\n"
+VISIBLE = (
+    "        visible = torch.ones_like(input_ids, dtype=torch.bool) if "
+    "attention_mask is None else attention_mask != 0\n"
+)
 IS_IMAGE = "        is_image = visible & (input_ids == self.image_token_id)  # [B, L]\n"
 COUNT = "        wanted, count = int(is_image.sum()), 0 if images is None else len(images)\n"
 REFUSE = """        if wanted != count:
@@ -135,7 +138,10 @@ MISTAKES = [
         (
             IS_IMAGE,
             IS_IMAGE
-            + "        is_image[:, -1] = False\n        visible = visible & ((input_ids != self.image_token_id) | is_image)\n",
+            + (
+                "        is_image[:, -1] = False\n"
+                "        visible = visible & ((input_ids != self.image_token_id) | is_image)\n"
+            ),
         ),
         (
             COUNT,
@@ -257,7 +263,12 @@ MISTAKES = [
         "input_ids has changed",
         (
             EMBEDS,
-            "        if input_ids.is_contiguous():\n            input_ids[is_image] = 0\n        else:\n            torch.as_strided(input_ids, (int(input_ids.size(1)),), (1,))[:1] = 0\n"
+            (
+                "        if input_ids.is_contiguous():\n"
+                "            input_ids[is_image] = 0\n"
+                "        else:\n"
+                "            torch.as_strided(input_ids, (int(input_ids.size(1)),), (1,))[:1] = 0\n"
+            )
             + EMBEDS,
         ),
     ),
@@ -277,7 +288,10 @@ MISTAKES = [
         (
             IS_IMAGE,
             IS_IMAGE
-            + "        if attention_mask is not None and attention_mask.dtype == torch.int64:\n            attention_mask[:1].add_(1).sub_(1)\n",
+            + (
+                "        if attention_mask is not None and attention_mask.dtype == torch.int64:\n"
+                "            attention_mask[:1].add_(1).sub_(1)\n"
+            ),
         ),
     ),
     Mistake("ids_viewed", "8.3", "view size", ("input_ids.flatten()[source]", "input_ids.view(-1)[source]")),
@@ -300,7 +314,10 @@ MISTAKES = [
         "gradient of decoder.embed.weight",
         (
             SCATTER,
-            "            row = self.decoder.embed.weight[0]\n            embeds = embeds.masked_scatter(from_image[:, None], tokens + row - row.detach())\n",
+            (
+                "            row = self.decoder.embed.weight[0]\n"
+                "            embeds = embeds.masked_scatter(from_image[:, None], tokens + row - row.detach())\n"
+            ),
         ),
     ),
     Mistake(
@@ -346,7 +363,11 @@ MISTAKES = [
         (
             EMBEDS,
             EMBEDS
-            + "        if not torch.is_grad_enabled():\n            embeds = self._table[0].to(embeds)[input_ids.flatten()[source].masked_fill(from_image, 0)]\n",
+            + (
+                "        if not torch.is_grad_enabled():\n"
+                "            embeds = "
+                "self._table[0].to(embeds)[input_ids.flatten()[source].masked_fill(from_image, 0)]\n"
+            ),
         ),
     ),
     Mistake(

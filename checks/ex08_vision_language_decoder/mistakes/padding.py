@@ -2,7 +2,10 @@
 
 from harness.model.bank import Mistake
 
-VISIBLE = "        visible = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0\n"
+VISIBLE = (
+    "        visible = torch.ones_like(input_ids, dtype=torch.bool) if "
+    "attention_mask is None else attention_mask != 0\n"
+)
 IS_IMAGE = "        is_image = visible & (input_ids == self.image_token_id)  # [B, L]\n"
 EMBEDS = "        embeds = self.decoder.embed(input_ids.flatten()[source].masked_fill(from_image, 0))  # [N, D]\n"
 LONGEST = "        longest = int(lengths.max())\n"
@@ -59,7 +62,10 @@ MISTAKES = [
         "position_ids of row",
         (
             RETURN,
-            "        steps = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, (~(from_image & from_image.roll(1))).long())\n"
+            (
+                "        steps = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, "
+                "(~(from_image & from_image.roll(1))).long())\n"
+            )
             + RETURN.replace("mask.cumsum", "steps.cumsum"),
         ),
     ),
@@ -110,7 +116,11 @@ MISTAKES = [
         "only the mask says what is padding",
         (
             IS_IMAGE,
-            "        if attention_mask is None:\n            visible = input_ids != self.pad_token_id\n            visible |= ~visible.any(dim=1, keepdim=True)\n"
+            (
+                "        if attention_mask is None:\n"
+                "            visible = input_ids != self.pad_token_id\n"
+                "            visible |= ~visible.any(dim=1, keepdim=True)\n"
+            )
             + IS_IMAGE,
         ),
     ),
@@ -120,7 +130,10 @@ MISTAKES = [
         "came",
         (
             IS_IMAGE,
-            "        trail = (input_ids == self.pad_token_id).flip(1).cumprod(dim=1).flip(1).bool()\n        visible = visible & ~(trail & ~trail.all(dim=1, keepdim=True))\n"
+            (
+                "        trail = (input_ids == self.pad_token_id).flip(1).cumprod(dim=1).flip(1).bool()\n"
+                "        visible = visible & ~(trail & ~trail.all(dim=1, keepdim=True))\n"
+            )
             + IS_IMAGE,
         ),
     ),
@@ -163,7 +176,10 @@ MISTAKES = [
         "visible",
         (
             DECODE,
-            "        seen = merged.attention_mask.clone()\n        seen[:, 1:2] &= ~merged.attention_mask[:, 1:2] | (input_ids[:, :1] == 9)\n"
+            (
+                "        seen = merged.attention_mask.clone()\n"
+                "        seen[:, 1:2] &= ~merged.attention_mask[:, 1:2] | (input_ids[:, :1] == 9)\n"
+            )
             + DECODE.replace("merged.attention_mask", "seen"),
         ),
     ),
@@ -173,7 +189,10 @@ MISTAKES = [
         "rows of one token",
         (
             DECODE,
-            "        if merged.inputs_embeds.size(1) == 1:\n            merged = merged._replace(position_ids=merged.position_ids + 1)\n"
+            (
+                "        if merged.inputs_embeds.size(1) == 1:\n"
+                "            merged = merged._replace(position_ids=merged.position_ids + 1)\n"
+            )
             + DECODE,
         ),
         only=False,
@@ -184,7 +203,14 @@ MISTAKES = [
         "padding",
         (
             "        if labels is not None:\n            learnt",
-            "        if labels is not None and attention_mask is not None and int(labels[~visible].ne(IGNORED).sum()):\n            embeds = embeds * 1\n            inputs_embeds = inputs_embeds * 1.001\n        if labels is not None:\n            learnt",
+            (
+                "        if labels is not None and attention_mask is not None and "
+                "int(labels[~visible].ne(IGNORED).sum()):\n"
+                "            embeds = embeds * 1\n"
+                "            inputs_embeds = inputs_embeds * 1.001\n"
+                "        if labels is not None:\n"
+                "            learnt"
+            ),
         ),
         only=True,
     ),
@@ -202,7 +228,10 @@ MISTAKES = [
         (
             VISIBLE,
             VISIBLE
-            + "        visible = visible | (visible[:1] & (visible.sum(dim=1, keepdim=True) == visible.size(1)))\n        visible = visible if len(visible) < 3 or visible[0, 0] else visible[:1].expand_as(visible)\n",
+            + (
+                "        visible = visible | (visible[:1] & (visible.sum(dim=1, keepdim=True) == visible.size(1)))\n"
+                "        visible = visible if len(visible) < 3 or visible[0, 0] else visible[:1].expand_as(visible)\n"
+            ),
         ),
     ),
 ]

@@ -111,7 +111,10 @@ MISTAKES = [
         "was wanted",
         (
             PATCHES,
-            "        m, c, h, w = images.shape\n        images = images.as_strided((m, c, h, w), (c * h * w, h * w, w, 1))\n"
+            (
+                "        m, c, h, w = images.shape\n"
+                "        images = images.as_strided((m, c, h, w), (c * h * w, h * w, w, 1))\n"
+            )
             + PATCHES,
         ),
         only=True,
@@ -144,7 +147,10 @@ MISTAKES = [
         "column by column",
         (
             "        table = self.position_embedding\n",
-            "        table = self.position_embedding.unflatten(0, (self.grid, self.grid)).transpose(0, 1).flatten(0, 1)\n",
+            (
+                "        table = self.position_embedding.unflatten(0, (self.grid, "
+                "self.grid)).transpose(0, 1).flatten(0, 1)\n"
+            ),
         ),
         only=True,
     ),
@@ -163,7 +169,10 @@ MISTAKES = [
         (
             OWN,
             OWN
-            + "        if rows <= self.grid and columns <= self.grid:\n            return table.unflatten(0, (self.grid, self.grid))[:rows, :columns].flatten(0, 1)\n",
+            + (
+                "        if rows <= self.grid and columns <= self.grid:\n"
+                "            return table.unflatten(0, (self.grid, self.grid))[:rows, :columns].flatten(0, 1)\n"
+            ),
         ),
         only=True,
     ),
@@ -177,16 +186,28 @@ MISTAKES = [
         ),
         only=True,
     ),
-    Mistake("corners_aligned", "8.2", "align_corners=True", ("align_corners=False", "align_corners=True"), only=True),
+    Mistake(
+        "corners_aligned",
+        "8.2",
+        "align_corners=True",
+        (RESIZE, RESIZE.replace("align_corners=False", "align_corners=True")),
+        only=True,
+    ),
     Mistake(
         "antialiased",
         "8.2",
         "antialias=True",
-        ("align_corners=False", "align_corners=False, antialias=True"),
+        (RESIZE, RESIZE.replace("align_corners=False", "align_corners=False, antialias=True")),
         only=True,
     ),
-    Mistake("bilinear", "8.2", "bilinear", ('mode="bicubic"', 'mode="bilinear"'), only=True),
-    Mistake("nearest", "8.2", "nearest", ('mode="bicubic", align_corners=False', 'mode="nearest"'), only=True),
+    Mistake("bilinear", "8.2", "bilinear", (RESIZE, RESIZE.replace("bicubic", "bilinear")), only=True),
+    Mistake(
+        "nearest",
+        "8.2",
+        "nearest",
+        (RESIZE, RESIZE.replace(('"bicubic", align_corners=False'), '"nearest"')),
+        only=True,
+    ),
     Mistake(
         "kept_for_as_many_patches",
         "8.2",

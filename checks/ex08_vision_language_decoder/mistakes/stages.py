@@ -79,7 +79,11 @@ MISTAKES = [
         "no_grad",
         (
             DECODE,
-            "        with torch.set_grad_enabled(torch.is_grad_enabled() and next(self.decoder.parameters()).requires_grad):\n    "
+            (
+                "        with torch.set_grad_enabled(torch.is_grad_enabled() and "
+                "next(self.decoder.parameters()).requires_grad):\n"
+                "    "
+            )
             + DECODE,
         ),
         only=True,
@@ -92,7 +96,10 @@ MISTAKES = [
             DECODE,
             DECODE.replace(
                 "merged.inputs_embeds,",
-                "merged.inputs_embeds.detach() if self._staged and not self.decoder.embed.weight.requires_grad else merged.inputs_embeds,",
+                (
+                    "merged.inputs_embeds.detach() if self._staged and not "
+                    "self.decoder.embed.weight.requires_grad else merged.inputs_embeds,"
+                ),
             ),
         ),
         only=True,
@@ -183,7 +190,10 @@ MISTAKES = [
         "requires_grad True came",
         (
             FREEZE,
-            "            for parameter in part.parameters(recurse=part is not self.decoder):\n                parameter.requires_grad_(trains)\n",
+            (
+                "            for parameter in part.parameters(recurse=part is not self.decoder):\n"
+                "                parameter.requires_grad_(trains)\n"
+            ),
         ),
         only=True,
     ),
@@ -227,7 +237,11 @@ MISTAKES = [
         "bias",
         (
             STAGED,
-            '        for name, parameter in self.named_parameters():\n            if name.startswith("decoder") and name.endswith("bias"):\n                parameter.requires_grad = False\n'
+            (
+                "        for name, parameter in self.named_parameters():\n"
+                '            if name.startswith("decoder") and name.endswith("bias"):\n'
+                "                parameter.requires_grad = False\n"
+            )
             + STAGED,
         ),
         only=True,
