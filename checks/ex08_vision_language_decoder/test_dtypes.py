@@ -79,6 +79,7 @@ def test_mixed_dtypes(subject: Subject, rng: torch.Generator, mix: Mix) -> None:
     """Logits have the decoder's dtype, the loss float32 or float64, gradients their parameters'."""
     built, given = mixed(subject, rng, mix)
     close, expected = Close(mix.tolerance), expect(built, given)
+    kinds = {name: parameter.dtype for name, parameter in built.parameters().items()}
 
     logits, loss = runs(lambda: ran(built, given), f"forward, {mix.told}")
 
@@ -94,7 +95,8 @@ def test_mixed_dtypes(subject: Subject, rng: torch.Generator, mix: Mix) -> None:
     )
     runs(loss.backward, f"forward, {mix.told}, backward")
     for name, parameter in built.parameters().items():
-        gradient = parameter.grad
+        gradient, kind = parameter.grad, kinds[name]
+        assert parameter.dtype == kind, f"forward, {mix.told}: {name} is in {parameter.dtype} now; it was in {kind}"
         assert gradient is not None, f"forward, {mix.told}, backward: {name} gets no gradient"
         assert gradient.dtype == parameter.dtype, f"forward, {mix.told}, backward: {name}'s gradient: {gradient.dtype}"
     if built.tower.seen and mix.tower is not None:
@@ -131,8 +133,8 @@ def test_the_first_parameter_decides(subject: Subject, rng: torch.Generator) -> 
 
     found = runs(lambda: merged(built, given), "merge, a tower of float64 whose last parameter is bfloat16")
 
-    got = [dtype for _, dtype in built.tower.seen]
-    assert got == [DOUBLE], f"merge: the tower's first parameter is in float64; it is called with images in {got}"
+    got = {dtype for _, dtype in built.tower.seen}
+    assert got == {DOUBLE}, f"merge: the tower's first parameter is in float64; it is called with images in {got}"
     wanted = padded(expected.embeds, max(expected.lengths)).float()
     came = found.inputs_embeds.where(found.attention_mask[..., None], 0)
     Close(1e-4)(came, wanted, "merge, a tower of float64 whose last parameter is bfloat16: inputs_embeds")
@@ -142,7 +144,7 @@ def test_the_first_parameter_decides(subject: Subject, rng: torch.Generator) -> 
 def test_a_cast_model_goes_on(subject: Subject, rng: torch.Generator) -> None:
     """Parts that are cast between calls, there and back, are asked for their dtypes in each call."""
     built, given = mixed(subject, rng, Mix(SINGLE, SINGLE, SINGLE, SINGLE))
-    for part, dtype in ((built.tower, DOUBLE), (built.decoder, DOUBLE)):
+    for part, dtype in ((built.tower, SINGLE), (built.tower, DOUBLE), (built.decoder, DOUBLE)):
         part.to(dtype)
         logits, _ = runs(lambda: ran(built, given), "forward after a part was cast")
 

@@ -160,6 +160,7 @@ def check_loss(close: Close, built: Built, given: Batch, what: str, backward: bo
     with also(loss_slip, expected, loss.detach()):
         close(loss.double(), expected.loss, f"{what}: loss")
     if backward:
+        assert loss.requires_grad, f"{what}: the loss carries no gradient"
         loss.backward()
     return expected
 

@@ -201,7 +201,9 @@ def test_counts_that_differ_are_refused(subject: Subject, rng: torch.Generator) 
     """Placeholders and images that differ in number are a ValueError with both, before anything runs."""
     built = build(subject, rng)
     ids = torch.tensor([[P, 5, P, P, P], [5, 6, 7, 8, P]])
-    for visible, count in ((2, 1), (2, 3), (0, 1), (2, 0), (3, None)):
+    merged(built, batch(rng, [[P, P, P]]))
+    built.tower.seen.clear()
+    for visible, count in ((3, None), (2, 1), (2, 3), (0, 1), (2, 0)):
         mask = torch.tensor([[place < visible for place in (0, -1, 1, 2, 9)], [False, True, True, True, False]])
         images = None if count is None else pictures(rng, count)
         what = f"merge with {visible} visible placeholders and {'no' if count is None else count} images"

@@ -165,7 +165,7 @@ def before(held: Held, step: Step, rng: torch.Generator) -> None:
     elif act == "error":
         images = torch.zeros(7, *IMAGE, dtype=DOUBLE)
         for call in (built.model.merge, built.model.generate):
-            with contextlib.suppress(ValueError, NotImplementedError):
+            with contextlib.suppress(Exception):
                 call(torch.tensor([[1, 2]]), images)
     elif act == "cast":
         built.model.float().double()

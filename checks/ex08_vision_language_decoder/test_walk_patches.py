@@ -65,7 +65,7 @@ class Patches(Walk):
         Aspect("mode", "8.1", {"": "", "under no_grad": "no_grad", "under inference_mode": "inference"}, 0.3),
     )
     # fmt: on
-    otherwise = "8.1"
+    otherwise = ""
 
     def begin(self, subject: Subject) -> Layers:
         """No layer yet."""
@@ -127,7 +127,7 @@ def drawn(step: Step, rng: torch.Generator) -> Tensor:
 def before(layer: nn.Module, other: nn.Module, images: Tensor, step: Step) -> None:
     """A call before the call."""
     if step["before"] == "error":
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(Exception):
             layer(images.new_zeros(1, step["channels"], 7, 2 * step["patch"] + 1))
     elif step["before"]:
         (other if step["before"] == "other" else layer)(images)

@@ -10,6 +10,7 @@ LOGITS = (
     "        logits, _ = self.decoder(merged.inputs_embeds, merged.attention_mask, merged.position_ids)  # [B, S, V]\n"
 )
 LOSS = "        return logits, total / (targets != IGNORED).sum().clamp(min=1)\n"
+MERGE = '        embeds, mask, positions, _ = self.merge(input_ids, images, attention_mask, padding_side="left")\n'
 INIT = "        self._staged = False\n"
 
 MISTAKES = [
@@ -123,7 +124,6 @@ MISTAKES = [
         "8.9",
         "was wanted",
         (LOGITS, LOGITS + "        logits = logits if images is None else logits.to(images.dtype)\n"),
-        only=True,
     ),
     Mistake(
         "dtype_when_built",
@@ -136,7 +136,7 @@ MISTAKES = [
     Mistake(
         "dtype_of_the_first_call",
         "8.9",
-        "after a part was cast",
+        "images are cast to the dtype",
         (
             TOWER,
             (
@@ -145,17 +145,14 @@ MISTAKES = [
             ),
         ),
     ),
-    Mistake("projector_cast_for_good", "8.9", "", (CAST, "        self.projector.to(tokens.dtype)\n" + CAST)),
+    Mistake("projector_cast_for_good", "8.9", "it was in", (CAST, "        self.projector.to(tokens.dtype)\n" + CAST)),
     Mistake(
         "generation_not_cast",
         "8.9",
         "generate",
         (
-            '        embeds, mask, positions, _ = self.merge(input_ids, images, attention_mask, padding_side="left")\n',
-            (
-                '        embeds, mask, positions, _ = self.merge(input_ids, images, attention_mask, padding_side="left")\n'
-                "        embeds = embeds if images is None else embeds.to(images.dtype)\n"
-            ),
+            MERGE,
+            (MERGE + "        embeds = embeds if images is None else embeds.to(images.dtype)\n"),
         ),
         only=True,
     ),

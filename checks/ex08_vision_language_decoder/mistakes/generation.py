@@ -320,7 +320,7 @@ MISTAKES = [
     Mistake(
         "rows_one_by_one",
         "8.8",
-        "times",
+        "the tower is called with",
         (
             NO_GRAD,
             '''    def generate(
@@ -352,7 +352,7 @@ MISTAKES = [
         "8.8",
         "times, at most",
         (RETURN, "        self.decoder(embeds, mask, positions, cache)\n" + RETURN),
-        only=True,
+        only=False,
     ),
     Mistake(
         "goes_on_after_all_have_ended",

@@ -58,12 +58,15 @@ MISTAKES = [
         (".masked_fill(from_image, 0)", ".clamp(min=0)"),
     ),
     Mistake(
-        "placeholder_modulo", "8.3", "image_token_id 4", (IS_IMAGE, "        is_image = visible & (input_ids < 0)\n")
+        "placeholder_modulo",
+        "8.3",
+        "0 visible placeholders",
+        (IS_IMAGE, "        is_image = visible & (input_ids < 0)\n"),
     ),
     Mistake(
         "every_foreign_id_is_a_placeholder",
         "8.3",
-        "image_token_id 4",
+        "0 visible placeholders",
         (
             IS_IMAGE,
             "        is_image = visible & ((input_ids < 0) | (input_ids >= self.decoder.embed.num_embeddings))\n",
@@ -72,7 +75,7 @@ MISTAKES = [
     Mistake(
         "pad_ids_are_text_of_the_image",
         "8.3",
-        "image_token_id 4",
+        "0 visible placeholders",
         (IS_IMAGE, "        is_image = visible & ((input_ids == self.image_token_id) & (input_ids != 4))\n"),
     ),
     # Order.
@@ -154,7 +157,7 @@ MISTAKES = [
     ),
     # The projector.
     Mistake(
-        "tanh_gelu", "8.3", "tanh approximation", (GELU, 'F.gelu(self.fc1(tokens), approximate="tanh")'), only=True
+        "tanh_gelu", "8.3", "tanh approximation", (GELU, 'F.gelu(self.fc1(tokens), approximate="tanh")'), only=False
     ),
     Mistake("relu", "8.3", "it is what relu gives", (GELU, "F.relu(self.fc1(tokens))")),
     Mistake("silu", "8.3", "silu", (GELU, "F.silu(self.fc1(tokens))")),
@@ -175,7 +178,7 @@ MISTAKES = [
     Mistake(
         "projector_skips",
         "8.3",
-        "Projector.forward",
+        "[9.0, 20, 30, 5, 40, 50] was wanted",
         (PROJECT, PROJECT.replace("self.fc2(F", "self.fc2.bias + 0 * self.fc2(F")),
     ),
     # Counts.
@@ -233,7 +236,7 @@ MISTAKES = [
     Mistake(
         "mask_as_an_integer",
         "8.3",
-        "float32",
+        "bitwise_and",
         (VISIBLE, VISIBLE.replace("attention_mask != 0", "(attention_mask & 1) == 1")),
         only=True,
     ),
@@ -260,7 +263,7 @@ MISTAKES = [
     Mistake(
         "ids_written_to",
         "8.3",
-        "input_ids has changed",
+        "was wanted",
         (
             EMBEDS,
             (
@@ -279,7 +282,7 @@ MISTAKES = [
         (EMBEDS, "        input_ids[:1].add_(1).sub_(1)\n" + EMBEDS),
     ),
     Mistake(
-        "images_centred_in_place", "8.3", "images has changed", (TOWER, "        images.sub_(images.mean())\n" + TOWER)
+        "images_centred_in_place", "8.3", "written-to tensor", (TOWER, "        images.sub_(images.mean())\n" + TOWER)
     ),
     Mistake(
         "mask_written_to_and_back",
@@ -323,7 +326,7 @@ MISTAKES = [
     Mistake(
         "image_tokens_kept_by_shape",
         "8.3",
-        "after an edit",
+        "inputs_embeds",
         (
             TOKENS,
             """        if images is not None and count and not torch.is_grad_enabled():
@@ -382,7 +385,7 @@ MISTAKES = [
         "RuntimeError",
         (TOWER, TOWER + "        tokens = tokens.squeeze(1)\n"),
     ),
-    Mistake("T_of_the_class", "8.3", "came", ("tokens.size(1) - 1)", "2)"), only=False),
+    Mistake("T_of_the_class", "8.3", "Number of elements", ("tokens.size(1) - 1)", "2)"), only=False),
     Mistake(
         "one_image_is_enough", "8.3", "came", (SCATTER, SCATTER.replace(", tokens", ", tokens[:1].expand_as(tokens)"))
     ),

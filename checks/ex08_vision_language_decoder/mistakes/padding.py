@@ -16,7 +16,8 @@ MERGE = "        merged = self.merge(input_ids, images, attention_mask, labels)\
 DECODE = (
     "        logits, _ = self.decoder(merged.inputs_embeds, merged.attention_mask, merged.position_ids)  # [B, S, V]\n"
 )
-STAYS = """        repeats = 1 + (is_image * (tokens.size(1) - 1) if tokens is not None else torch.zeros_like(input_ids))
+STAYS = """        more = is_image * (tokens.size(1) - 1) if tokens is not None else torch.zeros_like(input_ids)
+        repeats = 1 + more
 """
 REPEATS = (
     "        repeats = visible.long() if tokens is None else visible + is_image * (tokens.size(1) - 1)  # [B, L]\n"
@@ -101,7 +102,7 @@ MISTAKES = [
     Mistake(
         "as_wide_as_the_ids",
         "8.5",
-        "S is the longest row's length",
+        "(3, 1, 13) was wanted",
         (LONGEST, "        longest = max(int(lengths.max()), input_ids.size(1))\n"),
     ),
     Mistake(
@@ -127,7 +128,7 @@ MISTAKES = [
     Mistake(
         "padding_by_id_too",
         "8.5",
-        "came",
+        "only the mask says",
         (
             IS_IMAGE,
             (
@@ -155,9 +156,7 @@ MISTAKES = [
         "IndexError",
         (EMBEDS, "        self.decoder.embed(input_ids.masked_fill(is_image, 0))\n" + EMBEDS),
     ),
-    Mistake(
-        "forward_pads_on_the_left", "8.5", "padded on the right", (MERGE, MERGE.replace("labels)", 'labels, "left")'))
-    ),
+    Mistake("forward_pads_on_the_left", "8.5", "logits", (MERGE, MERGE.replace("labels)", 'labels, "left")'))),
     Mistake(
         "forward_without_positions",
         "8.5",
@@ -196,23 +195,6 @@ MISTAKES = [
             + DECODE,
         ),
         only=False,
-    ),
-    Mistake(
-        "hidden_labels_count",
-        "8.5",
-        "padding",
-        (
-            "        if labels is not None:\n            learnt",
-            (
-                "        if labels is not None and attention_mask is not None and "
-                "int(labels[~visible].ne(IGNORED).sum()):\n"
-                "            embeds = embeds * 1\n"
-                "            inputs_embeds = inputs_embeds * 1.001\n"
-                "        if labels is not None:\n"
-                "            learnt"
-            ),
-        ),
-        only=True,
     ),
     Mistake(
         "logits_in_float32",

@@ -87,7 +87,7 @@ MISTAKES = [
         (PATCHES, "        patches = F.conv2d(images, self.proj.weight, stride=self.patch_size)\n"),
         only=True,
     ),
-    Mistake("three_channels", "8.1", "PatchEmbedding", (PROJ, PROJ.replace("channels,", "3,")), only=True),
+    Mistake("three_channels", "8.1", "3 channels", (PROJ, PROJ.replace("channels,", "3,")), only=False),
     Mistake(
         "patch_images_detached",
         "8.1",
@@ -218,7 +218,7 @@ MISTAKES = [
     Mistake(
         "kept_for_as_many_rows",
         "8.2",
-        "PatchEmbedding",
+        "size of tensor",
         ("(rows, columns) == (self.grid, self.grid)", "rows == self.grid"),
         only=False,
     ),

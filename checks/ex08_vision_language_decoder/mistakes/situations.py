@@ -26,9 +26,9 @@ MISTAKES = [
             + COUNT,
         ),
     ),
-    Mistake("images_are_small", "8.3", "inputs_embeds", (TOWER, "        images = images.clamp(-10, 10)\n" + TOWER)),
+    Mistake("images_are_small", "8.3", "was wanted", (TOWER, "        images = images.clamp(-10, 10)\n" + TOWER)),
     Mistake(
-        "images_centred", ("8.3", "8.4"), "inputs_embeds", (TOWER, "        images = images - images.mean()\n" + TOWER)
+        "images_centred", ("8.3", "8.4"), "was wanted", (TOWER, "        images = images - images.mean()\n" + TOWER)
     ),
     Mistake(
         "rows_that_repeat_share_images",
@@ -37,7 +37,8 @@ MISTAKES = [
         (
             TOKENS,
             TOKENS
-            + """        if tokens is not None and input_ids.stride(0) == 0 and len(input_ids) > 1 and not is_image.sum(dim=1).diff().any():
+            + """        alike = input_ids.stride(0) == 0 and not is_image.sum(dim=1).diff().any()
+        if tokens is not None and len(input_ids) > 1 and alike:
             tokens = tokens[: count // len(input_ids)].repeat(len(input_ids), 1, 1)
 """,
         ),
@@ -51,7 +52,7 @@ MISTAKES = [
     Mistake("loss_of_few_labels", "8.4", "loss", (LOSS, LOSS.replace("clamp(min=1)", "clamp(min=1, max=4)"))),
     Mistake(
         "text_in_no_grad",
-        ("8.3", "8.4"),
+        "8.4",
         "gradient",
         (LENGTHS, "        embeds = embeds if tokens is not None else embeds.detach()\n" + LENGTHS),
     ),
@@ -60,12 +61,6 @@ MISTAKES = [
         "8.7",
         "was wanted",
         (RUNNING, RUNNING + "        if len(mask) == 1:\n            positions = positions + 1\n"),
-    ),
-    Mistake(
-        "weights_of_the_first_stage",
-        "8.6",
-        "gradient",
-        (LOSS, LOSS.replace("total /", "(total if not self._staged or self.training else total.detach()) /")),
     ),
     Mistake(
         "tower_eval_by_hand",

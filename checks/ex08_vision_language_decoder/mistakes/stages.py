@@ -76,7 +76,7 @@ MISTAKES = [
     Mistake(
         "decoder_in_no_grad",
         "8.6",
-        "no_grad",
+        "the loss carries no gradient",
         (
             DECODE,
             (
@@ -104,7 +104,9 @@ MISTAKES = [
         ),
         only=True,
     ),
-    Mistake("train_wakes_the_tower", "8.6", "in training", (TRAIN, "        return super().train(mode)\n"), only=True),
+    Mistake(
+        "train_wakes_the_tower", "8.6", "stays in eval", (TRAIN, "        return super().train(mode)\n"), only=True
+    ),
     Mistake("tower_awake_until_train", "8.6", "in training", (STAGED, "        self._staged = True\n"), only=True),
     Mistake(
         "tower_asleep_from_the_start", "8.6", "before any stage", (INIT, "        self._staged = True\n"), only=True
@@ -224,8 +226,8 @@ MISTAKES = [
     ),
     Mistake(
         "generate_wakes_the_tower",
-        "8.6",
-        "mode",
+        "8.7",
+        "mode of a module",
         (
             "        running = torch.ones_like(mask[:, 0])  # [B]\n",
             "        running = torch.ones_like(mask[:, 0])  # [B]\n        nn.Module.train(self, self.training)\n",
