@@ -43,6 +43,9 @@ LENGTHS = [6, 2, 5]
 class Tower(nn.Module):
     """[M, 2, 2, 3] -> [M, T, WIDTH]; it notes what it is called with, and in training writes to its buffers."""
 
+    calls: Tensor
+    mean: Tensor
+
     def __init__(self, rng: torch.Generator, tokens: int = T) -> None:
         super().__init__()
         self.tokens = tokens
@@ -256,11 +259,12 @@ def build(
     tower = Tower(rng) if tower is None else tower
     decoder = decoder_of(subject, rng, absolute, scale)
     width = WIDTH if isinstance(tower, Tower) else IMAGE[0]
-    made = subject.VisionLanguageModel(tower, decoder, width, placeholder, pad)
+    made: Any = subject.VisionLanguageModel(tower, decoder, width, placeholder, pad)
     for name, part in (("vision", tower), ("decoder", decoder)):
         held = getattr(made, name, None)
         assert held is part, f"VisionLanguageModel.{name}: a {type(held).__name__} came, the given module was wanted"
-    assert isinstance(made, nn.Module), f"VisionLanguageModel: a {type(made).__name__} came, an nn.Module was wanted"
+    is_module = isinstance(made, nn.Module)
+    assert is_module, f"VisionLanguageModel: a {type(made).__name__} came, an nn.Module was wanted"
     made.double()
     fill(made.projector.fc1, made.projector.fc2)
     return Built(made, tower, decoder, placeholder, pad)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -208,7 +209,7 @@ def test_counts_that_differ_are_refused(subject: Subject, rng: torch.Generator) 
         images = None if count is None else pictures(rng, count)
         what = f"merge with {visible} visible placeholders and {'no' if count is None else count} images"
 
-        refuses(ValueError, lambda i=images, m=mask: built.model.merge(ids, i, m), what, visible, count or 0)
+        refuses(ValueError, partial(built.model.merge, ids, images, mask), what, visible, count or 0)
 
         assert not built.tower.seen and not built.decoder.seen, f"{what}: the tower runs before the ValueError"
 

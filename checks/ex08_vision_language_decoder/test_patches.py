@@ -1,5 +1,6 @@
 """Patches (8.1) and their positions on grids of any size (8.2)."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def test_bad_sides_are_refused(subject: Subject, rng: torch.Generator) -> None:
         images = torch.zeros(1, 3, height, width, dtype=torch.float64)
 
         what = f"PatchEmbedding.forward, {height} × {width} pixels, P = {patch}"
-        refuses(ValueError, lambda layer=layer, images=images: layer(images), what, bad, patch)
+        refuses(ValueError, partial(layer, images), what, bad, patch)
 
 
 @requirement("8.1")
@@ -169,8 +170,8 @@ def table_on(table: Tensor, rows: int, columns: int, **how: Any) -> Tensor:
     """A table [G·G, E] for another grid, [rows·columns, E], in float64."""
     side = round(len(table) ** 0.5)
     square = table.double().T.unflatten(1, (side, side))[None]
-    how = {"mode": "bicubic", "align_corners": False} | how
-    return F.interpolate(square, size=(rows, columns), **how)[0].flatten(1).T
+    kinds: dict[str, Any] = {"mode": "bicubic", "align_corners": False} | how
+    return F.interpolate(square, size=(rows, columns), **kinds)[0].flatten(1).T
 
 
 def position_slip(table: Tensor, rows: int, columns: int, output: Tensor) -> str:

@@ -1,6 +1,7 @@
 """Two stages of training (8.6): what trains, what stays, and modes."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -163,7 +164,7 @@ def test_other_stages_are_refused(subject: Subject, rng: torch.Generator) -> Non
     """A stage other than 1 or 2 is a ValueError, and leaves all as it was."""
     built = build(subject, rng)
     for stage in (0, 3, -1):
-        refuses(ValueError, lambda stage=stage: built.model.set_stage(stage), f"set_stage({stage})")
+        refuses(ValueError, partial(built.model.set_stage, stage), f"set_stage({stage})")
 
         frozen = [name for name, parameter in built.parameters().items() if not parameter.requires_grad]
         assert not frozen, f"set_stage({stage}): refused, but {frozen[0]} is frozen now"

@@ -21,7 +21,7 @@ class PatchEmbedding(nn.Module):
             raise ValueError(f"{height} × {width} is not divisible by {p}")
         flat = F.unfold(images, p, stride=p).transpose(1, 2)
         tokens = F.linear(flat, self.proj.weight.flatten(1), self.proj.bias)
-        table = self.position_embedding
+        table: Tensor = self.position_embedding
         if (height // p, width // p) != (self.g, self.g):
             square = table.double().reshape(1, self.g, self.g, -1).permute(0, 3, 1, 2)
             square = F.interpolate(square, (height // p, width // p), mode="bicubic")

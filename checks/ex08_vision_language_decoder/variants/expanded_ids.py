@@ -52,6 +52,8 @@ class Projector(nn.Module):
 class VisionLanguageModel(nn.Module):
     """Lists of ids."""
 
+    stage: Tensor
+
     def __init__(
         self, vision: nn.Module, decoder: Decoder, vision_dim: int, image_token_id: int, pad_token_id: int = 0
     ) -> None:

@@ -94,7 +94,7 @@ class VisionLanguageModel(nn.Module):
     def tokens(self, images: Tensor) -> tuple[Tensor, int]:
         """Image tokens [M·T, D], and T."""
         dtypes = [parameter.dtype for parameter in self.vision.parameters()][:1]
-        seen = self.vision(images.to(*dtypes) if dtypes else images)
+        seen = self.vision(images.to(dtypes[0]) if dtypes else images)
         seen = self.projector(seen.to(self.projector.fc1.weight.dtype)).to(self.decoder.embed.weight.dtype)
         return seen.reshape(-1, seen.size(-1)), seen.size(1)
 
