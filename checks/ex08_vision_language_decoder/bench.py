@@ -18,21 +18,22 @@ NEW, TEXT, VOCABULARY, WIDTH = 64, 8, 512, 256
 IMAGE, PATCH, CHANNELS = 64, 8, 3  # 8 × 8 patches: 64 tokens an image
 PLACEHOLDER = -200
 CLAIMED = {1: 3.0, 16: 8.0}
+# Running all again is timed on its first tokens, which are its fastest: all 64 of 16 rows take a minute.
+FIRST = {1: 64, 4: 32, 16: 8}
 _found: dict[tuple[str, int], Tensor] = {}
 
 
 def cases(modules: Mapping[str, ModuleType]) -> Iterator[Case]:
     """64 new tokens for 1, 4 and 16 rows of an image and 8 ids, by a decoder of width 256 with 4 layers."""
     _found.clear()
-    models = {name: model_of(module) for name, module in modules.items()}
-    again = model_of(modules.get("answer") or modules["yours"])
+    contestants = {REFERENCE: modules.get("answer") or modules["yours"], **modules}
     for rows in ROWS:
         rng = torch.Generator().manual_seed(rows)
         ids = torch.randint(VOCABULARY, (rows, TEXT + 1), generator=rng)
         ids[:, 1] = PLACEHOLDER
         images = torch.randn(rows, CHANNELS, IMAGE, IMAGE, generator=rng)
-        runs = {name: Generation(name, model, ids, images) for name, model in models.items()}
-        yield Case(PANEL, rows, {REFERENCE: Generation(REFERENCE, again, ids, images)} | runs, timed=False)
+        runs = {name: Generation(name, module, ids, images) for name, module in contestants.items()}
+        yield Case(PANEL, rows, runs, timed=False)
 
 
 def conclude(measured: Sequence[Series]) -> Iterator[str]:
@@ -48,7 +49,8 @@ def conclude(measured: Sequence[Series]) -> Iterator[str]:
                 for rows in ROWS
                 if rows in line and rows in beside
             ]
-            same = all(torch.equal(_found[name, rows], _found[REFERENCE, rows]) for rows in ROWS if rows in line)
+            pairs = [(_found[name, rows], _found[REFERENCE, rows]) for rows in ROWS if rows in line and rows in beside]
+            same = all(torch.equal(came[:, : right.size(1)], right) for came, right in pairs)
             yield (
                 f"{name}: as fast as running all again, {', '.join(ratios)}; the tokens are "
                 f"{'equal' if same else 'not equal'}"
@@ -56,13 +58,15 @@ def conclude(measured: Sequence[Series]) -> Iterator[str]:
 
 
 class Generation:
-    """One way to the new tokens of a batch."""
+    """One way to the new tokens of a batch; the model is made at the first."""
 
-    def __init__(self, name: str, model: Any, ids: Tensor, images: Tensor) -> None:
-        self.name, self.model, self.ids, self.images = name, model, ids, images
+    def __init__(self, name: str, module: ModuleType, ids: Tensor, images: Tensor) -> None:
+        self.name, self.module, self.ids, self.images = name, module, ids, images
+        self.model: Any = None
 
     def __call__(self) -> Mapping[str, float]:
         """Generates once; its tokens per second."""
+        self.model = self.model or model_of(self.module)
         begin = time.perf_counter()
         tokens = self.again() if self.name == REFERENCE else self.model.generate(self.ids, self.images, None, NEW)
         seconds = time.perf_counter() - begin
@@ -73,10 +77,10 @@ class Generation:
     def again(self) -> Tensor:
         """The whole sequence through forward, for each new token."""
         ids = self.ids
-        for _ in range(NEW):
+        for _ in range(FIRST[len(ids)]):
             logits, _ = self.model(ids, self.images)
             ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=1)
-        return ids[:, -NEW:]
+        return ids[:, TEXT + 1 :]
 
 
 def model_of(module: Any) -> Any:

@@ -224,7 +224,9 @@ def test_positions_by_hand(subject: Subject) -> None:
         output = is_tensor(layer(torch.zeros(1, 1, *size, dtype=torch.float64)), "PatchEmbedding.forward(images)")
 
         came = [round(one, 3) for one in output.detach().flatten().tolist()]
-        with also(position_slip, value(layer.position_embedding), size[0] // 2, size[1] // 2, output):
+        table, grid = value(layer.position_embedding), (size[0] // 2, size[1] // 2)
+        # Of two patches alone no rule can be told.
+        with also(position_slip if size[1] > 2 * size[0] or size == (4, 4) else lambda *_: "", table, *grid, output):
             assert came == wanted, (
                 f"PatchEmbedding.forward, P = 2, positions 0 32 / 64 96, on {size[0] // 2} × {size[1] // 2} patches: "
                 f"{came} came, {wanted} was wanted"

@@ -116,29 +116,29 @@ def test_what_trains_gets_its_full_gradient(subject: Subject, close: Close, rng:
 @requirement("8.6")
 def test_the_tower_stays_in_eval(subject: Subject, rng: torch.Generator) -> None:
     """Once a stage is set the tower is in eval, also after train(), of a parent too; before it follows as usual."""
-    built = build(subject, rng)
-    model, tower = built.model, built.tower
-    tower.inner = nn.Sequential(nn.Dropout())
-    parent = nn.ModuleList([model])
-    model.eval()
-    model.train()
-    assert tower.training and tower.inner[0].training, "train() before any stage: the tower is in eval"
-    model.eval()
+    for stages, training in (((1, 2), True), ((2, 1), False)):
+        built = build(subject, rng)
+        model, tower = built.model, built.tower
+        tower.inner = nn.Sequential(nn.Dropout())
+        parent = nn.ModuleList([model])
+        model.eval()
+        model.train()
+        assert tower.training and tower.inner[0].training, "train() before any stage: the tower is in eval"
+        model.train(training)
 
-    for stage in (1, 2, 1):
-        model.set_stage(stage)
-        for call in ("", "train()", "eval()", "train(True)", "train() of a parent"):
-            if call == "train() of a parent":
-                parent.train()
-            elif call == "train(True)":
-                came = model.train(True)
-                assert came is model, "train(True): a module's train() returns the module"
-            elif call:
-                getattr(model, call[:-2])()
-            what = f"set_stage({stage}){', then ' + call if call else ''}"
-            assert not (tower.training or tower.inner[0].training), (
-                f"{what}: the tower, or a part of it, is in training"
-            )
+        for stage in stages:
+            model.set_stage(stage)
+            for call in ("", "train()", "eval()", "train(True)", "train() of a parent"):
+                if call == "train() of a parent":
+                    parent.train()
+                elif call == "train(True)":
+                    came = model.train(True)
+                    assert came is model, "train(True): a module's train() returns the module"
+                elif call:
+                    getattr(model, call[:-2])()
+                what = f"set_stage({stage}){', then ' + call if call else ''}"
+                awake = tower.training or tower.inner[0].training
+                assert not awake, f"{what}: the tower, or a part of it, is in training"
 
 
 @requirement("8.6")

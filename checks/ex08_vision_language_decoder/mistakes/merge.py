@@ -192,7 +192,7 @@ MISTAKES = [
     Mistake(
         "missing_images_accepted",
         "8.3",
-        "came, ValueError was wanted",
+        "was accepted, ValueError was wanted",
         ("        if wanted != count:\n", "        if wanted < count:\n"),
         only=True,
     ),
@@ -210,8 +210,8 @@ MISTAKES = [
         ("        if wanted != count:\n", "        if wanted != count and wanted:\n"),
         only=True,
     ),
-    Mistake("no_placeholders_in_the_error", "8.3", "lacks 2", ("{wanted} visible", "visible"), only=True),
-    Mistake("no_images_in_the_error", "8.3", "lacks 1", ("but {count} images", "but other images"), only=True),
+    Mistake("no_placeholders_in_the_error", "8.3", "lacks 3", ("{wanted} visible", "visible"), only=True),
+    Mistake("no_images_in_the_error", "8.3", "lacks 0", ("but {count} images", "but other images"), only=True),
     Mistake(
         "runtime_error_for_counts",
         "8.3",

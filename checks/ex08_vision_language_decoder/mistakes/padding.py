@@ -166,7 +166,7 @@ MISTAKES = [
     Mistake(
         "forward_reads_all_alike",
         "8.5",
-        "logits of row",
+        "position_ids",
         (DECODE, DECODE.replace("merged.position_ids", "0 * merged.position_ids")),
     ),
     Mistake(

@@ -155,7 +155,13 @@ MISTAKES = [
         only=True,
     ),
     Mistake("resized_positions_transposed", "8.2", "was wanted", ("permute(2, 0, 1)", "permute(2, 1, 0)"), only=True),
-    Mistake("rows_and_columns_swapped", "8.2", "swapped", ("size=(rows, columns)", "size=(columns, rows)"), only=True),
+    Mistake(
+        "rows_and_columns_swapped",
+        "8.2",
+        "column by column",
+        ("size=(rows, columns)", "size=(columns, rows)"),
+        only=True,
+    ),
     Mistake(
         "positions_not_resized",
         "8.2",
@@ -165,7 +171,7 @@ MISTAKES = [
     Mistake(
         "positions_cut",
         "8.2",
-        "the table is cut",
+        "[32.0, 64] was wanted",
         (
             OWN,
             OWN
