@@ -41,7 +41,7 @@ class PatchEmbedding(nn.Module):
             [M, (H / P)·(W / P), embed_dim].
 
         Raises:
-            ValueError: H or W is no multiple of P; the message has that side and P.
+            ValueError: H or W is no multiple of P; the message has that length and P.
         """
         for side in images.shape[-2:]:
             if side % self.patch_size:
@@ -244,7 +244,7 @@ class VisionLanguageModel(nn.Module):
         if labels is not None:
             learnt = labels.flatten()[source].masked_fill(from_image, IGNORED)  # [N]
             labels = labels.new_full(mask.shape, IGNORED).masked_scatter(mask, learnt)  # [B, S]
-        return Merged(inputs_embeds, mask, mask.cumsum(dim=1) - 1, labels)
+        return Merged(inputs_embeds, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), labels)
 
     def _image_tokens(self, images: Tensor) -> Tensor:
         """[M, C, H, W] -> [M, T, D] in the embedding's dtype."""

@@ -10,15 +10,15 @@ Steps
 3. Patches (25 min): 8.1, 8.2
 4. Stages (15 min): 8.6
 5. Generation, and any dtype (45 min): 8.7, 8.8, 8.9
-6. Your own test, and style (45 min): 8.10, 8.11
+6. Your own test, and style (60 min): 8.10, 8.11
 
 Requirements
 8.1 (correctness) Cut images into patches: `PatchEmbedding` maps each P × P patch of an image by
     proj's weight and bias. Patches do not overlap and come row by row.
     - Images may be strided, wide or tall, and have any number of channels.
-    - A height or width that is no multiple of P raises ValueError with that side and P.
+    - A height or width that is no multiple of P raises ValueError with that length and P.
 8.2 (correctness) Take images of other sizes: a G × G grid of patches gets the position embeddings
-    as they are, bit for bit. Any other grid, with as many patches too, gets them resized by
+    as they are, bit for bit. Any other grid, even one of as many patches, has them resized by
     `F.interpolate(mode="bicubic", align_corners=False)`, computed in float32 or better.
     - Gradients reach the table. The next call uses a changed one.
 8.3 (correctness) Put image tokens into the text: `merge` replaces each visible placeholder by the
@@ -42,11 +42,11 @@ Requirements
     and decoder, and neither the tower. Until it is called everything trains.
     - What a stage does not train has requires_grad False and .grad None; the rest has True.
     - From then on the tower is in eval mode, also after train(), which changes all else as usual.
-      `set_stage` itself changes no other mode; a frozen decoder's is free.
+      `set_stage` itself changes no other mode. In stage 1 the decoder may be in either.
     - Stages may follow each other in any order. Any other stage raises ValueError.
 8.7 (correctness) Generate: `generate` gives the greedy tokens that running the whole sequence again
     for each token gives, row by row. After a row's eos_token_id comes pad_token_id.
-    It tracks no gradients, and returns an ordinary tensor: no inference tensor.
+    It tracks no gradients, and returns no inference tensor, unless called in inference_mode.
 8.8 (efficiency) Compute each thing once: `merge`, `forward` and `generate` call the tower once with
     all images, and not at all without images.
     - `generate` reads the prompts of all rows in one call of the decoder, then one token per row
@@ -90,19 +90,20 @@ Conventions
 - input_ids and labels are int64 [B, L], attention_mask 0/1 [B, L], 1 for visible; None is all ones.
   Only the mask says what is padding. A pad_token_id that the mask shows is a token.
 - images None or M = 0 is text alone. A tower is any module [M, C, H, W] -> [M, T, vision_dim].
-- Of a decoder you use what Decoder's docstring names. Subclasses may add absolute positions, so
-  that each token's own position counts, not distances alone.
+- Of a decoder you use what Decoder's docstring names. Subclasses keep to it; they may add absolute
+  positions, so that each token's own position counts, not distances alone.
 - Under padding, position_ids are free, and inputs_embeds too but finite. `forward` pads right.
 - A label at a placeholder or at padding counts for nothing. labels may be input_ids itself.
 - Images are cast to the dtype of the tower's first parameter, if it has any. Its tokens are cast to
   the projector's dtype, then to the embedding's. Logits have the decoder's dtype; the loss is
   float32 or float64, computed in no less.
 - Inputs may be strided and may require gradients. Gradients flow in training and in eval.
-- `generate` works in training and in eval, and leaves every mode as it is.
+- `generate` works in training and in eval, and leaves every mode as it is. Rows that have ended may
+  be fed anything, or leave the batch.
 - Weights may change between calls, in place, by loading or by a cast; the next call uses the
   new ones, edits of `.data` too.
-- Between calls a module keeps nothing but its parameters and what this text names; no input, no
-  mask, no result. Named is the stage. A call that failed leaves nothing behind.
+- Between calls a module keeps nothing but its parameters, its sizes and the stage; no input, no
+  mask, no result. A call that failed leaves nothing behind.
 - How near, times 1 + |right value|, for values around 1: float64 1e-9, but resized positions and
   the loss with its gradients 1e-5; float32 1e-4; 5e-2 where anything is bfloat16.
 - A submission is one file on torch and the standard library.
@@ -112,15 +113,19 @@ Not defined
 - a visible id outside the vocabulary that is no placeholder, labels outside it besides -100
 - max_new_tokens below 1; a pad_token_id outside the vocabulary; a placeholder that is generated
 - integer images; PatchEmbedding without images, or of another dtype than its own; autocast
-- once a stage is set: gradients of images, vision.train(), weights that you freeze or thaw yourself
+- once a stage is set: gradients of images, vision.train(), weights that you freeze or thaw then;
+  in stage 1 without images: going backward
+- weights or images that are not finite; a tower that writes to its images
 - modules that share parameters; names of helpers and further attributes
 
 Your own test (8.10) runs on other code, right and wrong, in place of PatchEmbedding, Projector and
-VisionLanguageModel. It may use these, their documented attributes, Decoder, Merged, torch and
-helpers of the test. It sets its own seed and takes at most 1 s. How to see
+VisionLanguageModel. It may use these, their documented attributes, Decoder, Merged, torch, and
+functions and classes that you add. It sets its own seed and takes at most 1 s on one thread. The
+right code's position_ids are 0 or more and below S, under padding too. How to see
 - images and labels: a tower of your own without weights; compare with what a row gets alone
 - generation: append each new token, call forward again, take the best at the row's last token
-- positions in it: a subclass of Decoder that adds one vector per position
+- positions in it: a subclass of Decoder that adds one vector per position. Random weights often
+  repeat one token, whatever the slip does: take large ones, small biases, several prompts, 8 tokens
 It has to fail on each of these slips:
 - positions_transposed: the position table is added column by column
 - positions_not_resized: another grid gets the first rows of the table
@@ -128,16 +133,16 @@ It has to fail on each of these slips:
 - image_tokens_learnt: image tokens carry their placeholder's label
 - loss_not_shifted: each label is predicted from its own token
 - padding_visible: the new mask is True everywhere
-- image_token_hidden: the first token of each image is hidden
+- image_token_hidden: the new mask hides the first token of each image
 - positions_count_padding: positions count from the row's first column
 - decoder_trains_in_stage_1: stage 1 freezes the tower alone
 - tower_trains: the stages leave the tower trainable
 - projector_without_gradient: stage 1 leaves nothing to train
 - generation_from_padding: the first token comes from the last column, with padding on the right
-- generation_positions_stand_still: all new tokens have the same position
+- generation_positions_stand_still: all new tokens have the position of the prompt's last token
 - generation_mask_stands_still: new tokens do not see the new ones before them
 - generation_sees_padding: once the prompt is read, padding is visible
-- generation_blind: generate does not see the images
+- generation_blind: generate drops images and placeholders
 - surplus_images_accepted: images without a placeholder are ignored
 
 Discuss
@@ -191,7 +196,7 @@ class PatchEmbedding(nn.Module):
             [M, (H / P)·(W / P), embed_dim].
 
         Raises:
-            ValueError: H or W is no multiple of P; the message has that side and P.
+            ValueError: H or W is no multiple of P; the message has that length and P.
         """
         # TODO(8.1): refuse bad sides; map each patch, row by row.
         # TODO(8.2): add the position embeddings, resized where the grid is another.

@@ -14,7 +14,7 @@ REFUSE = """        if wanted != count:
 TOKENS = "        tokens = self._image_tokens(images) if images is not None and count else None  # [M, T, D]\n"
 EMBEDS = "        embeds = self.decoder.embed(input_ids.flatten()[source].masked_fill(from_image, 0))  # [N, D]\n"
 SCATTER = "            embeds = embeds.masked_scatter(from_image[:, None], tokens)\n"
-RETURN = "        return Merged(inputs_embeds, mask, mask.cumsum(dim=1) - 1, labels)\n"
+RETURN = "        return Merged(inputs_embeds, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), labels)\n"
 PROJECT = "        return self.fc2(F.gelu(self.fc1(tokens)))  # [..., d_model]\n"
 GELU = "F.gelu(self.fc1(tokens))"
 TOWER = "        tokens = self.vision(images if first is None else images.to(first.dtype))  # [M, T, vision_dim]\n"

@@ -11,7 +11,7 @@ EMBEDS = "        embeds = self.decoder.embed(input_ids.flatten()[source].masked
 LONGEST = "        longest = int(lengths.max())\n"
 MASK = '        mask = columns < lengths if padding_side == "right" else columns >= longest - lengths  # [B, S]\n'
 ZEROS = "embeds.new_zeros(*mask.shape, embeds.size(-1))"
-RETURN = "        return Merged(inputs_embeds, mask, mask.cumsum(dim=1) - 1, labels)\n"
+RETURN = "        return Merged(inputs_embeds, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), labels)\n"
 MERGE = "        merged = self.merge(input_ids, images, attention_mask, labels)\n"
 DECODE = (
     "        logits, _ = self.decoder(merged.inputs_embeds, merged.attention_mask, merged.position_ids)  # [B, S, V]\n"
@@ -54,7 +54,7 @@ MISTAKES = [
         "positions_count_padding",
         "8.5",
         "position_ids of row",
-        (RETURN, RETURN.replace("mask.cumsum(dim=1) - 1", "columns.expand(mask.shape)")),
+        (RETURN, RETURN.replace("(mask.cumsum(dim=1) - 1).clamp(min=0)", "columns.expand(mask.shape)")),
     ),
     Mistake("positions_from_1", "8.5", "position_ids of row", (RETURN, RETURN.replace(" - 1", ""))),
     Mistake(

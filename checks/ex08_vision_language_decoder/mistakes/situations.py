@@ -7,7 +7,7 @@ COUNT = "        wanted, count = int(is_image.sum()), 0 if images is None else l
 TOKENS = "        tokens = self._image_tokens(images) if images is not None and count else None  # [M, T, D]\n"
 TOWER = "        tokens = self.vision(images if first is None else images.to(first.dtype))  # [M, T, vision_dim]\n"
 LENGTHS = "        lengths = repeats.sum(dim=1, keepdim=True)  # [B, 1]\n"
-RETURN = "        return Merged(inputs_embeds, mask, mask.cumsum(dim=1) - 1, labels)\n"
+RETURN = "        return Merged(inputs_embeds, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), labels)\n"
 RUNNING = "        running = torch.ones_like(mask[:, 0])  # [B]\n"
 LOSS = "        return logits, total / (targets != IGNORED).sum().clamp(min=1)\n"
 
@@ -47,7 +47,7 @@ MISTAKES = [
         "short_rows_only",
         "8.5",
         "position_ids",
-        (RETURN, RETURN.replace("mask.cumsum(dim=1) - 1", "(mask.cumsum(dim=1) - 1).clamp(max=5)")),
+        (RETURN, RETURN.replace("clamp(min=0)", "clamp(0, 5)")),
     ),
     Mistake("loss_of_few_labels", "8.4", "loss", (LOSS, LOSS.replace("clamp(min=1)", "clamp(min=1, max=4)"))),
     Mistake(

@@ -109,7 +109,7 @@ class VisionLanguageModel(nn.Module):
             else:
                 full.append(one + [blank] * gap)
                 masks.append([True] * len(one) + [False] * gap)
-                places.append(list(range(len(one))) + [10**6] * gap)
+                places.append(list(range(len(one))) + [0] * gap)
         device = input_ids.device
         table = torch.tensor([[cell[0] for cell in one] for one in full], device=device)
         pictures = torch.tensor([[cell[2] for cell in one] for one in full], device=device)

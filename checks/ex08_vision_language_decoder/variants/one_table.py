@@ -58,7 +58,7 @@ class VisionLanguageModel(nn.Module):
         order = order[:, :width] if padding_side == "right" else order[:, order.size(1) - width :]
         mask = used.gather(1, order)
         index = cells.gather(1, order).masked_fill(~mask, blank)
-        positions = mask.long().cumsum(1).sub(1)
+        positions = mask.long().cumsum(1).sub(1).masked_fill(~mask.bool(), 10**6)
         targets = None
         if labels is not None:
             wide = torch.full((*holes.shape, t), -100, device=input_ids.device)

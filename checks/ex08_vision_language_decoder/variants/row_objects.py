@@ -89,7 +89,7 @@ class VisionLanguageModel(nn.Module):
 
         counted = [torch.arange(len(part), device=device) for part in parts]
         labels = pad([torch.tensor(row.labels, device=device) for row in rows], -100) if learnt else None
-        return Merged(pad(list(parts), 1), pad([c >= 0 for c in counted], 0), pad(counted, 3), labels)
+        return Merged(pad(list(parts), 1), pad([c >= 0 for c in counted], 0), pad(counted, 0), labels)
 
     def tokens(self, images: Tensor) -> tuple[Tensor, int]:
         """Image tokens [M·T, D], and T."""
