@@ -365,22 +365,23 @@ _NAMES = [f"{layer}.{kind}" for layer in ("norm1", "norm2", "qkv", "out", "up", 
 
 
 @torch.no_grad()
-def continued(built: Built, given: Batch, steps: int, eos: int | None = None) -> Tensor:
+def continued(built: Built, given: Batch, steps: int) -> Tensor:
     """The greedy tokens of each row, all of which are run as a whole for each of them: [B, steps]."""
     expected = expect(built, given, run=False)
-    table, rows = expected.weights["decoder.embed.weight"], list(expected.embeds)
-    new = torch.full((len(rows), steps), built.pad)
-    running = torch.ones(len(rows), dtype=torch.bool)
-    for step in range(steps):
+    table, rows, new = expected.weights["decoder.embed.weight"], list(expected.embeds), []
+    for _ in range(steps):
         best = torch.stack([logits[-1] for logits in decode(expected.weights, rows)]).topk(2)
-        margins = best.values[running] @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+        margins = best.values @ torch.tensor([1.0, -1.0], dtype=torch.float64)
         assert margins.min() > 1e-6, "the check's own set-up has no ties"
-        new[running, step] = best.indices[running, 0]
-        running = running & (new[:, step] != (-1 if eos is None else eos))
-        if not running.any():
-            break
+        new.append(best.indices[:, 0])
         rows = [torch.cat([row, table[one][None]]) for row, one in zip(rows, best.indices[:, 0], strict=True)]
-    return new
+    return torch.stack(new, dim=1)
+
+
+def ended(tokens: Tensor, eos: int, pad: int) -> Tensor:
+    """The same, with `pad` after the first `eos` of each row."""
+    found = (tokens == eos).cumsum(dim=1)
+    return tokens.masked_fill(found - (tokens == eos).long() > 0, pad)
 
 
 def merged(built: Built, given: Batch, what: str = "merge", **more: Any) -> Any:

@@ -18,8 +18,10 @@ from .reference import (
     build,
     calls_told,
     continued,
+    ended,
     entries_of,
     expect,
+    image_tokens,
     merged,
     pictures,
     ran,
@@ -46,6 +48,8 @@ def generates(built: Built, given: Batch, wanted: Tensor, what: str, **more: Any
             f"{what}: shape {tuple(came.shape)} came, {tuple(wanted.shape)} was wanted: the new tokens alone"
         )
         assert came.dtype == torch.int64, f"{what}: {came.dtype} came, torch.int64 was wanted"
+        ordinary = torch.is_inference_mode_enabled() or not came.is_inference()
+        assert ordinary, f"{what}: an inference tensor came, an ordinary one was wanted"
         for number, (row, right) in enumerate(zip(came.tolist(), wanted.tolist(), strict=True)):
             assert row == right, f"{what}: row {number}: {row} came, {right} was wanted"
 
@@ -97,7 +101,7 @@ def test_a_row_ends_at_its_end_token(subject: Subject, rng: torch.Generator) -> 
     first = continued(built, given, 3)
     for row, step in ((0, 0), (1, 1)):
         eos = int(first[row, step])
-        wanted = continued(built, given, 3, eos)
+        wanted = ended(first, eos, built.pad)
 
         generates(built, given, wanted, f"generate, eos_token_id {eos}", max_new_tokens=3, eos_token_id=eos)
 
@@ -113,6 +117,18 @@ def test_every_row_ends_at_once(subject: Subject, rng: torch.Generator) -> None:
     wanted = torch.tensor([[0, 3, 3, 3]] * 2)
 
     generates(built, given, wanted, "generate, eos_token_id 0", max_new_tokens=4, eos_token_id=0)
+
+
+@requirement("8.7")
+def test_the_pad_token_may_be_generated(subject: Subject, rng: torch.Generator) -> None:
+    """Where pad_token_id is the best token it is one like any other: the row goes on, and sees it."""
+    built = build(subject, rng, pad=3, scale=1.0)
+    given = batch(rng, [[9, P, 5], [4, 2, P]])
+    first, head = int(continued(built, given, 1)[0, 0]), built.decoder.head.weight.data
+    head[[3, first]] = head[[first, 3]]
+
+    what = "generate, pad_token_id 3, which is the first token of row 0"
+    generates(built, given, continued(built, given, 3), what, max_new_tokens=3)
 
 
 @requirement("8.7")
@@ -148,7 +164,10 @@ def test_generation_tracks_no_gradients(subject: Subject, rng: torch.Generator) 
 
         assert tokens.tolist() == wanted.tolist(), f"{what}: {tokens.tolist()} came, {wanted.tolist()} was wanted"
         tracked = [number for number, call in enumerate(built.decoder.seen, start=1) if call.grad]
-        assert not tracked, f"{what}: gradients are on while the decoder runs, in calls {tracked}"
+        assert not tracked, (
+            f"{what}: gradients are on while the decoder runs, in calls {tracked}\n"
+            "inference_mode(False) turns them on too"
+        )
         assert torch.is_grad_enabled(), f"{what}: gradients are off afterwards"
         assert not tokens.is_inference(), f"{what}: an inference tensor came, an ordinary one was wanted"
         for name, parameter in built.parameters().items():
@@ -233,6 +252,12 @@ def test_the_tower_is_called_once(subject: Subject, rng: torch.Generator) -> Non
             assert seen == ([count] if count else []), (
                 f"{what}: the tower is called with {seen} images, {[count] if count else 'not at all'} was wanted"
             )
+    many = Batch(torch.full((1, 520), P), pictures(rng, 520))
+    wanted = image_tokens(built, built.weights(), is_tensor(many.images, "")).flatten(0, 1)
+    built.tower.seen.clear()
+    close(merged(built, many).inputs_embeds[0], wanted, "merge with 520 images in a row: inputs_embeds")
+    calls = [shape[0] for shape, _ in built.tower.seen]
+    assert calls == [520], f"merge with 520 images in a row: the tower is called with {calls} images, [520] was wanted"
 
 
 @requirement("8.8")
@@ -269,15 +294,16 @@ def test_no_call_once_all_rows_have_ended(subject: Subject, rng: torch.Generator
     """Where the last row ends after n tokens, the decoder is called n times."""
     built = build(subject, rng, scale=1.0)
     given = Batch(torch.tensor([[9, P, 5]]), pictures(rng, 1))
-    alone = continued(built, given, 4)[0].tolist()
+    alone = continued(built, given, 7)[0].tolist()
     last = max(place for place in range(4) if alone[place] not in alone[:place])
     assert last > 1, "the check's own set-up ends late"
     # The second row is a token ahead of the first.
     given = Batch(torch.tensor([[9, P, 5, 0], [9, P, 5, alone[0]]]), is_tensor(given.images, "").expand(2, -1, -1, -1))
     given.mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    tokens = torch.tensor([alone[:6], alone[1:]])
 
     for eos, calls in ((alone[last], last + 1), (alone[1], 2)):
-        frugal(built, given, continued(built, given, 6, eos), 6, eos, calls)
+        frugal(built, given, ended(tokens, eos, built.pad), 6, eos, calls)
 
 
 @requirement("8.8")
@@ -288,22 +314,30 @@ def test_nothing_is_kept(subject: Subject, rng: torch.Generator) -> None:
     given = batch(rng, [[9, P, 5, 6], [1, P, 2, 3]], [[1, 1, 1, 1], [0, 1, 1, 1]])
     wanted, logits = continued(built, given, 2).tolist(), expect(built, given).logits[0]
     given.labels = given.ids.clamp(min=0)
-    for call in ("generate", "a refused merge", "forward"):
-        found: Any = None
 
+    def left(*calls: str) -> int:
+        """How many bytes of what the calls made are alive once their results are gone."""
+        found: dict[str, Any] = {}
         with Trace() as seen:
-            if call == "a refused merge":
-                with contextlib.suppress(Exception):
-                    built.model.merge(given.ids)
-            elif call == "generate":
-                found = new_tokens(built, given, call, max_new_tokens=2)
-            else:
-                found = ran(built, given)
+            for call in calls:
+                if call == "a refused merge":
+                    with contextlib.suppress(Exception):
+                        built.model.merge(given.ids)
+                else:
+                    found[call] = (
+                        new_tokens(built, given, call, max_new_tokens=2) if call == "generate" else ran(built, given)
+                    )
+        if "forward" in found:
+            Close(1e-2)(value(found["forward"][0])[0], logits, "forward: logits of row 0")
+        if "generate" in found:
+            came = found["generate"].tolist()
+            assert came == wanted, f"generate: {came} came, {wanted} was wanted"
+        found.clear()
+        return seen.alive_after_collection()
 
-        if call == "forward":
-            Close(1e-2)(value(found[0])[0], logits, "forward: logits of row 0")
-        elif call == "generate":
-            assert found.tolist() == wanted, f"generate: {found.tolist()} came, {wanted} was wanted"
-        del found
-        left = seen.alive_after_collection()
-        assert not left, f"{call}: {left} bytes of what it made are alive after its result is gone; what keeps them?"
+    calls = ("generate", "a refused merge", "forward")
+    if left(*calls):
+        for call in calls:
+            alive = left(call)
+            assert not alive, f"{call}: {alive} bytes of what it made are alive after its result is gone"
+        raise AssertionError(f"{', '.join(calls)}: bytes of what they made are alive after their results are gone")

@@ -57,6 +57,12 @@ def test_labels_stand_at_their_tokens(subject: Subject, rng: torch.Generator) ->
         assert labels.dtype == torch.int64, f"{what}: {labels.dtype} came, torch.int64 was wanted"
         for number, (row, right) in enumerate(zip(labels.tolist(), wanted, strict=True)):
             assert row == right, f"{what}: row {number}: {row} came, {right} was wanted\n{label_slip(row, number)}"
+    built = build(subject, rng, placeholder=4)
+    labels = is_tensor(merged(built, batch(rng, [[9, 4, 5, 6]], None, [[4, 4, 5, 4]], 4)).labels, "merge: labels")
+    assert labels.tolist() == [[4, X, X, X, 5, 4]], (
+        f"merge([[9, 4, 5, 6]]), image_token_id 4, labels 4 4 5 4: labels {labels.tolist()} came, "
+        f"{[[4, X, X, X, 5, 4]]} was wanted\nthe id says what is an image, not the label"
+    )
 
 
 def label_slip(row: list[int], number: int) -> str:
@@ -167,8 +173,11 @@ def check_loss(close: Close, built: Built, given: Batch, what: str, backward: bo
 
 @requirement("8.4")
 def test_loss_and_gradients(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """The mean over all labels that count, and its gradients for tower, projector, decoder and images."""
+    """The mean over all labels that count, and its gradients for tower, projector, decoder and images; the tower is in
+    eval while the model trains, which turns no gradient off.
+    """
     built = build(subject, rng)
+    built.tower.eval()
     given = batch(rng, IDS, MASK, LABELS)
     given.images = is_tensor(given.images, "").requires_grad_()
 

@@ -175,6 +175,10 @@ def test_masks_of_any_dtype(subject: Subject, close: Close, rng: torch.Generator
 
         with also(spelled, built, given, found.inputs_embeds):
             close(found.inputs_embeds, expected, f"{what}: inputs_embeds")
+    ids = torch.randint(VOCABULARY, (1, 300), generator=rng)
+    found = merged(built, Batch(ids, mask=torch.ones_like(ids, dtype=torch.uint8)))
+    what = "merge, a row of 300 ids and a mask in torch.uint8: inputs_embeds"
+    close(found.inputs_embeds, built.decoder.embed.weight[ids], what, hint="uint8 counts to 255; count in int64")
 
 
 @requirement("8.3")
@@ -212,29 +216,33 @@ def test_counts_that_differ_are_refused(subject: Subject, rng: torch.Generator) 
         refuses(ValueError, partial(built.model.merge, ids, images, mask), what, visible, count or 0)
 
         assert not built.tower.seen and not built.decoder.seen, f"{what}: the tower runs before the ValueError"
+    call = partial(build(subject, rng, placeholder=4).model.merge, torch.tensor([[9, 4, 4]]), pictures(rng, 0))
+    refuses(ValueError, call, "merge with 2 visible placeholders, image_token_id 4, and images [0, C, H, W]", 2, 0)
 
 
 @requirement("8.3")
 def test_gradients_through_merge(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Tower, projector, embedding and images get the gradients of what merge gives."""
-    built = build(subject, rng)
-    given = batch(rng, [[9, P, 9, P], [P, 1, 2, P]])
-    given.images = is_tensor(given.images, "").requires_grad_()
-    with torch.enable_grad():
-        expected = expect(built, given, run=False, gradients=True)
-        torch.stack(expected.embeds).square().sum().backward()
+    """Tower, projector, embedding and images get the gradients of what merge gives; images by a frozen tower too."""
+    for kind in ("", ", a tower frozen by hand"):
+        built = build(subject, rng)
+        built.tower.requires_grad_(not kind)
+        given = batch(rng, [[9, P, 9, P], [P, 1, 2, P]])
+        given.images = is_tensor(given.images, "").requires_grad_()
+        with torch.enable_grad():
+            expected = expect(built, given, run=False, gradients=True)
+            torch.stack(expected.embeds).square().sum().backward()
 
-        found = merged(built, given)
-        assert found.inputs_embeds.requires_grad, "merge: inputs_embeds carries no gradient"
-        found.inputs_embeds.square().sum().backward()
+            found = merged(built, given)
+            assert found.inputs_embeds.requires_grad, f"merge{kind}: inputs_embeds carries no gradient"
+            found.inputs_embeds.square().sum().backward()
 
-    for name, parameter in built.parameters().items():
-        wanted = expected.weights[name].grad
-        if wanted is not None:
-            hint = "is something detached, or in no_grad?"
-            close(parameter.grad, wanted, f"merge, backward: gradient of {name}", hint=hint)
-    wanted = is_tensor(is_tensor(expected.images, "").grad, "")
-    close(given.images.grad, wanted, "merge, backward: gradient of images")
+        for name, parameter in built.parameters().items():
+            wanted = expected.weights[name].grad
+            if wanted is not None and parameter.requires_grad:
+                hint = "is something detached, or in no_grad?"
+                close(parameter.grad, wanted, f"merge, backward{kind}: gradient of {name}", hint=hint)
+        wanted = is_tensor(is_tensor(expected.images, "").grad, "")
+        close(given.images.grad, wanted, f"merge, backward{kind}: gradient of images")
 
 
 @requirement("8.3")

@@ -163,6 +163,22 @@ def test_what_is_hidden_changes_nothing(subject: Subject, close: Close, rng: tor
 
 
 @requirement("8.5")
+def test_an_edited_mask_counts_at_once(subject: Subject, rng: torch.Generator) -> None:
+    """A mask of ones that is edited between two calls, by .data too, hides what it hides then."""
+    built = build(subject, rng)
+    given = batch(rng, [[9, P, 5], [4, 6, 2]], [[1, 1, 1], [1, 1, 1]])
+    merged(built, given)
+    is_tensor(given.mask, "").data[1, 0] = 0
+
+    came = is_tensor(merged(built, given).attention_mask, "merge: attention_mask").sum(dim=1).tolist()
+
+    assert came == [5, 2], (
+        f"merge after an edit of attention_mask.data: {came} tokens are visible, [5, 2] were wanted\nis something "
+        "kept from the call before?"
+    )
+
+
+@requirement("8.5")
 def test_rows_of_one_token(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A batch of rows with one token each, wherever it stands, gives logits [B, 1, V]."""
     built = build(subject, rng)

@@ -46,6 +46,9 @@ def test_what_a_stage_trains(subject: Subject, rng: torch.Generator, stages: tup
     built = build(subject, rng)
     for name, parameter in built.parameters().items():
         assert parameter.requires_grad, f"{told(())}: {name} does not ask for gradients; everything trains"
+    for parameter in (built.tower.shift, built.decoder.embed.weight):
+        parameter.grad = torch.ones_like(parameter)
+        parameter.requires_grad_(False)  # By hand, before any stage.
 
     for place in range(len(stages)):
         enter(built, stages[place])
@@ -150,9 +153,11 @@ def test_no_other_mode_changes(subject: Subject, rng: torch.Generator) -> None:
         parts = {"the model": built.model, "the projector": built.model.projector}
         if stage == 2:
             parts |= {"the decoder": built.decoder, "a layer of the decoder": built.decoder.layers[0]}
+        built.model.projector.train(not training)
+        modes = {name: part.training for name, part in parts.items()}
         built.model.set_stage(stage)
         for name, part in parts.items():
-            assert part.training is training, f"set_stage({stage}): {name}'s mode has changed"
+            assert part.training is modes[name], f"set_stage({stage}): {name}'s mode has changed"
         for mode in (True, False, True):
             built.model.train(mode)
             for name, part in parts.items():

@@ -21,6 +21,7 @@ from .reference import (
     Tower,
     build,
     continued,
+    ended,
     expect,
     padded,
     ran,
@@ -347,7 +348,7 @@ class Call:
         wanted = continued(self.built, given, steps)
         eos = None if place is None else int(wanted[-1, min(place, steps - 1)])
         if eos is not None:
-            wanted = continued(self.built, given, steps, eos)
+            wanted = ended(wanted, eos, self.built.pad)
         self.built.decoder.seen.clear()
         with self.inside():
             came = self.built.model.generate(given.ids, given.images, given.mask, steps, eos)
@@ -355,10 +356,11 @@ class Call:
         came = is_tensor(came, what)
         assert came.dtype == torch.int64, f"{what}: {came.dtype} came, torch.int64 was wanted"
         assert came.tolist() == wanted.tolist(), f"{what}: {came.tolist()} came, {wanted.tolist()} was wanted"
+        assert self.step["mode"] == "inference" or not came.is_inference(), f"{what}: an inference tensor came"
         self.counted("generate")
         if self.step["counts"]:
-            ended = [row.index(eos) + 1 if eos in row else steps for row in wanted.tolist()]
-            calls, rows, columns = max(ended), len(wanted), max(self.expected.lengths)
+            needed = [row.index(eos) + 1 if eos in row else steps for row in wanted.tolist()]
+            calls, rows, columns = max(needed), len(wanted), max(self.expected.lengths)
             seen = [call.shape[:2] for call in self.built.decoder.seen]
             assert len(seen) <= calls, f"{what}: the decoder is called {len(seen)} times, {calls} are needed"
             fed = sum(one * length for one, length in seen)

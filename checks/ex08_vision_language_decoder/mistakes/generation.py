@@ -61,7 +61,11 @@ MISTAKES = [
         "generation_from_padding",
         "8.7",
         "first token read",
-        (MERGE, MERGE.replace(', padding_side="left"', "")),
+        (
+            MERGE,
+            MERGE.replace(', padding_side="left"', "")
+            + "        positions = torch.ones_like(positions).cumsum(dim=1) - 1\n",
+        ),
         (POSITIONS, "            positions = mask.sum(dim=1, keepdim=True) - 1\n"),
     ),
     Mistake(
@@ -413,5 +417,38 @@ MISTAKES = [
             '            self._refused = [is_image]\n            raise ValueError(f"{wanted}',
         ),
         only=True,
+    ),
+    Mistake(
+        "gradients_on_inside",
+        "8.7",
+        "gradients are on while",
+        (MERGE, "        torch.set_grad_enabled(True)\n" + MERGE),
+    ),
+    Mistake(
+        "inference_tensor_of_text",
+        "8.7",
+        "an inference tensor came",
+        (
+            RETURN,
+            "        with torch.inference_mode(images is None or torch.is_inference_mode_enabled()):\n"
+            "            return new.clone()\n",
+        ),
+    ),
+    Mistake(
+        "generated_pad_hidden",
+        "8.7",
+        "are visible",
+        (MASK, "            mask = torch.cat([mask, (best != (self.pad_token_id or -1))[:, None]], dim=1)\n"),
+    ),
+    Mistake(
+        "tower_per_256",
+        "8.8",
+        "520 images in a row",
+        (
+            TOWER,
+            """        images = images if first is None else images.to(first.dtype)
+        tokens = torch.cat([self.vision(some) for some in images.split(256)])
+""",
+        ),
     ),
 ]

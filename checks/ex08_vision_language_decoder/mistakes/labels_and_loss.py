@@ -5,6 +5,7 @@ from harness.model.bank import Mistake
 IS_IMAGE = "        is_image = visible & (input_ids == self.image_token_id)  # [B, L]\n"
 LEARNT = "            learnt = labels.flatten()[source].masked_fill(from_image, IGNORED)  # [N]\n"
 LABELS = "            labels = labels.new_full(mask.shape, IGNORED).masked_scatter(mask, learnt)  # [B, S]\n"
+TOWER = "        tokens = self.vision(images if first is None else images.to(first.dtype))  # [M, T, vision_dim]\n"
 NO_LABELS = """        if merged.labels is None:
             return logits, None
 """
@@ -203,6 +204,27 @@ MISTAKES = [
                 "            embeds = embeds.detach()\n"
                 "        lengths = repeats.sum(dim=1, keepdim=True)  # [B, 1]\n"
             ),
+        ),
+    ),
+    Mistake(
+        "labels_of_the_placeholders_id_hidden",
+        "8.4",
+        "not the label",
+        (
+            LEARNT,
+            LEARNT.replace("(from_image,", "(from_image | (labels.flatten()[source] == self.image_token_id),"),
+        ),
+    ),
+    Mistake(
+        "towers_in_eval_in_no_grad",
+        "8.4",
+        "gets no gradient",
+        (
+            TOWER,
+            """        trains = self.vision.training or not self.training
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+    """
+            + TOWER,
         ),
     ),
 ]

@@ -18,6 +18,7 @@ RETURN = "        return Merged(inputs_embeds, mask, (mask.cumsum(dim=1) - 1).cl
 PROJECT = "        return self.fc2(F.gelu(self.fc1(tokens)))  # [..., d_model]\n"
 GELU = "F.gelu(self.fc1(tokens))"
 TOWER = "        tokens = self.vision(images if first is None else images.to(first.dtype))  # [M, T, vision_dim]\n"
+LENGTHS = "        lengths = repeats.sum(dim=1, keepdim=True)  # [B, 1]\n"
 LONGEST = "        longest = int(lengths.max())\n"
 
 MISTAKES = [
@@ -391,5 +392,41 @@ MISTAKES = [
     ),
     Mistake(
         "scaled_embeddings", "8.3", "was wanted", (EMBEDS, EMBEDS.replace("  # [N, D]", " * self.decoder.d_model**0.5"))
+    ),
+    Mistake(
+        "no_images_no_placeholders",
+        "8.3",
+        "2 visible placeholders",
+        (
+            IS_IMAGE,
+            IS_IMAGE
+            + """        if images is not None and not len(images) and self.image_token_id >= 0:
+            is_image = torch.zeros_like(visible)
+""",
+        ),
+    ),
+    Mistake(
+        "counted_in_the_masks_dtype",
+        "8.3",
+        "count in int64",
+        (
+            LENGTHS,
+            """        bits = attention_mask is None or attention_mask.dtype == torch.bool
+        kind = torch.int64 if attention_mask is None or bits else attention_mask.dtype
+        lengths = repeats.sum(dim=1, keepdim=True, dtype=kind)
+""",
+        ),
+    ),
+    Mistake(
+        "frozen_towers_in_no_grad",
+        "8.3",
+        "gradient of images",
+        (
+            TOWER,
+            """        trains = any(parameter.requires_grad for parameter in self.vision.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+    """
+            + TOWER,
+        ),
     ),
 ]

@@ -216,4 +216,21 @@ MISTAKES = [
             ),
         ),
     ),
+    Mistake(
+        "masks_of_ones_remembered",
+        "8.5",
+        "kept from the call before",
+        (
+            VISIBLE,
+            """        if attention_mask is None:
+            visible = torch.ones_like(input_ids, dtype=torch.bool)
+        else:
+            version = 0 if attention_mask.is_inference() else attention_mask._version
+            key = (attention_mask.data_ptr(), attention_mask.shape, attention_mask.stride(), version)
+            full = getattr(self, "_full", None) == key
+            visible = torch.ones_like(input_ids, dtype=torch.bool) if full else attention_mask != 0
+            self._full = key if bool(visible.all()) else None
+""",
+        ),
+    ),
 ]

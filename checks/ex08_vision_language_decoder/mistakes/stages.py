@@ -248,4 +248,24 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "mixed_modes_undone",
+        "8.6",
+        "the projector's mode has changed",
+        (STAGED, STAGED.replace("self.vision.eval()", "self.train(self.training)")),
+    ),
+    Mistake(
+        "old_gradients_of_what_was_frozen_by_hand",
+        "8.6",
+        "old gradient",
+        (
+            PARTS + FREEZE + LET_GO,
+            PARTS
+            + """            for parameter in part.parameters():
+                if parameter.requires_grad != trains:
+                    parameter.requires_grad_(trains)
+                    parameter.grad = None
+""",
+        ),
+    ),
 ]
