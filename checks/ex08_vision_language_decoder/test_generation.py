@@ -74,7 +74,7 @@ def generation_slip(built: Built, given: Batch, lengths: list[int], came: Tensor
 def test_generation_equals_running_all_again(subject: Subject, rng: torch.Generator, absolute: bool) -> None:
     """Each new token is the best one after the whole row so far, for padding on any side."""
     built = build(subject, rng, absolute=absolute, scale=1.0)
-    given, steps = batch(rng, *PADDING["mixed"]), 5 if absolute else 3
+    given, steps = batch(rng, *PADDING["mixed"]), 4 if absolute else 3
     wanted = continued(built, given, steps)
     assert len(wanted.unique()) > 1, "the check's own set-up is not one token again and again"
 
@@ -241,7 +241,7 @@ def test_the_tower_is_called_once(subject: Subject, rng: torch.Generator) -> Non
 
             if call == "generate":
                 came = new_tokens(built, given, what, max_new_tokens=1).tolist()
-                wanted = continued(built, given, 1).tolist()
+                wanted = [[int(row[-1].argmax())] for row in expected.logits]
                 assert came == wanted, f"{what}: {came} came, {wanted} was wanted"
             else:
                 found = merged(built, given).inputs_embeds if call == "merge" else ran(built, given)[0]
@@ -253,9 +253,9 @@ def test_the_tower_is_called_once(subject: Subject, rng: torch.Generator) -> Non
                 f"{what}: the tower is called with {seen} images, {[count] if count else 'not at all'} was wanted"
             )
     many = Batch(torch.full((1, 520), P), pictures(rng, 520))
-    wanted = image_tokens(built, built.weights(), is_tensor(many.images, "")).flatten(0, 1)
+    tokens = image_tokens(built, built.weights(), is_tensor(many.images, "")).flatten(0, 1)
     built.tower.seen.clear()
-    close(merged(built, many).inputs_embeds[0], wanted, "merge with 520 images in a row: inputs_embeds")
+    close(merged(built, many).inputs_embeds[0], tokens, "merge with 520 images in a row: inputs_embeds")
     calls = [shape[0] for shape, _ in built.tower.seen]
     assert calls == [520], f"merge with 520 images in a row: the tower is called with {calls} images, [520] was wanted"
 

@@ -405,4 +405,4 @@ class Call:
             assert count == 0, f"{told}: the tower's buffers are written to, {count} times"
 
 
-test_calls_in_any_order = walk_check(Calls(), 14)
+test_calls_in_any_order = walk_check(Calls(), 12)

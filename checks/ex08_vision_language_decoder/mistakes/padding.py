@@ -74,7 +74,7 @@ MISTAKES = [
         "positions_of_int32",
         "8.5",
         "torch.int32 came",
-        (RETURN, RETURN.replace("- 1,", "- 1).int(),").replace("mask.cumsum", "(mask.cumsum")),
+        (RETURN, RETURN.replace(".clamp(min=0)", ".clamp(min=0).int()")),
         only=True,
     ),
     Mistake(

@@ -180,7 +180,7 @@ MISTAKES = [
     Mistake(
         "stage_of_the_class",
         "8.6",
-        "another model",
+        "stage",
         ("        self._staged = True\n", "        type(self)._staged = True\n"),
         (INIT, ""),
         ("    def _image_tokens(", "    _staged = False\n\n    def _image_tokens("),
