@@ -1,0 +1,1 @@
+"""What judges ex08, Vision tokens in a language decoder."""
