@@ -248,7 +248,7 @@ MISTAKES = [
                 "        tokens = torch.cat([self.vision(one[None].to(kind)) for one in images])\n"
             ),
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "tower_per_two",
@@ -261,7 +261,7 @@ MISTAKES = [
                 "        tokens = torch.cat([self.vision(some.to(kind)) for some in images.split(2)])\n"
             ),
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "tower_without_images",
@@ -295,7 +295,7 @@ MISTAKES = [
         "8.8",
         "forward with 3 images",
         (FORWARD, "        self.merge(input_ids, images, attention_mask)\n" + FORWARD),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "tower_at_each_token",
@@ -305,7 +305,7 @@ MISTAKES = [
             BEST,
             BEST + "            if images is not None and len(images):\n                self._image_tokens(images)\n",
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "no_cache",
@@ -363,7 +363,7 @@ MISTAKES = [
         "8.8",
         "times, at most",
         ("                if not running.any():\n                    break\n", ""),
-        only=True,
+        wasteful=True,
     ),
     Mistake(
         "ends_a_call_late",
@@ -381,7 +381,7 @@ MISTAKES = [
                 "                running = running & (best != eos_token_id)\n"
             ),
         ),
-        only=True,
+        wasteful=True,
     ),
     Mistake("stops_at_the_first_row", "8.7", "was wanted", ("if not running.any():", "if not running[0]:")),
     Mistake(
@@ -406,8 +406,8 @@ MISTAKES = [
         (RUNNING, RUNNING + "        self.decoder(embeds, mask, positions)\n"),
     ),
     Mistake("cache_kept", "8.8", "generate: ", (RETURN, "        self._cache = cache\n" + RETURN), only=True),
-    Mistake("image_tokens_kept", "8.8", "alive", (TOKENS, TOKENS + "        self._tokens = [tokens]\n"), only=True),
-    Mistake("logits_kept", "8.8", "forward: ", (LOGITS, LOGITS + "        self._logits = [logits]\n"), only=True),
+    Mistake("image_tokens_kept", "8.8", "alive", (TOKENS, TOKENS + "        self._tokens = [tokens]\n"), wasteful=True),
+    Mistake("logits_kept", "8.8", "forward: ", (LOGITS, LOGITS + "        self._logits = [logits]\n"), wasteful=True),
     Mistake(
         "mask_kept_when_refused",
         "8.8",
