@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, help, option in (
         ("bank", "every mistake and variant through every check", "--only"),
-        ("bank-quick", "most mistakes through the checks of the requirement that they name", "--only"),
+        ("bank-quick", "some mistakes through the checks of the requirement that they name", "--only"),
         ("patterns", "how each mistake fails, for what the board says of a file that fails alike", "--only"),
         ("new", "begin an exercise", "--name"),
         ("check-exercise", "say what an exercise lacks", ""),

@@ -56,7 +56,7 @@ def test_broken_submissions_lose_their_own_points_only(workspace: Workspace) -> 
     begin = time.monotonic()
     found = graded(workspace, "SUBMISSION=student")
 
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 150
     reasons = {one["id"]: (one["state"], one["score"], one["reason"]) for one in found["exercises"]}
     assert reasons["ex01"] == ("does not import", 0, "did not load within 10 s"), reasons
     assert reasons["ex06"][1] == 0, found["exercises"][-1]
