@@ -74,7 +74,7 @@ def test_a_whole_interview(bare: Workspace) -> None:
     for part in (
         "- readable: 1 of 1 requirements",
         "Judged when you push: this copy has no answers to run it on.\n",
-        ": a new tensor\n",
+        ": a new tensor …\n",
         "- **what no check looks at**\n  ```\n  - strings\n  ```\n",
         "## Your notes\n\n- twice is a sum\n",
         "2. When does it overflow?\n\n   _your answer:_\n",
