@@ -1,6 +1,5 @@
 """Shows a hint on the requirement at hand: a question, then the idea, then the idea with numbers, one per attempt."""
 
-import hashlib
 import re
 
 from harness.commands import history
@@ -11,7 +10,7 @@ from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict, verdict_of
 from harness.model.submission import LoadError, read
 from harness.practice.interview import clock
-from harness.practice.sessions import sessions
+from harness.practice.sessions import digest, sessions
 from harness.report import terminal
 
 WANTED = 3
@@ -55,11 +54,6 @@ def all_hints(exercise: Exercise) -> dict[str, tuple[str, ...]]:
     _, *sections = _SECTION.split(exercise.hints_file.read_text(encoding="utf-8"))
     of = zip(sections[::2], sections[1::2], strict=True)
     return {number: tuple(" ".join(hint.split()) for hint in _HINT.split(text)[1:]) for number, text in of}
-
-
-def digest(text: str) -> str:
-    """Tells one attempt from another."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _text(exercise: Exercise) -> str:
