@@ -60,8 +60,8 @@ answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
 	@$(RUN) -m harness answer --ex '$(EX)' $(if $(FORCE),--force)
 
 .PHONY: bench
-bench: .venv/bench ## measure your code beside the answer and others: make bench EX=3 [FULL=1]
-	@$(RUN) -m harness bench --ex '$(EX)' $(if $(FULL),--full)
+bench: $(if $(EX),.venv/bench) ## measure your code beside the answer and others: make bench EX=3 [FULL=1]
+	@$(if $(EX),,echo 'make bench wants one exercise, as in: make bench EX=1'; exit 2;) $(RUN) -m harness bench --ex '$(EX)' $(if $(FULL),--full)
 
 .PHONY: demo
 demo: .venv/demo ## let a language model write with your code: make demo EX=9 [PROMPT="Once"] [MODEL=folder]

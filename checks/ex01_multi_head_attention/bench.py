@@ -11,6 +11,9 @@ from harness.testing import Case, Run, Series
 
 X = "length of the sequence"
 REFERENCE = "nn.MultiheadAttention"
+CAPTION = "4 rows, d_model 256, 8 heads"
+SECONDS = 20
+HIGHER_IS_BETTER = ()
 BATCH, WIDTH, HEADS = 4, 256, 8
 LENGTHS = (64, 128, 256, 512, 1024)
 

@@ -10,6 +10,9 @@ from harness.testing import Case, Run, Series
 
 X = "position"
 REFERENCE = "sinusoidal"
+CAPTION = "8 heads of 64 dimensions"
+SECONDS = 10
+HIGHER_IS_BETTER = ()
 DIM, DISTANCE = 64, 16
 POSITIONS = (16, 64, 256, 1024, 4096)
 DRIFT = f"score of two tokens {DISTANCE} apart"
@@ -19,14 +22,14 @@ def cases(modules: Mapping[str, ModuleType]) -> Iterable[Case]:
     """The change of one score as both tokens move, RoPE against what is added; and the time for all positions."""
     query, key = torch.randn(2, DIM, generator=torch.Generator().manual_seed(0))
     for position in POSITIONS:
-        runs = {f"RoPE ({name})": _turned(module, query, key, position) for name, module in modules.items()}
+        runs = {name: _turned(module, query, key, position) for name, module in modules.items()}
         if modules:
             runs[REFERENCE] = _added(list(modules.values())[-1], query, key, position)
         yield Case(DRIFT, position, runs, timed=False)
     for length in POSITIONS:
         x = torch.randn(1, 8, length, DIM)
         ropes = {name: module.RotaryPositionEmbedding(DIM, length) for name, module in modules.items()}
-        yield Case("turning all positions", length, {f"RoPE ({name})": _turn(r, x) for name, r in ropes.items()})
+        yield Case("turning all positions", length, {name: _turn(r, x) for name, r in ropes.items()})
 
 
 def conclude(measured: Sequence[Series]) -> Iterable[str]:

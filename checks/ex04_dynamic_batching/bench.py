@@ -16,6 +16,9 @@ from harness.testing import Case, Run, Series
 
 X = "load"
 REFERENCE = "one by one"
+CAPTION = "48 requests, a batch of at most 8, the given Decoder on one thread"
+SECONDS = 30
+HIGHER_IS_BETTER = ("requests per second", "tokens per second")
 REQUESTS, RATES = 48, (0.5, 2.0, 8.0)
 WAITING = (3, 12, 48)
 ARRIVING, AT_ONCE = "arriving", "waiting at once"

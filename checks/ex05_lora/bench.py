@@ -14,6 +14,9 @@ from harness.testing import Case, Series, describe
 
 X = "d_model"
 REFERENCE = "full"
+CAPTION = "4 rows of 64 tokens, 4 layers, AdamW; rank 8 on q_proj and v_proj"
+SECONDS = 20
+HIGHER_IS_BETTER = ()
 WIDTHS = (128, 256, 512)
 PANEL = "a training step"
 TARGETS = ["q_proj", "v_proj"]

@@ -12,6 +12,9 @@ from harness.testing import Case, Run, Series
 
 X = "pairs N"
 REFERENCE = "plain"
+CAPTION = "256 features, chunks of 512"
+SECONDS = 22
+HIGHER_IS_BETTER = ()
 PANEL = "forward and backward"
 E, CHUNK = 256, 512
 COUNTS = (512, 1024, 2048, 4096, 8192)

@@ -12,6 +12,9 @@ from harness.testing import Case, Series
 
 X = "rows"
 REFERENCE = "all again"
+CAPTION = "64 new tokens after an image of 64 tokens and 8 ids, width 256, 4 layers"
+SECONDS = 16
+HIGHER_IS_BETTER = ("tokens per second",)
 PANEL = "generation"
 ROWS = (1, 4, 16)
 NEW, TEXT, VOCABULARY, WIDTH = 64, 8, 512, 256

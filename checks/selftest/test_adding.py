@@ -56,10 +56,10 @@ def test_it_is_measured(grown: Workspace) -> None:
 
     assert done.returncode == 0, done.stdout
     assert "yours is left out: doubling, 8: NotImplementedError: TODO 42.1" in done.stdout
-    assert "doubling: peak bytes" in done.stdout and "{8: 16.0, 16: 32.0}" in done.stdout, done.stdout
+    assert "peak memory, MB" in done.stdout and "{8: 16.0, 16: 32.0}" in done.stdout, done.stdout
     assert "picture: build/bench/ex42.png" in done.stdout
     assert (grown.top / "build" / "bench" / "ex42.png").read_bytes().startswith(b"\x89PNG")
-    assert "make bench wants one exercise" in grown.make("bench").stdout
+    assert "make bench wants one exercise, as in: make bench EX=1\n" in grown.make("bench").stdout
 
 
 def test_it_is_tested(grown: Workspace) -> None:

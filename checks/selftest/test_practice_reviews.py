@@ -63,7 +63,7 @@ def test_what_differs_is_said() -> None:
     alike = Series("forward", "seconds", {"before": {8: 1.0}, "after": {8: 0.95}})
 
     assert list(measuring.differences([series, alike])) == [
-        "forward, peak bytes at 8: 4.00 MB before, 1.00 MB after, 1.00 MB the answer"
+        "forward, peak bytes at 8: 4 MB before, 1 MB after, 1 MB the answer"
     ]
 
 
@@ -73,7 +73,7 @@ def test_what_takes_long_is_not_run_at_larger_places(
     monkeypatch.setattr(measuring, "LONGEST_SECONDS", 0.0)
     cases = [Case("forward", x, {"before": lambda: None}) for x in (2.0, 1.0)]
 
-    measured = measure(measuring.bounded(cases), console())
+    measured = measure(measuring.bounded(cases), console()).series
 
     assert [set(one.values["before"]) for one in measured] == [{1.0}]
     assert "before is left out: forward, 2: TimeoutError: it takes 0.0 s at 1\n" in capsys.readouterr().out

@@ -1,29 +1,30 @@
 """Measures an exercise's code beside its answer and the baselines that its bench names: a table and a picture.
 
-`bench.py` in the exercise's folder says what is measured: X (what the axis counts), REFERENCE (the contestant that
-ratios are taken against), `cases(modules)` and, where there is something to conclude, `conclude(measured)`.
+`bench.py` in the exercise's folder says what is measured (`harness.testing.bench.Bench`): `cases(modules)` and, where
+there is something to conclude, `conclude(measured)`.
 """
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import cast
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from harness.commands import figures
 from harness.commands.request import one_exercise
 from harness.model import bank
 from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import BUILD, module_from, shown
 from harness.model.submission import LoadError
-from harness.report import terminal
-from harness.report.charts import draw
-from harness.testing.bench import Bench, Case, Series, measure
+from harness.report import charts, terminal
+from harness.testing.bench import Bench, Case, Measured, measure
 from harness.testing.subject import execute, load, neutral_state
 
 _THREADS = torch.get_num_threads()
+_INTERRUPTED = 130
 
 
 def run(ex: str, *, full: bool = False) -> int:
@@ -37,27 +38,42 @@ def run(ex: str, *, full: bool = False) -> int:
     bench = bench_of(exercise)
     cases = list(bench.cases(contestants(exercise, out)))
     chosen = [case for case in cases if full or not case.long]
+    minutes = "some minutes" if len(chosen) > sum(not case.long for case in cases) else f"about {bench.SECONDS} s"
+    out.print(f"measuring; it takes {minutes}, Ctrl-C ends it with what is there", soft_wrap=True)
     measured = shown_beside(chosen, bench, out)
-    for sentence in bench.conclude(measured):
-        out.print(sentence, markup=False, soft_wrap=True)
+    if measured.done == measured.asked:
+        for sentence in bench.conclude(measured.series):
+            out.print(sentence, markup=False, soft_wrap=True)
     if len(chosen) < len(cases):
         left = f"{len(cases) - len(chosen)} of {len(cases)} cases, which take minutes, are left out"
         out.print(f"{left}: make bench EX={exercise.number} FULL=1 measures them too", soft_wrap=True)
     drawn(BUILD / "bench" / f"{exercise.id}.png", exercise.title, bench, measured, out)
-    return 0
+    return 0 if measured.done == measured.asked else _INTERRUPTED
 
 
-def shown_beside(cases: Sequence[Case], bench: Bench, out: Console) -> list[Series]:
-    """Measures cases and prints the tables."""
+def shown_beside(cases: Sequence[Case], bench: Bench, out: Console) -> Measured:
+    """Measures cases, prints the tables, and says how the learner's code compares."""
     measured = measure(cases, out)
-    for table in tables(measured, bench.X, bench.REFERENCE):
+    for table in figures.tables(measured.series, bench):
         out.print(table)
+    if measured.series:
+        out.print()
+        out.print(figures.legend(bench), markup=False, soft_wrap=True)
+    if measured.done < measured.asked:
+        out.print(f"{measured.done} of {measured.asked} cases were measured")
+    if measured.busy:
+        out.print("the machine was busy with other work: times above are not to be compared", style="yellow")
+    for sentence in figures.yours(measured.series, bench):
+        out.print(sentence, markup=False, soft_wrap=True)
     return measured
 
 
-def drawn(path: Path, title: str, bench: Bench, measured: Sequence[Series], out: Console) -> None:
+def drawn(path: Path, title: str, bench: Bench, measured: Measured, out: Console) -> None:
     """Draws the picture, and says where it is."""
-    draw(path, title, bench.X, [(f"{one.panel}: {one.metric}", one.values) for one in measured])
+    if not measured.series:
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    charts.draw(path, title, bench.X, figures.panels(measured.series), f"{bench.CAPTION}; {device}")
     out.print(f"picture: {shown(path)}", markup=False)
 
 
@@ -91,23 +107,3 @@ def settle() -> None:
     """Sets back what contestants did to torch when they were loaded, and lets them use all threads."""
     neutral_state()
     torch.set_num_threads(_THREADS)
-
-
-def tables(measured: Sequence[Series], x: str, reference: str) -> Iterable[Table]:
-    """A table per series; in brackets, the ratio to the reference."""
-    for one in measured:
-        table = Table(x, *one.values, title=f"{one.panel}: {one.metric}", title_justify="left")
-        for place in sorted({place for values in one.values.values() for place in values}):
-            base = one.values.get(reference, {}).get(place)
-            table.add_row(f"{place:g}", *(cell(one.metric, values.get(place), base) for values in one.values.values()))
-        yield table
-
-
-def cell(metric: str, value: float | None, base: float | None) -> str:
-    """A value in its unit; in brackets, its ratio to `base`, where there is one."""
-    if value is None:
-        return ""
-    ratio = f" ({value / base:.2f})" if base else ""
-    if metric == "seconds":
-        return f"{value * 1e3:.2f} ms{ratio}"
-    return f"{value / 1e6:.2f} MB{ratio}" if metric.endswith("bytes") else f"{value:.4g}{ratio}"

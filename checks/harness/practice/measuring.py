@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from harness.commands.bench import bench_of, cell, drawn, settle, shown_beside
+from harness.commands.bench import bench_of, drawn, settle, shown_beside
+from harness.commands.figures import said
 from harness.model.exercise import UsageError
 from harness.model.paths import BUILD, write_whole
 from harness.model.submission import LoadError, read
@@ -36,11 +37,12 @@ def figures(session: Session, before: str, out: Console) -> list[str]:
         except LoadError as error:
             out.print(f"{name} is left out: {error.fact}", markup=False, soft_wrap=True)
     settle()
-    out.print("measuring; it takes a minute or two", soft_wrap=True)
+    out.print(f"measuring; it takes about {2 * bench.SECONDS} s, Ctrl-C ends it with what is there", soft_wrap=True)
     measured = shown_beside(bounded(case for case in bench.cases(modules) if not case.long), bench, out)
     picture = session.folder / "before-and-after.png"
     drawn(picture, f"{exercise.title}: before and after", bench, measured, out)
-    return list(differences(measured)) or ["the bench shows no difference: what was wasteful costs little at its sizes"]
+    none = "the bench shows no difference: what was wasteful costs little at its sizes"
+    return list(differences(measured.series)) or [none]
 
 
 def bounded(cases: Iterable[Case]) -> list[Case]:
@@ -74,6 +76,6 @@ def differences(measured: Sequence[Series]) -> Iterator[str]:
         place = max(before.keys() & after.keys(), default=None)
         if place is None or abs(before[place] - after[place]) <= _NOTABLE * abs(before[place]):
             continue
-        values = (cell(one.metric, values.get(place), None) for values in (before, after, answer))
-        was, now, ideal = values
-        yield f"{one.panel}, {one.metric} at {place:g}: {was} before, {now} after, {ideal} the answer"
+        was, now = (said(one.metric, values[place]) for values in (before, after))
+        ideal = f", {said(one.metric, answer[place])} the answer" if place in answer else ""
+        yield f"{one.panel}, {one.metric} at {place:g}: {was} before, {now} after{ideal}"

@@ -1,8 +1,10 @@
 """Measures contestants side by side: seconds, bytes, and what their runs return."""
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
@@ -11,14 +13,15 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from harness.model.paths import TOP
 from harness.model.submission import describe
+from harness.sandbox.processes import waited
 from harness.testing.trace import Trace
 
 Run = Callable[[], Mapping[str, float] | None]
 ROUNDS = 7
 LONGEST_SECONDS = 3.0
-FOLDER = TOP / "build" / "bench"
+# What a machine with other work shows: it lets this process wait, or its figures are far apart.
+_WAITED, _APART = 0.1, 0.15
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,32 @@ class Case:
 
 @dataclass
 class Series:
-    """One metric of one panel: a value per contestant and place."""
+    """One metric of one panel: a median per contestant and place, and by how much of it half the figures differ."""
 
     panel: str
     metric: str
     values: dict[str, dict[float, float]] = field(default_factory=dict)
+    spreads: dict[str, dict[float, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Measured:
+    """What was measured, how much of what was asked for, and whether the machine had other work meanwhile."""
+
+    series: list[Series]
+    done: int
+    asked: int
+    busy: bool
 
 
 class Bench(Protocol):
     """What an exercise's bench.py defines."""
 
-    X: str
-    REFERENCE: str
+    X: str  # what the axis counts
+    REFERENCE: str  # the contestant that ratios are taken against
+    CAPTION: str  # what all cases share: sizes
+    SECONDS: int  # how long it takes on two idle cores, without the long cases
+    HIGHER_IS_BETTER: Sequence[str]  # of its metrics; of seconds, bytes and all others, lower is
 
     def cases(self, modules: Mapping[str, ModuleType]) -> Iterable[Case]:
         """The cases; `modules` holds "yours", where it runs, and "answer"."""
@@ -64,33 +81,58 @@ class Bench(Protocol):
         """Sentences that compare what was measured with what is claimed."""
 
 
-def measure(cases: Sequence[Case], out: Console) -> list[Series]:
+def measure(cases: Sequence[Case], out: Console) -> Measured:
     """Runs all cases: a warm-up each, then rounds in which the contestants take turns; the medians.
 
-    A contestant that raises is left out of its case; its first error is printed.
+    A contestant that raises is left out of its case; its first error is printed. Ctrl-C ends it with what is there.
     """
     series: dict[tuple[str, str], Series] = {}
     troubles: dict[str, str] = {}
-
-    def note(case: Case, metric: str, contestant: str, value: float) -> None:
-        one = series.setdefault((case.panel, metric), Series(case.panel, metric))
-        one.values.setdefault(contestant, {})[case.x] = value
-
-    with Progress(console=out, transient=True) as progress:
-        bar = progress.add_task("measuring", total=len(cases))
-        for case in cases:
-            progress.update(bar, description=f"{case.panel}, {case.x:g}")
-            for contestant, numbers in _rounds(case, troubles).items():
-                for metric, found in numbers.items():
-                    if metric == "seconds" and not case.timed:
-                        continue
-                    note(case, metric, contestant, statistics.median(found))
+    done = 0
+    begin, waits = time.monotonic(), waited(os.getpid())
+    try:
+        with _told(out, len(cases)) as tell:
+            for case in cases:
+                tell(case, done)
+                found = _rounds(case, troubles)
                 if case.memory:
-                    note(case, "peak bytes", contestant, peak_bytes(case.runs[contestant]))
-            progress.advance(bar)
+                    for contestant, numbers in found.items():
+                        numbers["peak bytes"] = [peak_bytes(case.runs[contestant])]
+                _note(series, case, found)
+                done += 1
+    except KeyboardInterrupt:
+        out.print("stopped")
     for contestant, trouble in troubles.items():
         out.print(f"{contestant} is left out: {trouble}", markup=False, soft_wrap=True)
-    return list(series.values())
+    spreads = [spread for one in series.values() for line in one.spreads.values() for spread in line.values() if spread]
+    share = (waited(os.getpid()) - waits) / (time.monotonic() - begin)
+    busy = share > _WAITED or (len(spreads) > 1 and statistics.median(spreads) > _APART)
+    return Measured(list(series.values()), done, len(cases), busy)
+
+
+@contextmanager
+def _told(out: Console, total: int) -> Iterator[Callable[[Case, int], None]]:
+    """Tells how far it is: a bar on a terminal, some lines in a log."""
+    if not out.is_terminal:
+        step = max(1, total // 4)
+        yield lambda case, done: out.print(f"{done} of {total} measured") if done and done % step == 0 else None
+        return
+    with Progress(console=out, transient=True) as progress:
+        bar = progress.add_task("measuring", total=total)
+        yield lambda case, done: progress.update(bar, completed=done, description=f"{case.panel}, {case.x:g}")
+
+
+def _note(series: dict[tuple[str, str], Series], case: Case, found: Mapping[str, Mapping[str, list[float]]]) -> None:
+    for contestant, numbers in found.items():
+        for metric, figures in numbers.items():
+            if metric == "seconds" and not case.timed:
+                continue
+            one = series.setdefault((case.panel, metric), Series(case.panel, metric))
+            median = statistics.median(figures)
+            one.values.setdefault(contestant, {})[case.x] = median
+            if len(figures) > 1 and median:
+                low, _, high = statistics.quantiles(figures, n=4, method="inclusive")
+                one.spreads.setdefault(contestant, {})[case.x] = abs((high - low) / 2 / median)
 
 
 def _rounds(case: Case, troubles: dict[str, str]) -> dict[str, dict[str, list[float]]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from harness.testing import Case, Series
 
 X, REFERENCE = "elements", "x + x"
+CAPTION, SECONDS, HIGHER_IS_BETTER = "float32", 1, ()
 
 
 def cases(modules: Mapping[str, ModuleType]) -> Iterator[Case]:
