@@ -11,6 +11,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Options (EX, ALL, SEED, … as `make help` shows them) are empty unless given, but for these.
 OUT ?= gradesheet.json
 SUBMISSION ?= exercises
+OPTIONS := EX ALL FULL FORCE OUT SUBMISSION DEVICE GITHUB FORGET_BANKS RESTORE PROMPT MODEL DRAFT SEED BUGS END MINUTES N \
+	NAME PYTHON TORCH_INDEX VENV
+SPACE := $(subst ,, )
+GIVEN := $(foreach one,$(subst \$(SPACE),_,$(MAKEOVERRIDES)),$(firstword $(subst =, ,$(one))))
+MISTYPED := $(if $(filter 0,$(MAKELEVEL)),$(firstword $(filter-out $(OPTIONS),$(GIVEN))))
+$(if $(MISTYPED),$(error $(MISTYPED): no such option; make help shows them, in capitals as in EX=1))
 
 export PYTHONPATH := $(CURDIR)/checks
 export PYTHONWARNINGS := ignore

@@ -13,6 +13,7 @@ import pytest
 
 from devtools.workspace import Workspace
 from harness.model.paths import TOP
+from harness.practice import sessions
 
 # Files whose tests wait much, or take long, are begun first: what runs beside them fills the gaps.
 FIRST = ("test_banks.py", "test_watch.py", "test_same_verdict.py", "test_adding.py", "test_gradesheet.py")
@@ -89,3 +90,10 @@ def judged() -> Iterator[Callable[..., dict[str, Any]]]:
     yield judge
     codes = [driver.close() for driver in drivers.values()]
     assert not any(codes), codes
+
+
+@pytest.fixture
+def practice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which sessions lie meanwhile."""
+    monkeypatch.setattr(sessions, "PRACTICE", tmp_path)
+    return tmp_path

@@ -71,6 +71,15 @@ def test_what_cannot_be_done_is_said_in_one_line(workspace: Workspace, arguments
     assert len(lines) == 1 and says in lines[0], done.stdout
 
 
+@pytest.mark.parametrize("option", ["ex=1", "BUG=2", "EXERCISE=1"])
+def test_a_mistyped_option_is_said(workspace: Workspace, option: str) -> None:
+    done = workspace.make("check", option, "PROMPT=Once x=y upon = a")
+
+    assert done.returncode == 2
+    said = f"{option.partition('=')[0]}: no such option; make help shows them, in capitals as in EX=1.  Stop.\n"
+    assert done.stdout.endswith(said) and done.stdout.count("\n") == 1, done.stdout
+
+
 def test_reset_keeps_every_attempt(workspace: Workspace) -> None:
     path = workspace.top / "exercises" / FILE
     starter = path.read_text()

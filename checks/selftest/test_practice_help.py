@@ -87,11 +87,11 @@ def test_attempts_are_listed_and_restored(small: Workspace) -> None:
     path.write_text("first\n")
     small.make("reset", "EX=42")
     listed = small.make("attempts", "EX=42").stdout
-    name = listed.splitlines()[1].split()[0]
+    number, name = listed.splitlines()[1].split()[:2]
     assert listed.split()[:4] == ["attempt", "last", "changed", "lines"], listed
-    assert f"one back: make attempts EX=42 RESTORE={name}; yours is kept first\n" in listed, listed
+    assert f"one back: make attempts EX=42 RESTORE={number}; yours is kept first\n" in listed, listed
 
-    back = small.make("attempts", "EX=42", f"RESTORE={name}").stdout
+    back = small.make("attempts", "EX=42", f"RESTORE={number}").stdout
     assert back == f"exercises/{FILE} is attempts/{name}.py again\n" and path.read_text() == "first\n", back
     assert "already" in small.make("attempts", "EX=42", f"RESTORE={name}").stdout
     path.write_text("second\n")

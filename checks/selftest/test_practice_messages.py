@@ -15,12 +15,7 @@ from harness.practice.planted import Change, Hunk
 
 EX05 = exercises()["ex05"]
 
-
-@pytest.fixture(autouse=True)
-def practice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which sessions lie meanwhile."""
-    monkeypatch.setattr(sessions, "PRACTICE", tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("practice")
 
 
 def test_a_bank_that_holds_nothing_to_practise_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,9 +74,32 @@ def test_what_a_given_up_hunt_tells(practice: Path) -> None:
 
     told = "\n".join(debug.report(session))
 
-    assert told.startswith("debug-ex05-7: 0 of 2 bugs found, 0 minutes\n1. line "), told
+    assert told.startswith("debug-ex05-7: 0 of 2 bugs found, under a minute\n1. line "), told
     assert ", changed, not mended: " in told and f"2. line {place}, not found: " in told, told
     assert f"   your note, line {place + 1}: it is this\n" in told and "on no bug" not in told, told
+
+
+def test_notes_are_read_as_people_write_them(practice: Path) -> None:
+    """On the nearest bug alone; what names no line is shown all the same."""
+    session = sessions.new("debug", EX05, "7", bugs=2)
+    first, second = debug.bugs(session)
+    sessions.begin(session, debug.first_text(session))
+    one, two = (planted.line_of(EX05, bug.hunks[0], [first, second]) for bug in (first, second))
+    written = [f"* L{one - 1}: a", f"lines {one}-{one + 2} b", f"- Line {two}, c", "- 1: d", "somewhere", "-"]
+    sessions.write(session.folder / "notes.md", debug._form(session) + "\n".join(written))
+
+    told = "\n".join(debug.report(session))
+
+    assert re.findall(r"your note, line (\d+: \w)\n", told) == [f"{one - 1}: a", f"{one}: b", f"{two}: c"], told
+    assert told.index(": b\n") < told.index("\n2. line ") < told.index(": c\n"), told
+    assert told.endswith("   on no bug: line 1: d\n   names no line: somewhere"), told
+    assert [debug._nearest(line, [[10], [12, 20]]) for line in (8, 10, 11, 12, 23, 24)] == [0, 0, 0, 1, 1, None]
+
+
+def test_what_shows_at_a_glance_is_not_planted() -> None:
+    assert planted.unremarkable("x = 1\n") and planted.unremarkable("def f():\n    return 1\n")
+    for text in ("def f():\n    y = 1\n", "import os\n", "f(\n"):
+        assert not planted.unremarkable(text)
 
 
 def test_changes_go_together_line_by_line() -> None:

@@ -8,22 +8,29 @@ from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict
 from harness.model.submission import LoadError, read
 from harness.practice import planted, sessions
-from harness.practice.opening import closed, opened, tell, verdict_now
+from harness.practice.opening import closed, opened, standing, tell, verdict_now
 from harness.practice.planted import Change, Hunk
 from harness.practice.sessions import Session
 from harness.report import terminal
 
 MOST = 4
-_NOTE = re.compile(r"^- line +(\d+) *: *(\S.*)$", re.MULTILINE)
-# A note is on a bug if its line is as near as this.
+# "- line 12: …", as the form has it, and what people make of it: "* L12-14 …", "lines 12: …".
+_NOTE = re.compile(r"^[-*\s]*(?:lines?|l)?\s*(\d+)(?:\s*[-–]\s*\d+)?\s*[:,.)]?\s*(\S.*)$", re.IGNORECASE)
+# A note is on the bug that is nearest, if its line is as near as this.
 _NEAR = 3
+# A larger one is seen by its size.
+_MOST_LINES = 3
 
 
 def run(request: Request) -> int:
     """Opens a hunt, or ends it."""
     session, out = opened(request, first_text, _asked(request.bugs), bugs=1), terminal.console()
     if request.end and not session.ended:
-        verdict_now(session, out)
+        if verdict_now(session, out).state == "does not import" and not request.force:
+            raise UsageError(
+                f"{shown(session.file)} does not import; mend that first, "
+                f"or give up all the same: {session.command} END=1 FORCE=1"
+            )
         if not session.ended:  # A verdict that finds it done has ended it.
             session.end("given up", lambda: report(session))
     if session.ended:
@@ -34,6 +41,7 @@ def run(request: Request) -> int:
         f"  say first what is wrong and why, in {shown(session.folder / 'notes.md')}",
         f"  then mend {shown(session.file)}; make watch judges every save",
         f"  give up, and see: {session.command} END=1",
+        *standing(session),
     ]
     tell(out, lines)
     return 0
@@ -60,9 +68,9 @@ def bugs(session: Session) -> list[Change]:
     exercise, wanted = session.exercise, int(session.options.get("bugs", 1))
     found: list[Change] = []
     for change in planted.mistaken(exercise, f"debug {exercise.id} {session.seed}"):
-        small = change.size <= planted.MOST_LINES and not planted.too_long(change)
+        small = change.size <= _MOST_LINES and not planted.too_long(change)
         fits = small and all(planted.apart(change, other) for other in found)
-        if fits and planted.parses(planted.file_text(exercise, [*found, change])):
+        if fits and planted.unremarkable(planted.file_text(exercise, [*found, change])):
             found.append(change)
         if len(found) == wanted:
             return sorted(found, key=lambda change: change.hunks[0].first)
@@ -73,21 +81,30 @@ def report(session: Session) -> list[str]:
     """Each bug: found or not, its line, the note on it, and the smallest mend."""
     exercise, there = session.exercise, bugs(session)
     earned = set(session.saves[-1].earned) if session.saves else set()
-    text, notes = _text(session), _notes(session)
-    lines, used = [], set()
+    text, (notes, unread) = _text(session), _notes(session)
     mended = [_state(change, earned, text) for change in there]
-    lines.append(f"{session.name}: {mended.count('found')} of {_count(session)} found, {session.minutes:.0f} minutes")
-    for number, (change, state) in enumerate(zip(there, mended, strict=True), start=1):
+    places = [[planted.line_of(exercise, hunk, there) for hunk in change.hunks] for change in there]
+    on = [_nearest(line, places) for line, _ in notes]
+    lines = [f"{session.name}: {mended.count('found')} of {_count(session)} found, {session.took}"]
+    for number, (change, state) in enumerate(zip(there, mended, strict=True)):
         assert change.mistake is not None
-        places = [planted.line_of(exercise, hunk, there) for hunk in change.hunks]
-        on_it = [(line, note) for line, note in notes if any(abs(line - place) <= _NEAR for place in places)]
-        used |= set(on_it)
         name = change.mistake.name.replace("_", " ")
-        lines.append(f"{number}. line {places[0]}, {state}: {name} ({', '.join(change.mistake.requirements)})")
-        lines += [f"   your note, line {line}: {note}" for line, note in on_it] or ["   no note of yours is on it"]
+        requirements = ", ".join(change.mistake.requirements)
+        lines.append(f"{number + 1}. line {places[number][0]}, {state}: {name} ({requirements})")
+        said = [
+            f"   your note, line {line}: {note}" for (line, note), bug in zip(notes, on, strict=True) if bug == number
+        ]
+        lines += said or ["   no note of yours is on it"]
         lines += ["   the smallest mend:", *(f"   {line}" for line in planted.mend(exercise, change))]
-    lines += [f"   on no bug: line {line}: {note}" for line, note in notes if (line, note) not in used]
-    return lines
+    lines += [f"   on no bug: line {line}: {note}" for (line, note), bug in zip(notes, on, strict=True) if bug is None]
+    return lines + [f"   names no line: {line}" for line in unread]
+
+
+def _nearest(line: int, places: list[list[int]]) -> int | None:
+    """The bug that a line is on: the nearest, if it is near."""
+    distances = [min(abs(line - place) for place in of_it) for of_it in places]
+    nearest = min(range(len(places)), key=distances.__getitem__)
+    return nearest if distances[nearest] <= _NEAR else None
 
 
 def _state(change: Change, earned: set[str], text: list[str]) -> str:
@@ -111,8 +128,13 @@ def _text(session: Session) -> list[str]:
         return []
 
 
-def _notes(session: Session) -> list[tuple[int, str]]:
-    return [(int(line), note.strip()) for line, note in _NOTE.findall(sessions.notes(session))]
+def _notes(session: Session) -> tuple[list[tuple[int, str]], list[str]]:
+    """The notes with the lines that they name, and the lines of notes.md that name none."""
+    form = {line.strip() for line in _form(session).splitlines()}
+    written = [line.strip() for line in sessions.notes(session).splitlines() if line.strip() not in form]
+    found = [(line, _NOTE.match(line)) for line in written]
+    read_ones = [(int(match[1]), match[2].strip()) for _, match in found if match is not None]
+    return read_ones, [line for line, match in found if match is None and line.strip("-*# ")]
 
 
 def _form(session: Session) -> str:

@@ -45,6 +45,11 @@ def opened(request: Request, text: Text, options: dict[str, Any] | None = None, 
     return found
 
 
+def standing(session: Session) -> list[str]:
+    """How a session stands that is gone on with, a line; nothing for a new one."""
+    return [f"  so far: {session.so_far.partition(': ')[2]}"] if session.saves else []
+
+
 def _put(session: Session, first: str) -> None:
     """Puts a session's file where it is missing.
 
@@ -77,7 +82,8 @@ def tell(out: Console, lines: Iterable[str]) -> None:
 def closed(session: Session, out: Console) -> int:
     """Shows the report of a session that has ended, and how to begin another; the exit code."""
     report = sessions.notes(session, "report.md").rstrip() or f"{session.name}: {session.how}"
-    tell(out, [report, f"another one: make {session.mode} EX={session.exercise.number}"])
+    begin = f"make {session.mode} EX={session.exercise.number} SEED={sessions.free_seed()}"
+    tell(out, [report, f"another one: {begin}; this one again: move {shown(session.folder)} away first"])
     return 0
 
 
@@ -97,5 +103,7 @@ def verdict_now(session: Session, out: Console) -> ExerciseVerdict:
         verdicts.append(saving.judge_session(session, Judge(collected.items), out))
         return 0
 
-    collecting.collected(use, exercise.id)
+    code = collecting.collected(use, exercise.id)
+    if not verdicts:  # Whoever read the output has gone.
+        raise SystemExit(code)
     return verdicts[0]

@@ -5,7 +5,7 @@ from harness.model.exercise import Requirement, UsageError
 from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict
 from harness.practice import planted
-from harness.practice.opening import closed, opened, tell, verdict_now
+from harness.practice.opening import closed, opened, standing, tell, verdict_now
 from harness.practice.planted import Change
 from harness.practice.sessions import Session
 from harness.report import terminal
@@ -31,6 +31,7 @@ def run(request: Request) -> int:
             f"  open is {efficiency}; the other requirements are earned, and must stay so",
             f"  make {shown(session.file)} cheap; make watch judges every save",
             f"  at the end, or to give up: {session.command} END=1 measures before and after",
+            *standing(session),
         ],
     )
     return 0
@@ -72,7 +73,7 @@ def report(session: Session, how: str) -> list[str]:
     name, numbers = change.mistake.name.replace("_", " "), ", ".join(change.mistake.requirements)
     line = planted.line_of(session.exercise, change.hunks[0], [change])
     return [
-        f"{session.name}: {how}, {session.minutes:.0f} minutes",
+        f"{session.name}: {how}, {session.took}",
         f"wasteful was line {line}: {name} ({numbers})",
         "the smallest mend:",
         *(f"   {one}" for one in planted.mend(session.exercise, change)),

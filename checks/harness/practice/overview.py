@@ -16,7 +16,7 @@ def run(request: Request) -> int:
     for folder in unreadable():
         out.print(f"{shown(folder)}: holds no session.json that can be read; left out", markup=False, soft_wrap=True)
     if not found:
-        begins = "make debug EX=1, make optimise EX=1 or make review EX=1 begins one"
+        begins = "make debug EX=1, make optimise EX=1, make review EX=1 or make interview EX=1 begins one"
         out.print(f"no practice session yet; {begins}", soft_wrap=True)
         return 0
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
@@ -27,6 +27,7 @@ def run(request: Request) -> int:
     for one in found:
         table.add_row(one.mode, one.exercise.id, str(one.seed), one.state, f"{one.minutes:.0f}", one.points)
     out.print(table)
-    if (last := next((one for one in reversed(found) if not one.ended), None)) is not None:
+    under_way = [one for one in found if not one.ended]
+    if (last := max(under_way, key=lambda one: one.touched, default=None)) is not None:
         out.print(f"go on with the last: {last.command}", soft_wrap=True)
     return 0

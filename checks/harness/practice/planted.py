@@ -3,10 +3,13 @@
 import ast
 import difflib
 import random
+import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TypeVar
+
+from ruff import find_ruff_bin
 
 from harness.model import bank
 from harness.model.bank import Mistake
@@ -14,8 +17,6 @@ from harness.model.exercise import Exercise
 from harness.model.source import functions
 
 Item = TypeVar("Item")
-# A larger change is found by its size.
-MOST_LINES = 6
 COLUMNS = 120
 
 
@@ -143,6 +144,12 @@ def parses(text: str) -> bool:
     except SyntaxError:
         return False
     return True
+
+
+def unremarkable(text: str) -> bool:
+    """Whether nothing in a text shows at a glance: it parses, and ruff finds no name or import that is not used."""
+    command = [find_ruff_bin(), "check", "--isolated", "--no-cache", "--quiet", "--select", "F", "-"]
+    return parses(text) and subprocess.run(command, input=text, text=True, capture_output=True).returncode == 0
 
 
 def _all(changes: Iterable[Change]) -> list[Hunk]:

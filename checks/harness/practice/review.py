@@ -3,12 +3,12 @@
 import difflib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 from harness.commands.request import Request
-from harness.model import bank
 from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import shown
 from harness.practice import planted, refactorings, sessions
@@ -18,13 +18,19 @@ from harness.practice.refactorings import Refactoring
 from harness.practice.sessions import Session
 from harness.report import terminal
 
+if TYPE_CHECKING:
+    import pytest
+
 FEWEST, MOST = 4, 7
 # Lines around a hunk of the diff; hunks stand further apart.
 CONTEXT = 2
 # A mistake may be larger than in a hunt: right changes are large too.
 _MOST_LINES = 12
+# Of what a check says: the fact and the hint, not every number.
+_SAID_LINES = 4
 _FORM, _DIFF = "review.md", "change.diff"
 _ROW = re.compile(r"^\|([^|]*)\|([^|]*)\|(.*?)\|?[ \t]*$", re.MULTILINE)
+_LINES = re.compile(r"(?:lines?|l)?\s*(\d+)(?:\s*[-–]\s*(\d+))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,10 @@ class Reviewed:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the form. `line` is of the new file, 0 where none is named; `requirement` may be empty."""
+    """A row of the form. `lines` are of the new file, none where none is named; so with requirements."""
 
-    line: int
-    requirement: str
+    lines: range
+    requirements: tuple[str, ...]
     why: str
 
 
@@ -55,10 +61,10 @@ def run(request: Request) -> int:
         rows = filled(session)
         if not rows and not request.force:
             raise UsageError(
-                f"{shown(session.folder / _FORM)} names no fault yet\n"
+                f"{shown(session.folder / _FORM)} names no fault yet; what counts is a row of its table\n"
                 f"see the model review all the same: {session.command} END=1 FORCE=1"
             )
-        named, alarms, report = judged(session, rows)
+        named, alarms, report = judged(session, rows, verdicts(session))
         session.end(f"{named}, {alarms}", lambda: report)
     if session.ended:
         return closed(session, out)
@@ -70,13 +76,19 @@ def run(request: Request) -> int:
         [
             f"{session.name}: a change of the answer to {session.exercise.title}, some of it right, some wrong",
             f"  the change: {shown(session.folder / _DIFF)}, below; after it: {shown(session.file)}",
-            f"  name each fault in {shown(session.folder / _FORM)}: line, requirement, why",
-            f"  then have it judged: {session.command} END=1",
             "",
         ],
     )
     for line in diff:
         out.print(line, style=terminal.DIFF_STYLES.get(line[0], ""), markup=False, soft_wrap=True)
+    tell(
+        out,
+        [
+            "",
+            f"name each fault in {shown(session.folder / _FORM)}: line, requirement, why",
+            f"then have it judged: {session.command} END=1",
+        ],
+    )
     return 0
 
 
@@ -115,7 +127,7 @@ def _drawn(exercise: Exercise, seed: str) -> Reviewed:
     faults: list[Change] = []
     for fault in planted.mistaken(exercise, seed):
         fits = max(fault.size, len(fault.lines)) <= _MOST_LINES and not planted.too_long(fault)
-        if fits and _free(fault.lines, taken) and planted.parses(planted.file_text(exercise, [fault])):
+        if fits and _free(fault.lines, taken) and planted.unremarkable(planted.file_text(exercise, [fault])):
             faults.append(fault)
             taken.append(fault.lines)
         if len(faults) + len(right) == hunks:
@@ -129,52 +141,96 @@ def filled(session: Session) -> list[Row]:
     """The rows of the form that name something.
 
     Raises:
-        UsageError: a row names a line that is no number or a requirement that there is not.
+        UsageError: rows name a line that is no number or a requirement that there is not; all are listed.
     """
-    ids = {requirement.id for requirement in session.exercise.requirements}
-    rows = []
-    for line, requirement, why in _ROW.findall(sessions.notes(session, _FORM)):
-        line, requirement = line.strip(), requirement.strip()
-        if (line in ("line", "") and requirement in ("requirement", "")) or (set(line) <= set("-: ") and line):
+    ids = [requirement.id for requirement in session.exercise.requirements]
+    rows, wrong = [], []
+    for line, named, why in _ROW.findall(sessions.notes(session, _FORM)):
+        line, requirements = line.strip(), tuple(re.split(r"[,;\s]+", named.strip())) if named.strip() else ()
+        if (line in ("line", "") and requirements in (("requirement",), ())) or (set(line) <= set("-: ") and line):
             continue
-        if line and not line.isdecimal():
-            raise UsageError(f"{shown(session.folder / _FORM)}: line {line}: a number is wanted, of the new file")
-        if requirement and requirement not in ids:
-            there = ", ".join(one.id for one in session.exercise.requirements)
-            raise UsageError(f"{shown(session.folder / _FORM)}: requirement {requirement}: there are {there}")
-        rows.append(Row(int(line or 0), requirement, why.strip()))
+        lines = _LINES.fullmatch(line) if line else None
+        if line and lines is None:
+            wrong.append(f"line {line}: a number is wanted, of the new file, or two: 12-14")
+        wrong += [f"requirement {one}: there are {', '.join(ids)}" for one in requirements if one not in ids]
+        first = int(lines[1]) if lines is not None else 0
+        last = int(lines[2] or first) if lines is not None else -1
+        rows.append(Row(range(first, last + 1), requirements, why.strip()))
+    if wrong:
+        raise UsageError("\n".join(f"{shown(session.folder / _FORM)}: {one}" for one in wrong))
     return rows
 
 
-def judged(session: Session, rows: Sequence[Row]) -> tuple[str, str, list[str]]:
-    """How many faults were named, how many rows name none, and the report."""
+def judged(session: Session, rows: Sequence[Row], says: Mapping[Change, str]) -> tuple[str, str, list[str]]:
+    """How many faults were named, how many rows name none, and the report.
+
+    Args:
+        says: what the checks say of each fault.
+    """
     made, exercise = change(session), session.exercise
     faults = sorted(made.faults, key=lambda one: one.lines.start)
-    places = {fault: _lines(session, fault.hunks, made.changes) for fault in faults}
-    of: dict[Change, list[Row]] = {fault: [] for fault in faults}
+    places = {one: _lines(session, one.hunks, made.changes) for one in made.changes}
+    of: dict[Change, list[Row]] = {one: [] for one in made.changes}
     alarms = []
     for row in rows:
-        there = next((fault for fault in faults if row.line in places[fault]), None)
-        alike = [fault for fault in faults if row.requirement in _requirements(fault)]
-        found = there or min(alike, key=lambda fault: len(of[fault]), default=None)
+        found = _on(row, places) or _by_requirement(row, faults, of)
         alarms.append(row) if found is None else of[found].append(row)
     named = f"{sum(bool(of[fault]) for fault in faults)} of {_number(len(faults), 'fault')} named"
-    false = _number(len(alarms), "false alarm")
-    lines = [f"{session.name}: {named}, {false}, {session.minutes:.0f} minutes", "the model review:"]
+    unjust = [row for one in made.right for row in of[one.change]]
+    false = _number(len(alarms) + len(unjust), "false alarm")
+    lines = [f"{session.name}: {named}, {false}, {session.took}", "the model review:"]
     for fault in faults:
         assert fault.mistake is not None
         name = fault.mistake.name.replace("_", " ")
-        said = f"; the check says: {fault.mistake.says}" if fault.mistake.says else ""
         place, numbers = places[fault].start + 1, ", ".join(_requirements(fault))
-        lines.append(f"- line {place}, {numbers}, {'named' if of[fault] else 'missed'}: {name}{said}")
-        lines += [f"   yours: {_shown(row)}" for row in of[fault]]
+        lines.append(f"- line {place}, {numbers}, {'named' if of[fault] else 'missed'}: {name}")
+        lines += [f"   {line}" for line in says.get(fault, "").splitlines()[:_SAID_LINES]]
+        lines += [f"   yours: {_shown(row)}{_elsewhere(row, fault)}" for row in of[fault]]
         lines += ["   the smallest mend:", *(f"   {line}" for line in planted.mend(exercise, fault))]
     for one in sorted(made.right, key=lambda one: one.around.start):
-        place = _lines(session, one.change.hunks, made.changes).start + 1
-        lines.append(f"- line {place}, right: {one.function} as it is in another right answer")
-        lines.append(f"   {bank.unusual(exercise, one.variant).splitlines()[0]}")
+        lines.append(f"- line {places[one.change].start + 1}, right: {one.function} by other means")
+        lines += [f"   false alarm: {_shown(row)}" for row in of[one.change]]
     lines += [f"- false alarm: {_shown(row)}" for row in alarms]
     return named, false, lines
+
+
+def verdicts(session: Session) -> dict[Change, str]:
+    """What the checks say of each fault alone: the first message on a requirement that it breaks."""
+    from harness.model.paths import BUILD, write_whole
+    from harness.runner import session as collecting
+    from harness.runner.supervisor import Judge
+
+    exercise, said = session.exercise, dict[Change, str]()
+    folder = BUILD / "practice" / session.name
+
+    def use(collected: "pytest.Session") -> int:
+        judge = Judge(collected.items)
+        for fault in change(session).faults:
+            write_whole(folder / exercise.file_name, planted.file_text(exercise, [fault]))
+            failed = [one for one in judge.results(exercise, folder, ("code",)) if one.outcome != "passed"]
+            first = next((one for one in failed if one.requirement in _requirements(fault)), None)
+            said[fault] = f"{first.requirement} {first.message}" if first is not None else ""
+        return 0
+
+    collecting.collected(use, exercise.id)
+    return said
+
+
+def _on(row: Row, places: Mapping[Change, range]) -> Change | None:
+    """The change whose lines a row names."""
+    return next((one for one, lines in places.items() if any(line in lines for line in row.lines)), None)
+
+
+def _by_requirement(row: Row, faults: Sequence[Change], of: Mapping[Change, Sequence[Row]]) -> Change | None:
+    """The fault that breaks what a row names, where its lines are on no change; of several, one that has no row yet."""
+    alike = [fault for fault in faults if set(row.requirements) & set(_requirements(fault))]
+    return min(alike, key=lambda fault: len(of[fault]), default=None)
+
+
+def _elsewhere(row: Row, fault: Change) -> str:
+    """A remark where a row names another requirement than the fault breaks."""
+    other = row.requirements and not set(row.requirements) & set(_requirements(fault))
+    return f" (what breaks is {', '.join(_requirements(fault))})" if other else ""
 
 
 def _lines(session: Session, hunks: Sequence[Hunk], changes: Sequence[Change]) -> range:
@@ -194,7 +250,8 @@ def _free(lines: range, taken: Sequence[range]) -> bool:
 
 
 def _shown(row: Row) -> str:
-    named = [f"line {row.line}" if row.line else "", row.requirement]
+    first, last = row.lines[:1], row.lines[1:][-1:]
+    named = [f"line {first[0]}{f'-{last[0]}' if last else ''}" if first else "", ", ".join(row.requirements)]
     return ": ".join(part for part in (", ".join(part for part in named if part), row.why) if part)
 
 
@@ -207,7 +264,8 @@ def _form(session: Session) -> str:
 
 `{_DIFF}` changes the answer to {session.exercise.title}; some of it is right, some is wrong. What would you object to?
 A row for each fault: its line in `{session.exercise.file_name}` here, the requirement that breaks, and why.
-A row counts by its line, or else by its requirement. Nothing is judged before `{session.command} END=1`.
+A row counts by its line, or else by its requirement; the why is for you, to lay beside the model review.
+Nothing is judged before `{session.command} END=1`.
 
 | line | requirement | why |
 |---|---|---|

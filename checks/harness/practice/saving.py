@@ -22,6 +22,10 @@ def save(request: Request, judge: Judge) -> int:
     changed = stale(request.ex)
     for session in changed:
         judge_session(session, judge, out, whole=len(changed) == 1)
+    under_way = [one for one in sessions() if not one.ended and one.exercise in selected(request.ex)]
+    if not changed:
+        for session in under_way:
+            terminal.line(out, f"under way: {session.so_far}; {session.command} goes on")
     if changed and not request.once and not judging.stale_in(selected(request.ex), VerdictCache(checks_version())):
         judging.ended(out, [session.name for session in changed], started, once=False)
         return 0

@@ -84,6 +84,25 @@ class Session:
         return sum(min(max(gap, 0.0), PAUSE_SECONDS) for gap in gaps) / 60
 
     @property
+    def took(self) -> str:
+        """Minutes at work, in words."""
+        minutes = round(self.minutes)
+        return f"{minutes} minute{'s' if minutes > 1 else ''}" if minutes else "under a minute"
+
+    @property
+    def touched(self) -> float:
+        """When it was last worked on."""
+        return self.saves[-1].at if self.saves else self.created
+
+    @property
+    def so_far(self) -> str:
+        """How it stands, in a line."""
+        earned = self.saves[-1].earned if self.saves else ()
+        missing = [one.id for one in self.scope.requirements if one.id not in earned]
+        judged = f"{self.points} points, open {' '.join(missing)}" if self.saves else "not judged yet"
+        return f"{self.name}: {judged}, {self.took}"
+
+    @property
     def points(self) -> str:
         """Points at the last save out of how many; empty before the first."""
         total = POINTS * len(self.scope.requirements)
@@ -134,14 +153,14 @@ def unreadable() -> Iterator[Path]:
 
 
 def chosen(mode: str, exercise: Exercise, seed: str) -> Session | None:
-    """The session to go on with: the one that SEED names or, without SEED, the last that is under way.
+    """The session to go on with: the one that SEED names or, without SEED, the one under way that was touched last.
 
     Raises:
         UsageError: SEED is no number, or names a folder that is no session.
     """
     mine = [one for one in sessions() if (one.mode, one.exercise) == (mode, exercise)]
     if not seed:
-        return next((one for one in reversed(mine) if not one.ended), None)
+        return max((one for one in mine if not one.ended), key=lambda one: one.touched, default=None)
     number = _number(seed)
     if (found := next((one for one in mine if one.seed == number), None)) is not None:
         return found
@@ -153,10 +172,13 @@ def chosen(mode: str, exercise: Exercise, seed: str) -> Session | None:
 
 def new(mode: str, exercise: Exercise, seed: str, **options: Any) -> Session:
     """A session that is on no disk yet; without SEED, with a seed that no session has."""
+    return Session(mode, exercise, _number(seed) if seed else free_seed(), time.time(), options)
+
+
+def free_seed() -> int:
+    """A seed that no session has."""
     taken = {one.seed for one in sessions()}
-    free = [number for number in range(1000, 10_000) if number not in taken]
-    number = _number(seed) if seed else random.SystemRandom().choice(free)
-    return Session(mode, exercise, number, time.time(), options)
+    return random.SystemRandom().choice([number for number in range(1000, 10_000) if number not in taken])
 
 
 def begin(session: Session, text: str) -> None:

@@ -107,11 +107,13 @@ def detail(
             failure(out, path, one)
         _resembles(out, verdict, folder)
         return
+    # In a hunt the fact alone is said: what it means is to be found.
+    hunted = practised and folder.name.startswith("debug")
     alike: dict[tuple[int, str], list[Result]] = {}
     for failed in found:
         alike.setdefault((failed[0].line, failed[0].message.partition("\n")[0]), []).append(failed[0])
     for number, (one, *others) in enumerate(alike.values()):
-        failure(out, path, one, full=not number)
+        failure(out, path, one, full=not number, bare=hunted)
         if others:
             line(out, f"  the same: {' '.join(other.requirement for other in others)}")
     _resembles(out, verdict, folder)
@@ -142,9 +144,9 @@ def rows(
         out.print(text.rstrip(), soft_wrap=True)
 
 
-def failure(out: Console, path: Path, one: Result, *, full: bool = True) -> None:
+def failure(out: Console, path: Path, one: Result, *, full: bool = True, bare: bool = False) -> None:
     """`file:line:column: error: …` at the start of a line, which editors make a link, then the message and what the
-    code printed; or, in short, one line more.
+    code printed; or, in short, one line more, or none (`bare`).
     """
     head, *rest = one.message.splitlines() or [one.outcome]
     if one.kind == "not implemented":
@@ -153,7 +155,7 @@ def failure(out: Console, path: Path, one: Result, *, full: bool = True) -> None
     out.print()
     place = f"{shown(path)}:{one.line or 1}:{_column(path, one.line)}"
     line(out, f"{place}: error: {number}{head}", "red")
-    for text in rest[: MESSAGE_LINES if full else _NEXT_LINES - 1]:
+    for text in rest[: 0 if bare else MESSAGE_LINES if full else _NEXT_LINES - 1]:
         line(out, f"  {text}")
     if not full:
         return

@@ -41,12 +41,14 @@ def show(exercise: Exercise) -> None:
             out, f"{exercise.id}: no attempts yet; make reset EX={number} keeps your file when it starts over"
         )
         return
-    table = Table("attempt", "last changed", "lines", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for path in there:
+    table = Table("", "attempt", "last changed", "lines", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, path in enumerate(there, start=1):
         lines = path.read_bytes().count(b"\n")
-        table.add_row(path.stem, time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), str(lines))
+        table.add_row(
+            str(number), path.stem, time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), str(lines)
+        )
     out.print(table)
-    terminal.line(out, f"one back: make attempts EX={exercise.number} RESTORE={there[-1].stem}; yours is kept first")
+    terminal.line(out, f"one back: make attempts EX={exercise.number} RESTORE={len(there)}; yours is kept first")
 
 
 def restored(exercise: Exercise, name: str) -> str:
@@ -55,7 +57,8 @@ def restored(exercise: Exercise, name: str) -> str:
     Raises:
         UsageError: there is no such attempt, or it cannot be copied.
     """
-    found = next((path for path in kept(exercise) if path.stem == Path(name).name.removesuffix(".py")), None)
+    names = {name: path for number, path in enumerate(kept(exercise), start=1) for name in (str(number), path.stem)}
+    found = names.get(Path(name).name.removesuffix(".py"))
     if found is None:
         raise UsageError(f"RESTORE={name}: no such attempt; make attempts EX={exercise.number} lists them")
     if exercise.file.is_file() and exercise.file.read_bytes() == found.read_bytes():

@@ -15,12 +15,16 @@ from harness.practice.sessions import sessions
 from harness.report import terminal, timeline
 
 PICTURE = PRACTICE / "progress.png"
+# Until then the picture counts hours.
+_HOURS_UP_TO = 2 * 86400.0
 
 
 def run() -> int:
     """Prints the table, and draws the picture."""
     out, tracks = terminal.console(), history.load()
-    there = [exercise for exercise in exercises().values() if exercise.id in tracks]
+    practised_on = {session.exercise for session in sessions()}
+    there = [one for one in exercises().values() if one.id in tracks or one in practised_on]
+    tracks = {one.id: tracks.get(one.id, Track()) for one in there}
     if not there:
         terminal.line(out, "nothing noted yet: make watch EX=1 judges each save, and notes what it earns")
         return 0
@@ -68,17 +72,24 @@ def criteria(there: list[Exercise], tracks: Mapping[str, Track]) -> str:
 
 
 def practised(exercise: Exercise) -> str:
-    """How many practice sessions on an exercise were finished, of how many."""
+    """How many practice sessions on an exercise have ended, of how many."""
     of_it = [session for session in sessions() if session.exercise == exercise]
-    return f"{sum(session.how == 'done' for session in of_it)} of {len(of_it)}" if of_it else "0"
+    return f"{sum(session.ended > 0 for session in of_it)} of {len(of_it)}" if of_it else "0"
 
 
 def draw(there: list[Exercise], tracks: Mapping[str, Track]) -> None:
-    """The points of each exercise over days, and its minutes at work."""
+    """The points of each exercise over time, and the minutes at work, those of its practice sessions beside it."""
     begin = min((change.at for exercise in there for change in tracks[exercise.id].changes), default=0.0)
-    lines = [(exercise.id, *points(tracks[exercise.id], begin, 86400.0)) for exercise in there]
-    minutes = {exercise.id: tracks[exercise.id].seconds / 60 for exercise in there}
-    timeline.draw(PICTURE, "progress", "days since the first point", lines, ("minutes at work", minutes))
+    lasted = max((tracks[exercise.id].last for exercise in there), default=begin) - begin
+    unit, seconds = ("days", 86400.0) if lasted > _HOURS_UP_TO else ("hours", 3600.0)
+    begun = [exercise for exercise in there if tracks[exercise.id].saves]
+    lines = [(exercise.id, *points(tracks[exercise.id], begin, seconds)) for exercise in begun]
+    minutes: dict[str, float] = {}
+    for exercise in there:
+        minutes[exercise.id] = tracks[exercise.id].seconds / 60
+        if practice := sum(session.minutes for session in sessions() if session.exercise == exercise):
+            minutes[f"{exercise.id} practice"] = practice
+    timeline.draw(PICTURE, "progress", f"{unit} since the first point", lines, ("minutes at work", minutes))
 
 
 def points(track: Track, begin: float, unit: float) -> tuple[list[float], list[int]]:
