@@ -13,19 +13,19 @@ OUT ?= gradesheet.json
 SUBMISSION ?= exercises
 OPTIONS := EX ALL FULL FORCE OUT SUBMISSION DEVICE GITHUB FORGET_BANKS RESTORE PROMPT MODEL DRAFT SEED BUGS END MINUTES N \
 	NAME PYTHON TORCH_INDEX VENV
-SPACE := $(subst ,, )
-GIVEN := $(foreach one,$(subst \$(SPACE),_,$(MAKEOVERRIDES)),$(firstword $(subst =, ,$(one))))
+GIVEN := $(foreach one,$(subst \ ,_,$(MAKEOVERRIDES)),$(firstword $(subst =, ,$(one))))
 MISTYPED := $(if $(filter 0,$(MAKELEVEL)),$(firstword $(filter-out $(OPTIONS),$(GIVEN))))
 $(if $(MISTYPED),$(error $(MISTYPED): no such option; make help shows them, in capitals as in EX=1))
 
 export PYTHONPATH := $(CURDIR)/checks
 export PYTHONWARNINGS := ignore
+export PIP_USER := 0
 VENV := .venv/bin
 RUN := $(VENV)/python -P
 PIP := $(VENV)/python -m pip install --quiet --disable-pip-version-check
 # A .venv that does not run here, because it was made outside the container or elsewhere, is made anew.
 ifneq ($(filter-out help,$(or $(MAKECMDGOALS),help)),)
-$(shell $(VENV)/python -P -c 'import _pytest' 2>/dev/null || rm -f .venv/ready)
+$(shell $(VENV)/python -P -c 'import _pytest' 2>/dev/null || rm -f .venv/ready 2>/dev/null)
 endif
 # pyproject.toml holds what exercises are judged by. The project's own code is held to more; torch's stubs return Any and
 # re-export without saying so.
@@ -123,7 +123,7 @@ doctor: ## what works here, what does not, and what to do about it
 
 .PHONY: hooks
 hooks: .venv/ready ## install the git hooks of .pre-commit-config.yaml
-	@$(VENV)/pre-commit install
+	@$(RUN) -m pre_commit install
 
 ##@ Develop
 .PHONY: test
@@ -175,10 +175,10 @@ picture: .venv/ready ## render README's picture of the watch
 lint: .venv/lint ## ruff and mypy on everything but exercises/
 	@$(VENV)/ruff check --quiet --extend-exclude exercises .
 	@$(VENV)/ruff format --check --quiet --extend-exclude exercises .
-	@$(VENV)/lint-imports --no-cache --no-logo >build/imports.txt || { cat build/imports.txt; exit 1; }
-	@$(VENV)/mypy $(STRICT) --exclude '/variants/|/(starter|answer)\.py$$' checks
+	@$(RUN) -c 'from importlinter.cli import lint_imports_command as run; run()' --no-cache --no-logo >build/imports.txt || { cat build/imports.txt; exit 1; }
+	@$(RUN) -m mypy $(STRICT) --exclude '/variants/|/(starter|answer)\.py$$' checks
 	@$(RUN) -m devtools.spliced build/spliced
-	@$(VENV)/mypy --no-error-summary --cache-dir build/mypy answers checks/ex*/starter.py build/spliced
+	@$(RUN) -m mypy --no-error-summary --cache-dir build/mypy answers checks/ex*/starter.py build/spliced
 
 .PHONY: format
 format: .venv/ready ## ruff's formatting and fixes, on everything but exercises/

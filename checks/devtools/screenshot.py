@@ -53,7 +53,7 @@ def _in_place(came: str) -> str:
 def svg(screen: str) -> str:
     """A terminal's text, with its colours, as SVG."""
     console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    console.print(Text.from_ansi(screen))
+    console.print(Text.from_ansi(screen), end="\n\n")  # rich's picture cuts its last line.
     picture = console.export_svg(title="make watch", theme=MONOKAI, unique_id="watch")
     return _FONTS.sub("", picture)  # Pages that show pictures fetch no fonts for them.
 

@@ -54,7 +54,7 @@ def test_nothing_stays_when_what_started_the_watch_has_gone(small: Workspace) ->
 
 def test_what_is_printed_and_raised_without_end_is_cut(small: Workspace) -> None:
     watch = begun(small)
-    flood = '        print("x" * 1_000_000)\n        raise ValueError("y\\n" * 1_000_000)\n'
+    flood = '        print("x" * 9_000_000)\n        raise ValueError("y\\n" * 1_000_000)\n'
     answer = small.answer(FILE)
 
     (small.top / "exercises" / FILE).write_text(answer.replace(FORWARD, flood + FORWARD))

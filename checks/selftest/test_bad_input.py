@@ -138,3 +138,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="no file") as raised:
         read(tmp_path / "nothing.py")
     assert raised.value.missing
+
+
+@pytest.mark.parametrize("name", ["Ex01_multi_head_attention.py", "ex01_multi_head_attention (1).py", "EX01.py"])
+def test_a_file_of_another_name_is_pointed_to(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+
+    with pytest.raises(LoadError) as raised:
+        read(tmp_path / EX01.file_name)
+    assert raised.value.fact == f"no file of this name; {name} is there, rename it"

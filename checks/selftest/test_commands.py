@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from devtools.workspace import Workspace
+from harness.commands.answer import difference
 from harness.model.exercise import exercises
 from selftest.written import node_id
 
@@ -147,6 +148,26 @@ def test_plain_pytest_judges_another_submission(workspace: Workspace) -> None:
     done = subprocess.run(command, cwd=workspace.top, capture_output=True, text=True, timeout=120)
 
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+
+
+def test_a_starter_with_other_line_ends_is_no_attempt(workspace: Workspace) -> None:
+    path = workspace.top / "exercises" / FILE
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+    assert "is the starter already" in workspace.make("reset", f"EX=exercises/{FILE}").stdout
+    assert not (workspace.top / "attempts").exists()
+
+
+def test_the_difference_names_lines_and_functions() -> None:
+    answer = (
+        "import os\n\n\nclass A:\n    def f(self) -> int:\n        one = 1\n        two = 2\n        return one + two\n"
+    )
+    theirs = '"""Text.\n"""\n' + answer.replace("two = 2", "two = 3")
+
+    lines = difference(theirs, answer, FILE)
+
+    assert lines[2] == "@@ -6,5 +4,5 @@ def f(self) -> int", lines
+    assert theirs.splitlines()[6 - 1] == answer.splitlines()[4 - 1] == lines[3].strip()
 
 
 def test_the_answer_waits_until_the_exercise_is_done(workspace: Workspace) -> None:

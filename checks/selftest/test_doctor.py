@@ -1,5 +1,6 @@
 """`make doctor`: a line for everything that the workspace stands on, with the way out where one is needed."""
 
+import os
 import re
 import socket
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 
 from devtools.workspace import Workspace
 from harness.model.paths import TOP
-from harness.setup.doctor import bad, interpreter, ok
+from harness.setup import install
+from harness.setup.doctor import bad, folder, interpreter, ok
 from harness.setup.examine import Gpu, about_cuda, file_system
 
 
@@ -42,6 +44,22 @@ def test_a_sound_workspace_is_ok(workspace: Workspace) -> None:
     ):
         assert re.search(rf"^{line}$", done.stdout, re.MULTILINE), f"{line}\n{done.stdout}"
     assert not [path for path in (workspace.top / "exercises").iterdir() if path.name.startswith(".doctor")]
+
+
+def test_a_folder_of_somebody_else_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not list(folder())
+
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+
+    (found,) = folder()
+    assert found.broken and found.text.startswith("folder: it cannot be written to"), found
+
+
+def test_pip_writes_into_the_environment_whatever_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_USER", "1")
+    monkeypatch.setattr("subprocess.call", lambda command: int(os.environ["PIP_USER"]))
+
+    assert install.packages("")
 
 
 def test_what_does_not_work_is_said_with_the_way_out(workspace: Workspace) -> None:

@@ -15,6 +15,13 @@ def test_the_makefile_is_short() -> None:
     assert len((TOP / "Makefile").read_text().splitlines()) < 190
 
 
+def test_a_moved_clone_works() -> None:
+    """Scripts of .venv name their interpreter by its old path; python itself and ruff, a program, do not."""
+    named = re.findall(r"\$\(VENV\)/([\w-]+)", (TOP / "Makefile").read_text())
+
+    assert set(named) == {"python", "ruff"}
+
+
 def test_every_package_is_pinned() -> None:
     for path in TOP.glob("requirements*.txt"):
         for line in path.read_text().splitlines():

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import re
 
 from rich.console import Console
 
@@ -11,6 +12,10 @@ from harness.model.cache import VerdictCache, checks_version
 from harness.model.exercise import Exercise
 from harness.model.submission import LoadError, read
 from harness.report import terminal
+
+_HUNK, _HEAD = re.compile(r"^@@ -(\d+)(\S*) \+(\d+)(\S*) @@$"), re.compile(r"\s*(?:async def|def|class)\s")
+# The lines of a hunk before its first change.
+_CONTEXT = 3
 
 
 def run(ex: str, force: bool) -> int:
@@ -39,11 +44,24 @@ def is_done(exercise: Exercise) -> bool:
 
 
 def difference(theirs: str, answer: str, file_name: str) -> list[str]:
-    """The unified diff that turns the learner's code into the answer's; the text above it, which the answer has not, is
-    left out.
+    """The unified diff that turns the learner's code into the answer's, with the files' line numbers, and the function
+    that each part lies in; the text above the code, which the answer has not, is left out.
     """
-    names = (f"exercises/{file_name}", f"answers/{file_name}")
-    return list(difflib.unified_diff(_code(theirs), _code(answer), *names, lineterm=""))
+    names, mine, ours = (f"exercises/{file_name}", f"answers/{file_name}"), _code(theirs), _code(answer)
+    above = [len(text.splitlines()) - len(lines) for text, lines in ((theirs, mine), (answer, ours))]
+
+    def placed(found: re.Match[str]) -> str:
+        first, other = int(found[1]), int(found[3])
+        head = f"@@ -{first + above[0]}{found[2]} +{other + above[1]}{found[4]} @@ {_around(mine, first)}"
+        return head.rstrip()
+
+    return [_HUNK.sub(placed, line) for line in difflib.unified_diff(mine, ours, *names, lineterm="")]
+
+
+def _around(lines: list[str], number: int) -> str:
+    """The head of the function or class that a line, counted from 1, lies in or begins."""
+    heads = (line for line in reversed(lines[: max(number, 1) + _CONTEXT]) if _HEAD.match(line))
+    return next(heads, "").strip().rstrip(":")
 
 
 def _code(text: str) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from harness.commands.request import one_exercise
 from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import TOP
+from harness.model.submission import LoadError, read
 
 
 def keep(path: Path, attempts: Path) -> Path | None:
@@ -24,10 +25,18 @@ def keep(path: Path, attempts: Path) -> Path | None:
     raise UsageError(f"{attempts.name}/ holds 999 files of this second; nothing was moved")
 
 
+def is_starter(exercise: Exercise, path: Path) -> bool:
+    """Whether there is nothing of the learner's in a file, however its lines end."""
+    try:
+        return read(path) == exercise.starter
+    except LoadError:
+        return False
+
+
 def reset(exercise: Exercise, top: Path = TOP) -> str:
     """Puts the starter in place of the learner's file; returns what was done, in words."""
     path = top / "exercises" / exercise.file_name
-    if path.is_file() and not path.is_symlink() and path.read_bytes() == exercise.starter.encode():
+    if is_starter(exercise, path):
         return f"exercises/{exercise.file_name} is the starter already"
     path.parent.mkdir(exist_ok=True)
     kept = keep(path, top / "attempts")

@@ -188,7 +188,7 @@ class UsageError(Exception):
 
 
 def selected(ex: str) -> list[Exercise]:
-    """The exercises that EX names: 3, 03 or ex03; all if it is empty.
+    """The exercises that EX names: 3, 03, ex03 or its file; all if it is empty.
 
     Raises:
         UsageError: there is no such exercise.
@@ -196,7 +196,8 @@ def selected(ex: str) -> list[Exercise]:
     there = exercises()
     if not ex.strip():
         return list(there.values())
-    number = ex.strip().lower().removeprefix("ex")
+    named = Path(ex.strip()).name.lower()
+    number = (named.partition("_")[0] if named.endswith(".py") else named).removeprefix("ex")
     wanted = f"ex{int(number):02d}" if number.isascii() and number.isdigit() else ""
     if wanted not in there:
         raise UsageError(f"EX={ex.strip()}: no such exercise; there are {', '.join(there)}")

@@ -30,7 +30,7 @@ def read(path: Path) -> str:
     if path.is_symlink():
         raise LoadError("is a link; a regular file is wanted")
     if not path.exists():
-        raise LoadError("no file", missing=True)
+        raise LoadError(f"no file{_near(path)}", missing=True)
     if not path.is_file():
         raise LoadError("is not a regular file")
     try:
@@ -45,6 +45,13 @@ def read(path: Path) -> str:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise LoadError(f"is not UTF-8 text (byte {error.start})", data[: error.start].count(b"\n") + 1) from None
+
+
+def _near(path: Path) -> str:
+    """Names a file that was meant, perhaps: "Ex01_….py", "ex01_… (1).py"."""
+    number = path.name[: len("exNN")]
+    found = sorted(one.name for one in path.parent.glob("*.py") if one.name.lower().startswith(number))
+    return f" of this name; {found[0]} is there, rename it" if found else ""
 
 
 def isolated(path: Path, folder: Path) -> Path:

@@ -1,12 +1,32 @@
 """Where a child's output goes: a file, never a pipe, so that nothing can block on it; of it the last lines are kept."""
 
+import io
 import os
 import sys
 import tempfile
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _KEPT_LINES, _KEPT_CHARACTERS = 20, 500
 _KEPT_BYTES = 20_000
+# Far below the largest file that a worker may write: a check that prints much is slow, and no error.
+_MOST_BYTES = 2 << 20
+
+
+class _Latest(io.FileIO):
+    """A file that forgets what it holds when it gets long."""
+
+    def write(self, data: "ReadableBuffer") -> int:
+        """Writes all of it, or of what is long the end."""
+        view = memoryview(data).cast("B")
+        if self.tell() + len(view) > _MOST_BYTES:
+            self.seek(0)
+            self.truncate()
+        super().write(view[-_MOST_BYTES:])
+        return len(view)
 
 
 class Output:
@@ -17,9 +37,7 @@ class Output:
 
     def redirect(self) -> None:
         """Points both streams at the file, whatever became of them, and empties it."""
-        for descriptor in (1, 2):
-            os.dup2(self._file.fileno(), descriptor)
-        sys.stdout = sys.stderr = open(1, "w", closefd=False, errors="replace")
+        print_to(self._file.fileno())
         os.ftruncate(self._file.fileno(), 0)
         os.lseek(self._file.fileno(), 0, os.SEEK_SET)
 
@@ -28,6 +46,14 @@ class Output:
         with suppress(Exception):
             sys.stdout.flush()
         return tail(self._file.fileno())
+
+
+def print_to(descriptor: int) -> None:
+    """Points both streams at a file, whatever became of them."""
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    latest = io.BufferedWriter(_Latest(1, "w", closefd=False))
+    sys.stdout = sys.stderr = io.TextIOWrapper(latest, encoding="utf-8", errors="replace")
 
 
 def tail(descriptor: int) -> str:

@@ -56,6 +56,7 @@ def findings(python: Path) -> Iterator[Finding]:
         if not any(finding.broken for finding in packages):
             for name in ("torch", "cuda", "forking", "events", "types"):
                 yield from examined(python, name)
+    yield from folder()
     yield memory()
     yield disk(set_up=not found.broken)
     yield from leftovers()
@@ -91,6 +92,12 @@ def examined(python: Path, name: str) -> Iterator[Finding]:
     if done.returncode != 0:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         yield bad(f"{name}: {last}; {AGAIN}", broken=True)
+
+
+def folder() -> Iterator[Finding]:
+    """Whether the workspace can be written to."""
+    if not os.access(str(TOP), os.W_OK):
+        yield bad("folder: it cannot be written to, it is somebody else's; clone the workspace anew", broken=True)
 
 
 def memory() -> Finding:

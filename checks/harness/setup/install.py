@@ -65,6 +65,7 @@ def packages(index: str) -> bool:
     if index and not NVIDIA_DRIVER.exists():
         # Without retries an index that cannot be reached costs nothing: pip goes on with the ordinary one.
         options = ["--retries", "0", "--extra-index-url", index]
+    os.environ["PIP_USER"] = "0"  # Set, it has pip install beside .venv rather than into it.
     quiet = [] if os.environ.get("VERBOSE") else ["--quiet"]
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", *quiet, *options]
     return subprocess.call([*command, "-r", str(TOP / "requirements.txt")]) == 0

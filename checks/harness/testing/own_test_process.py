@@ -21,7 +21,7 @@ from typing import Any
 
 from harness.model.limits import LOAD_SECONDS, OWN_TEST_SECONDS
 from harness.model.submission import LoadError, describe, line_in, read
-from harness.sandbox.output import tail
+from harness.sandbox.output import print_to, tail
 from harness.sandbox.processes import CAN_FORK, Lines, Stopwatch, cpu_seconds, die_with_parent, end
 from harness.testing.subject import execute, neutral_state
 
@@ -165,8 +165,7 @@ def _fork(trial: Trial, output: int, writing: int) -> int:
         try:
             os.setsid()
             die_with_parent()
-            for descriptor in (1, 2):
-                os.dup2(output, descriptor)
+            print_to(output)
             _try(trial, writing)
         finally:
             os._exit(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from harness.commands.request import one_exercise
-from harness.commands.reset import keep
+from harness.commands.reset import is_starter, keep
 from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import TOP, shown
 from harness.report import terminal
@@ -65,15 +65,9 @@ def restored(exercise: Exercise, name: str) -> str:
         return f"{shown(exercise.file)} equals {shown(found)} already"
     try:
         exercise.file.parent.mkdir(exist_ok=True)
-        old = None if _is_starter(exercise) else keep(exercise.file, ATTEMPTS)
+        old = None if is_starter(exercise, exercise.file) else keep(exercise.file, ATTEMPTS)
         shutil.copyfile(found, exercise.file)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}; nothing was lost, make doctor says more") from None
     where = f"; the file before is {shown(old)}" if old is not None else ""
     return f"{shown(exercise.file)} is {shown(found)} again{where}"
-
-
-def _is_starter(exercise: Exercise) -> bool:
-    """Whether there is nothing of the learner's in the file."""
-    path = exercise.file
-    return path.is_file() and not path.is_symlink() and path.read_bytes() == exercise.starter.encode()
