@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,9 @@ def test_publish_replaces_what_a_learner_wrote(
 
     key, _, encoded = (tmp_path / "GITHUB_OUTPUT").read_text().partition("=")
     assert key == "result" and json.loads(base64.b64decode(encoded)) == github.classroom(verdicts, tmp_path)
-    assert (tmp_path / "GITHUB_STEP_SUMMARY").read_text() == gradesheet.markdown(graded(verdicts))
+    assert (tmp_path / "GITHUB_STEP_SUMMARY").read_text() == gradesheet.markdown(
+        graded(verdicts), gradesheet.places(verdicts, tmp_path)
+    )
     assert [(tmp_path / name).read_text() for name in names[2:]] == ["", "", ""]
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "::token::" and said[1].startswith("::error ")
@@ -164,7 +167,7 @@ def test_outside_of_github_it_prints_what_it_can_and_says_so(
 
 def test_a_summary_that_github_would_refuse_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(github, "SUMMARY_BYTES", 400)
-    text = github.summary(graded([verdict(exercise(7, 40))]))
+    text = github.summary(graded([verdict(exercise(7, 40))]), {})
 
     assert len(text.encode()) <= 400 and text.endswith(
         "\n\nCut here: GitHub takes 1 MiB; the gradesheet has the rest.\n"
@@ -185,9 +188,40 @@ def test_missing_points_fail_where_the_teacher_asks(
 def test_the_sheet_shows_a_learners_text_as_it_is(tmp_path: Path) -> None:
     broken = [Result(f"7.{i}", "test", "error", "*a* | `b` <c>\nd \ud800", 1, "load") for i in (1, 2, 3)]
     sheet = graded([verdict(exercise(7), *broken)])
-    beside = gradesheet.write(sheet, tmp_path / "gradesheet.json")
+    beside = gradesheet.write(sheet, tmp_path / "gradesheet.json", {})
 
     assert json.loads((tmp_path / "gradesheet.json").read_text()) == sheet
     text = beside.read_text()
     assert "| ex07 A title | does not import: `*a* \\| 'b' <c>; d ?` | 0/15 |" in text
-    assert "  - `test` error: `*a* | 'b' <c>; d ?`\n" in text
+    assert "  - `*a* | 'b' <c>; d ?` (`test`, error)\n" in text
+
+
+def test_the_sheet_folds_what_was_begun_and_counts_checks(tmp_path: Path) -> None:
+    todo = [failed(f"9.{i}", "TODO", 0, "no file") for i in (1, 2, 3)]
+    verdicts = [verdict(exercise(7), failed("7.2", "two: 1 came", 5)), verdict_of(exercise(9), todo, untouched=True)]
+
+    text = gradesheet.markdown(graded(verdicts), gradesheet.places(verdicts, tmp_path))
+
+    begun = text.index("<details>\n<summary>ex07 A title: 10 of 15 points, 2 of 3 checks</summary>\n\n")
+    assert "\n- ✓ 7.1 Title 1: a, b\n- ✗ 7.2 Title 2: a, b: 0 of 1 checks\n" in text[begun:], text
+    assert "\n  - `exercises/ex07_a_title.py:5`: `two: 1 came` (`test_7.2`, failed)\n" in text, text
+    assert text.count("<details>") == 1 and text.count("ex09") == 1, text
+
+
+def test_the_sheet_says_where_the_work_comes_from() -> None:
+    now = datetime(2026, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=1)))
+    origin = github.origin({"GITHUB_REPOSITORY": "a/b", "GITHUB_SHA": "c0ffee"}, now)
+
+    sheet = gradesheet.sheet([verdict(exercise(7))], "v", "2.13.0", origin)
+
+    assert list(sheet)[:6] == ["schema", "checks_version", "torch", "repository", "commit", "date"]
+    assert origin == {"repository": "a/b", "commit": "c0ffee", "date": "2026-02-03T03:05:00Z"}
+    assert "\n`a/b` at `c0ffee`, 2026-02-03T03:05:00Z\n" in gradesheet.markdown(sheet, {})
+
+
+def test_what_is_not_written_yet_is_a_notice(tmp_path: Path) -> None:
+    todo = failed("7.1", "TODO", kind="not implemented")
+
+    lines = github.annotations([verdict(exercise(7), todo, failed("7.2"))], tmp_path)
+
+    assert [line.split()[0] for line in lines] == ["::error", "::notice"], lines

@@ -93,12 +93,23 @@ def command_line(pid: str) -> bytes:
         return b""
 
 
-def test_what_cannot_be_graded_leaves_no_sheet(workspace: Workspace) -> None:
+def test_a_folder_without_any_exercise_earns_nothing_and_says_why(workspace: Workspace) -> None:
+    workspace.keep("ex01", "ex02")
     (workspace.top / "empty").mkdir()
+    (workspace.top / "empty" / f"E{FILE[1:]}").write_text("x = 1\n")
 
+    done = workspace.make("grade", "SUBMISSION=empty")
+    found = json.loads((workspace.top / "gradesheet.json").read_text())
+
+    assert done.returncode == 0 and f"SUBMISSION=empty: holds no exercise; files are named like {FILE}" in done.stdout
+    assert (found["score"], found["max_score"]) == (0, 100)
+    reasons = {one["id"]: one["reason"] for one in found["exercises"]}
+    assert reasons == {"ex01": f"no file of this name; E{FILE[1:]} is there, rename it", "ex02": "no file"}
+
+
+def test_what_cannot_be_graded_leaves_no_sheet(workspace: Workspace) -> None:
     for arguments, says in (
         (("SUBMISSION=nowhere",), "no such folder"),
-        (("SUBMISSION=empty",), "holds no exercise"),
         (("EX=99",), "no such exercise"),
         (("OUT=checks",), "a file name such as gradesheet.json is wanted"),
     ):

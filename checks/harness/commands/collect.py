@@ -52,7 +52,8 @@ def copy(student: Path, submission: Path) -> list[str]:
     for path in sorted(folder.glob("*.py")):
         name, status = f"exercises/{path.name}", path.lstat()
         if path.name not in wanted:
-            left.append(f"{name}: is no exercise; not copied")
+            meant = next((one for one in sorted(wanted) if path.name.lower().startswith(one[: len("exNN")])), "")
+            left.append(f"{name}: is no exercise{f', rename it to {meant}' if meant else ''}; not copied")
         elif stat.S_ISLNK(status.st_mode):
             left.append(f"{name}: is a link; not copied")
         elif not stat.S_ISREG(status.st_mode):

@@ -2,8 +2,10 @@
 fork of the server.
 """
 
+import os
 import time
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from harness.commands import history
-from harness.commands.request import Request, out_path, submission_folder
+from harness.commands.request import Request, folder_to_grade, no_exercise_in, out_path, submission_folder
 from harness.model import bank
 from harness.model.cache import Entry, OwnTests, VerdictCache, checks_version, stamp
 from harness.model.exercise import Exercise, UsageError, selected
@@ -83,7 +85,7 @@ def check(request: Request, judge: Judge) -> int:
 
 def grade(request: Request, judge: Judge) -> int:
     """Judges everything asked for and writes the gradesheet; 0 whatever the points are."""
-    chosen, folder, path = selected(request.ex), submission_folder(request.submission), out_path(request.out)
+    chosen, folder, path = selected(request.ex), folder_to_grade(request.submission), out_path(request.out)
     out = terminal.console()
     token = github.mute() if request.github else ""
     if not landlock.version():
@@ -103,11 +105,14 @@ def grade(request: Request, judge: Judge) -> int:
         reason = f" ({github.plain(verdict.reason)})" if verdict.reason else ""
         line = f"{exercise.id} {verdict.score}/{verdict.max_score} {verdict.state}{reason}, {verdict.seconds:.1f} s"
         out.print(line, markup=False, soft_wrap=True)
-    sheet = gradesheet.sheet(verdicts, version, torch.__version__.partition("+")[0])
+    origin = github.origin(os.environ, datetime.now(UTC)) if request.github else None
+    sheet = gradesheet.sheet(verdicts, version, torch.__version__.partition("+")[0], origin)
     try:
-        beside = gradesheet.write(sheet, path)
+        beside = gradesheet.write(sheet, path, gradesheet.places(verdicts, folder))
     except OSError as error:
         raise UsageError(f"OUT={request.out}: cannot be written: {error.strerror}") from None
+    if none := no_exercise_in(folder):
+        out.print(f"SUBMISSION={request.submission}: {none}", markup=False, soft_wrap=True)
     out.print(f"total {sheet['score']}/{sheet['max_score']}; {shown(path)}, {shown(beside)}", soft_wrap=True)
     if request.github:
         github.publish(verdicts, sheet, folder, token)

@@ -122,13 +122,30 @@ def submission_folder(name: str) -> Path:
     Raises:
         UsageError: it is missing, no folder, or holds no exercise.
     """
+    folder = folder_to_grade(name)
+    if none := no_exercise_in(folder):
+        raise UsageError(f"SUBMISSION={name}: {none}")
+    return folder
+
+
+def folder_to_grade(name: str) -> Path:
+    """The folder that SUBMISSION names, absolute, whatever it holds.
+
+    Raises:
+        UsageError: it is missing, or no folder.
+    """
     folder = (TOP / name).resolve()
     if not folder.is_dir():
         raise UsageError(f"SUBMISSION={name}: no such folder; it is relative to {TOP.name}/, as in SUBMISSION=answers")
-    if not any((folder / exercise.file_name).exists() for exercise in exercises().values()):
-        names = ", ".join(exercise.file_name for exercise in exercises().values())
-        raise UsageError(f"SUBMISSION={name}: holds no exercise; files are named like {names}")
     return folder
+
+
+def no_exercise_in(folder: Path) -> str:
+    """Says, where a folder holds no exercise, how one is named; else nothing."""
+    names = [exercise.file_name for exercise in exercises().values()]
+    if any((folder / name).exists() for name in names):
+        return ""
+    return f"holds no exercise; files are named like {names[0]}"
 
 
 def out_path(name: str) -> Path:
@@ -153,9 +170,10 @@ def refuse(request: Request) -> None:
         one_exercise(request.command, request.ex)
     elif request.command not in ("reset", "answer", "hint", "attempts", *PRACTICE):
         selected(request.ex)
-    if request.command in ("check", "grade", "demo"):
+    if request.command in ("check", "demo"):
         submission_folder(request.submission)
     if request.command == "grade":
+        folder_to_grade(request.submission)
         out_path(request.out)
     if request.forget_banks and not os.environ.get("CI"):
         raise UsageError("FORGET_BANKS=1 removes answers and banks; only where CI is set, in a throw-away checkout")

@@ -9,14 +9,13 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from harness.model.exercise import POINTS, Exercise
+from harness.model.exercise import POINTS
 from harness.model.results import ExerciseVerdict, RequirementVerdict, Result
-from harness.model.source import place_of
-from harness.model.submission import LoadError, read
 from harness.report import gradesheet
 from harness.sandbox.output import printable
 
@@ -37,6 +36,13 @@ def mute() -> str:
     return token
 
 
+def origin(environment: Mapping[str, str], now: datetime) -> dict[str, str]:
+    """Where the submission comes from, as the gradesheet says it."""
+    date = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    named = {"repository": "GITHUB_REPOSITORY", "commit": "GITHUB_SHA"}
+    return {name: environment.get(variable, "") for name, variable in named.items()} | {"date": date}
+
+
 def publish(verdicts: Sequence[ExerciseVerdict], graded: dict[str, Any], folder: Path, token: str) -> None:
     """Prints the annotations and notices, and writes the step's result and summary.
 
@@ -47,16 +53,18 @@ def publish(verdicts: Sequence[ExerciseVerdict], graded: dict[str, Any], folder:
     """
     print(command(token), *annotations(verdicts, folder), *notices(graded), sep="\n", flush=True)
     _empty(os.environ)
+    places = gradesheet.places(verdicts, folder)
     encoded = base64.b64encode(json.dumps(classroom(verdicts, folder)).encode()).decode()
-    written = {"GITHUB_OUTPUT": f"result={encoded}\n", "GITHUB_STEP_SUMMARY": summary(graded)}
+    written = {"GITHUB_OUTPUT": f"result={encoded}\n", "GITHUB_STEP_SUMMARY": summary(graded, places)}
     lacking = [name for name, text in written.items() if not _written(os.environ.get(name, ""), text)]
     if lacking:
         print(f"github: {' and '.join(lacking)} not set, so the lines above are all; GitHub Actions sets both")
 
 
 def annotations(verdicts: Sequence[ExerciseVerdict], folder: Path) -> list[str]:
-    """An error per requirement that lost points of the exercises in progress, one per exercise that does not import;
-    at most ANNOTATIONS, in turn from each exercise, unwritten code last.
+    """An error per requirement that lost points of the exercises in progress, a notice where its code is not written
+    yet, and an error per exercise that does not import; at most ANNOTATIONS, in turn from each exercise, unwritten
+    code last.
     """
     by_exercise = [_annotations(verdict, folder) for verdict in verdicts]
     in_turn = (line for line in chain(*zip_longest(*by_exercise)) if line is not None)
@@ -89,7 +97,7 @@ def classroom(verdicts: Sequence[ExerciseVerdict], folder: Path) -> dict[str, An
                     "message": plain(_reason(one))[:_ENTRY_CHARACTERS],
                     "test_code": failed.name if failed is not None else "",
                     "filename": f"exercises/{verdict.exercise.file_name}",
-                    "line_no": _line(verdict.exercise, failed, folder) if failed is not None else 0,
+                    "line_no": gradesheet.line_of(verdict, failed, folder) if failed is not None else 0,
                     "duration": 0,  # Time is known per exercise only; the gradesheet has it.
                 }
             )
@@ -97,9 +105,9 @@ def classroom(verdicts: Sequence[ExerciseVerdict], folder: Path) -> dict[str, An
     return {"version": 1, "status": status, "max_score": POINTS * len(tests), "tests": tests}
 
 
-def summary(graded: dict[str, Any]) -> str:
+def summary(graded: dict[str, Any], places: gradesheet.Places) -> str:
     """The gradesheet as Markdown, within what GitHub takes."""
-    text = gradesheet.markdown(graded)
+    text = gradesheet.markdown(graded, places)
     if len(text.encode()) <= SUMMARY_BYTES:
         return text
     head = text.encode()[: SUMMARY_BYTES - 200].decode("utf-8", "ignore").rpartition("\n")[0]
@@ -135,34 +143,27 @@ def _annotations(verdict: ExerciseVerdict, folder: Path) -> list[str]:
     results = [result for one in verdict.requirements for result in one.results]
     if verdict.state == "does not import":
         broken = next(result for result in results if result.kind == "load")
-        return [_annotation(exercise, f"{exercise.id} does not import", broken, folder)]
+        return [_annotation(verdict, f"{exercise.id} does not import", broken, folder)]
     if verdict.state != "in progress":
         return []
     found = [(one, _first(one.results)) for one in verdict.requirements if one.judged]
     failures = [(one, failed) for one, failed in found if failed is not None]
     failures.sort(key=lambda failure: failure[1].kind == "not implemented")
     return [
-        _annotation(exercise, f"{one.requirement.id} {one.requirement.title}", failed, folder)
+        _annotation(verdict, f"{one.requirement.id} {one.requirement.title}", failed, folder)
         for one, failed in failures
     ]
 
 
-def _annotation(exercise: Exercise, title: str, result: Result, folder: Path) -> str:
+def _annotation(verdict: ExerciseVerdict, title: str, result: Result, folder: Path) -> str:
+    """An error; of what is not written yet, a notice."""
     lines = (result.message or result.outcome).splitlines()[:MESSAGE_LINES]
     message = "\n".join(lines)[:_MESSAGE_CHARACTERS]
     if result.kind != "load":
         message += f"\ncheck: {result.name}"
-    place = _line(exercise, result, folder)
-    return command("error", message, file=f"exercises/{exercise.file_name}", line=place, title=title)
-
-
-def _line(exercise: Exercise, result: Result, folder: Path) -> int:
-    if result.line or result.kind == "load":
-        return result.line or 1
-    try:
-        return place_of(result.requirement, result.message, read(folder / exercise.file_name), exercise.starter)
-    except LoadError:
-        return 1
+    kind = "notice" if result.kind == "not implemented" else "error"
+    file, place = f"exercises/{verdict.exercise.file_name}", gradesheet.line_of(verdict, result, folder)
+    return command(kind, message, file=file, line=place, title=title)
 
 
 def _data(text: str) -> str:

@@ -1,27 +1,41 @@
 """The verdicts on a submission as JSON for programs and as Markdown for people."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.model.exercise import CRITERIA, POINTS
 from harness.model.paths import write_whole
-from harness.model.results import ExerciseVerdict, RequirementVerdict
+from harness.model.results import ExerciseVerdict, RequirementVerdict, Result
+from harness.model.source import place_of
+from harness.model.submission import LoadError, read
 from harness.sandbox.output import printable
 
+# By requirement and check, where a failure is.
+Places = Mapping[tuple[str, str], str]
 SCHEMA = 1
 NOT_COUNTED = "counts once half of the exercise's other requirements are earned"
 _SHOWN_CHARACTERS = 1000
 
 
-def sheet(verdicts: Sequence[ExerciseVerdict], checks_version: str, torch_version: str) -> dict[str, Any]:
-    """The gradesheet of some exercises, as DESIGN's schema 1: scores by criterion, exercise, requirement and check."""
+def sheet(
+    verdicts: Sequence[ExerciseVerdict],
+    checks_version: str,
+    torch_version: str,
+    origin: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The gradesheet of some exercises, of schema 1: scores by criterion, exercise, requirement and check.
+
+    Args:
+        origin: where the submission comes from, where that is known: repository, commit, date.
+    """
     requirements = [one for verdict in verdicts for one in verdict.requirements]
     return {
         "schema": SCHEMA,
         "checks_version": checks_version,
         "torch": torch_version,
+        **(origin or {}),
         "score": sum(verdict.score for verdict in verdicts),
         "max_score": sum(verdict.max_score for verdict in verdicts),
         "criteria": {criterion: _criterion(criterion, requirements) for criterion in CRITERIA},
@@ -29,9 +43,13 @@ def sheet(verdicts: Sequence[ExerciseVerdict], checks_version: str, torch_versio
     }
 
 
-def markdown(graded: dict[str, Any]) -> str:
-    """The same for people: the exercises, the criteria, and for each requirement its first failing check."""
+def markdown(graded: Mapping[str, Any], places: Places) -> str:
+    """The same for people: the exercises, the criteria, and, folded, each exercise that was begun: for a requirement
+    that failed how many of its checks pass, and of the first that does not the place and the message.
+    """
     lines = [f"# Gradesheet: {graded['score']} of {graded['max_score']} points", ""]
+    if "commit" in graded:
+        lines += [f"{_code(graded['repository'])} at {_code(graded['commit'])}, {graded['date']}", ""]
     lines += ["| exercise | state | points |", "|---|---|---|"]
     for one in graded["exercises"]:
         reason = _code(one["reason"]).replace("|", "\\|")
@@ -40,23 +58,64 @@ def markdown(graded: dict[str, Any]) -> str:
     lines += ["", "| criterion | points |", "|---|---|"]
     lines += [f"| {name} | {found['score']}/{found['max_score']} |" for name, found in graded["criteria"].items()]
     for one in graded["exercises"]:
-        lines += ["", f"## {one['id']} {one['title']}", ""]
-        for requirement in one["requirements"]:
-            points = f"{requirement['score']}/{requirement['max_score']}"
-            lines.append(f"- {requirement['id']} {requirement['title']}: {points}")
-            failed = next((check for check in requirement["checks"] if check["outcome"] != "passed"), None)
-            if failed is not None:
-                lines.append(f"  - `{failed['name']}` {failed['outcome']}: {_code(failed['message'])}")
-            elif not requirement["score"]:
-                lines.append(f"  - {NOT_COUNTED}")
+        if one["state"] != "not started":
+            lines += ["", *_details(one, places)]
     return "\n".join(lines) + "\n"
 
 
-def write(graded: dict[str, Any], out: Path) -> Path:
+def _details(one: Mapping[str, Any], places: Places) -> list[str]:
+    checks = [check for requirement in one["requirements"] for check in requirement["checks"]]
+    points = f"{one['score']} of {one['max_score']} points, {_passed(checks)}"
+    lines = ["<details>", f"<summary>{one['id']} {one['title']}: {points}</summary>", ""]
+    for requirement in one["requirements"]:
+        named, checks = f"{requirement['id']} {requirement['title']}", requirement["checks"]
+        failed = next((check for check in checks if check["outcome"] != "passed"), None)
+        if requirement["score"]:
+            lines.append(f"- ✓ {named}")
+        elif failed is None:
+            lines.append(f"- ✗ {named}: {NOT_COUNTED}")
+        else:
+            lines.append(f"- ✗ {named}: {_passed(checks)}")
+            place = places.get((requirement["id"], failed["name"]), "")
+            where = f"{_code(place)}: " if place else ""
+            lines.append(f"  - {where}{_code(failed['message'])} (`{failed['name']}`, {failed['outcome']})")
+    return [*lines, "", "</details>"]
+
+
+def _passed(checks: Sequence[Mapping[str, Any]]) -> str:
+    return f"{sum(check['outcome'] == 'passed' for check in checks)} of {len(checks)} checks"
+
+
+def places(verdicts: Sequence[ExerciseVerdict], folder: Path) -> Places:
+    """`exercises/file.py:line` of each failure, by requirement and check.
+
+    Args:
+        folder: the submission.
+    """
+    return {
+        (failed.requirement, failed.name): f"exercises/{verdict.exercise.file_name}:{line_of(verdict, failed, folder)}"
+        for verdict in verdicts
+        for failed in verdict.results()
+        if failed.outcome != "passed" and failed.kind not in ("no file", "unjudged")
+    }
+
+
+def line_of(verdict: ExerciseVerdict, result: Result, folder: Path) -> int:
+    """The line to look at for a result: its own, or else that of the requirement's code."""
+    if result.line or result.kind == "load":
+        return result.line or 1
+    exercise = verdict.exercise
+    try:
+        return place_of(result.requirement, result.message, read(folder / exercise.file_name), exercise.starter)
+    except LoadError:
+        return 1
+
+
+def write(graded: Mapping[str, Any], out: Path, places: Places) -> Path:
     """Writes the JSON and, beside it with the same stem, the Markdown; each as a whole. Returns the Markdown's path."""
     beside = out.with_suffix(".md")
     write_whole(out, json.dumps(graded, indent=2, ensure_ascii=False) + "\n")
-    write_whole(beside, markdown(graded))
+    write_whole(beside, markdown(graded, places))
     return beside
 
 
