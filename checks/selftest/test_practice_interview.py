@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from devtools.workspace import Workspace
-from harness.model.exercise import exercises
+from harness.model.exercise import exercises, within
 from harness.practice.interview.statement import discussion, first_text, topics
 from selftest.toys import ANSWER, FILE, STARTER, plant
 
@@ -33,21 +33,22 @@ def test_a_whole_interview(bare: Workspace) -> None:
     began = bare.make("interview", "EX=42", "SEED=7", "MINUTES=20").stdout
     assert began == (
         f"{NAME}: Doubling, 20 minutes\n"
-        f"  the problem and the signatures: practice/{NAME}/{FILE}; make watch judges every save\n"
+        f"  the problem and the signatures: practice/{NAME}/{FILE}\n"
+        "  have every save judged: make watch EX=42\n"
         "  what counts: 42.1\n"
         "  ask what is not said: make ask EX=42\n"
         f"  think aloud, or note what you try: practice/{NAME}/notes.md\n"
         "  end it, and get the report: make interview EX=42 SEED=7 END=1\n"
         "clock: 0 of 20 minutes, 20 left\n"
     )
+    stated = (folder / FILE).read_text()
+    assert "def double" in stated and "test_double" not in stated, "what does not count is not there"
     off = bare.make("hint", "EX=42")
     assert (
         off.returncode == 2 and "an interview on ex42 is on: no hints; make interview EX=42 END=1 ends it" in off.stdout
     )
     listed = bare.make("ask").stdout
-    assert f"{NAME}: what you may ask\n  1. 42.1 Double, in full\n" in listed and "  4. a new tensor …\n" in listed, (
-        listed
-    )
+    assert f"{NAME}: what you may ask\n  1. 42.1 Double, in full\n" in listed and "  4. a new tensor …\n" in listed
     assert listed.endswith("ask: make ask EX=42 N=1; clock: 0 of 20 minutes, 20 left\n")
     assert bare.make("ask", "N=4").stdout.startswith("4. a new tensor …\na new tensor comes out\nclock: 0 of 20")
     assert "  4. a new tensor … (asked)\n" in bare.make("ask", "EX=42").stdout
@@ -66,14 +67,14 @@ def test_a_whole_interview(bare: Workspace) -> None:
 
     ended = bare.make("interview", "EX=42", "END=1").stdout
     assert re.search(rf"^{NAME}: 5 of 5 points in \d+ of 20 minutes$", ended, re.MULTILINE), ended
-    assert "\n  correct: 1 of 2 requirements of the whole exercise\n" in ended, ended
+    assert "\n  correct: 1 of 1 requirement\n  efficient: nothing of it counts in this time\n" in ended, ended
     assert f"\nreport: practice/{NAME}/report.md; its questions are yours to answer\n" in ended, ended
     assert f"\npicture: practice/{NAME}/report.png\n" in ended, ended
     report = (folder / "report.md").read_text()
     assert re.search(r"^- minute \d+: 42\.1 Double earned$", report, re.MULTILINE), report
     for part in (
-        "- readable: 1 of 1 requirements",
-        "Judged when you push: this copy has no answers to run it on.\n",
+        "- readable: 1 of 1 requirement\n",
+        "None is asked for in this time.\n",
         ": a new tensor …\n",
         "- **what no check looks at**\n  ```\n  - strings\n  ```\n",
         "## Your notes\n\n- twice is a sum\n",
@@ -102,22 +103,28 @@ def test_time_is_over_and_what_cannot_be_done(bare: Workspace) -> None:
         (("interview", "EX=42", "MINUTES=0"), "MINUTES=0: a number from 1 to 240 is wanted"),
         (
             ("interview", "EX=42", "MINUTES=30"),
-            f"practice/{NAME} was begun otherwise; take another SEED, or go on: make interview EX=42 SEED=7",
+            f"practice/{NAME} was begun with 45 minutes; go on: make interview EX=42 SEED=7, end it: "
+            "make interview EX=42 SEED=7 END=1, or take another SEED",
         ),
         (("interview", "EX=42", "SEED=8", "END=1"), "no session to end: make interview EX=42 begins one"),
-        (("ask", "N=x"), "N=x: a number from 1 to 6 is wanted; make ask lists the topics"),
+        (("ask", "N=x"), "N=x: a number from 1 to 8 is wanted; make ask lists the topics"),
     ):
         done = bare.make(*arguments)
         lines = [line for line in done.stdout.splitlines() if not line.startswith("make: ***")]
         assert done.returncode == 2 and lines == [says], done.stdout
-    shutil.rmtree(path.parent)
+    second = bare.make("interview", "EX=42", "SEED=8").stdout
+    assert second.endswith(f"under way too: {NAME}; make interview EX=42 SEED=7 END=1 ends it\n"), second
+    several = bare.make("interview", "EX=42", "END=1").stdout
+    assert several.startswith("2 are under way; END=1 wants SEED, one of 7, 8\n"), several
+    shutil.rmtree(path.parent.parent)
     assert bare.make("ask").stdout.startswith("no interview is under way; make interview EX=42 begins one\n")
 
 
 @EACH
 def test_every_exercise_can_be_asked_about(exercise: str) -> None:
     one = exercises()[exercise]
-    text, there = first_text(one, 45), topics(one)
+    scope = within(one, 45)
+    text, there = first_text(one, scope, 45), topics(scope)
 
     compile(text, one.file_name, "exec")
     assert "Conventions" not in text and "TODO(" not in text and f"make ask EX={one.number} lists the topics." in text

@@ -4,6 +4,7 @@ import ast
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 from harness.model.paths import ANSWERS, CHECKS, EXERCISES
@@ -122,11 +123,12 @@ class Exercise:
         return int(self.id[2:])
 
 
-def first_step(exercise: Exercise) -> Exercise:
-    """An exercise of which its first step alone counts."""
-    step = exercise.steps[0]
-    of_it = tuple(one for one in exercise.requirements if one.id in step.requirements)
-    return replace(exercise, requirements=of_it, steps=(step,))
+def within(exercise: Exercise, minutes: int) -> Exercise:
+    """An exercise of which the first steps count, as many as are done in so many minutes, and one at least."""
+    ends = accumulate(step.minutes for step in exercise.steps)
+    steps = exercise.steps[: max(1, sum(end <= minutes for end in ends))]
+    wanted = {number for step in steps for number in step.requirements}
+    return replace(exercise, requirements=tuple(one for one in exercise.requirements if one.id in wanted), steps=steps)
 
 
 def parse(text: str, file_name: str) -> Exercise:

@@ -22,7 +22,11 @@ _NOTABLE = 0.1
 
 
 def figures(session: Session, before: str, out: Console) -> list[str]:
-    """Measures, prints the tables, draws the picture, and returns what differs, a line each."""
+    """Measures, prints the tables, draws the picture, and returns what differs, a line each.
+
+    Raises:
+        UsageError: Ctrl-C ended it.
+    """
     exercise = session.exercise
     try:
         bench = bench_of(exercise)
@@ -37,12 +41,20 @@ def figures(session: Session, before: str, out: Console) -> list[str]:
         except LoadError as error:
             out.print(f"{name} is left out: {error.fact}", markup=False, soft_wrap=True)
     settle()
-    out.print(f"measuring; it takes about {2 * bench.SECONDS} s, Ctrl-C ends it with what is there", soft_wrap=True)
+    out.print(f"measuring; it takes about {2 * bench.SECONDS} s, Ctrl-C leaves the session open", soft_wrap=True)
     measured = shown_beside(bounded(case for case in bench.cases(modules) if not case.long), bench, out)
+    if measured.done < measured.asked:
+        raise UsageError(f"{session.name} stays as it is; {session.command} END=1 measures again")
     picture = session.folder / "before-and-after.png"
     drawn(picture, f"{exercise.title}: before and after", bench, measured, out)
-    none = "the bench shows no difference: what was wasteful costs little at its sizes"
-    return list(differences(measured.series)) or [none]
+    compared = [one for one in measured.series if not (measured.busy and timed(one.metric))]
+    none = "the bench shows no difference: what was wasteful costs little at its sizes, or is not among what it counts"
+    return list(differences(compared)) or [none]
+
+
+def timed(metric: str) -> bool:
+    """Whether a metric depends on how busy the machine is."""
+    return "second" in metric or metric.endswith(", ms")
 
 
 def bounded(cases: Iterable[Case]) -> list[Case]:

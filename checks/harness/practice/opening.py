@@ -1,6 +1,6 @@
 """How a session that begins with the answer is opened: the one to go on with, or a new one."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -8,15 +8,18 @@ from rich.console import Console
 from harness.commands.answer import is_done
 from harness.commands.request import Request, one_exercise
 from harness.model.exercise import Exercise, UsageError
-from harness.model.paths import shown
+from harness.model.paths import BUILD, shown, write_whole
 from harness.model.results import ExerciseVerdict
-from harness.practice import sessions
+from harness.practice import planted, sessions
+from harness.practice.planted import Change
 from harness.practice.sessions import Session, digest
 
 if TYPE_CHECKING:
     import pytest
 
 Text = Callable[[Session], str]
+# Of what a check says: the fact and the hint, not every number.
+_SAID_LINES = 4
 
 
 def opened(request: Request, text: Text, options: dict[str, Any] | None = None, **usual: Any) -> Session:
@@ -30,7 +33,7 @@ def opened(request: Request, text: Text, options: dict[str, Any] | None = None, 
         UsageError: it cannot be opened; the text says why.
     """
     exercise = one_exercise(request.command, request.ex)
-    found = sessions.chosen(request.command, exercise, request.seed)
+    found = sessions.chosen(request.command, exercise, request.seed, end=request.end)
     if found is None:
         if request.end:
             raise UsageError(f"no session to end: {_begun_by(request.command, exercise, request.seed)} begins one")
@@ -85,6 +88,29 @@ def closed(session: Session, out: Console) -> int:
     begin = f"make {session.mode} EX={session.exercise.number} SEED={sessions.free_seed()}"
     tell(out, [report, f"another one: {begin}; this one again: move {shown(session.folder)} away first"])
     return 0
+
+
+def said_of(session: Session, changes: Sequence[Change]) -> dict[Change, str]:
+    """What the checks say of each change alone: the fact and the hint of the first message on what it breaks."""
+    from harness.runner import session as collecting
+    from harness.runner.supervisor import Judge
+
+    exercise, said = session.exercise, dict[Change, str]()
+    folder = BUILD / "practice" / session.name
+
+    def use(collected: "pytest.Session") -> int:
+        judge = Judge(collected.items)
+        for change in changes:
+            assert change.mistake is not None
+            write_whole(folder / exercise.file_name, planted.file_text(exercise, [change]))
+            failed = [one for one in judge.results(exercise, folder, ("code",)) if one.outcome != "passed"]
+            first = next((one for one in failed if one.requirement in change.mistake.requirements), None)
+            lines = first.message.splitlines()[:_SAID_LINES] if first is not None else []
+            said[change] = "\n".join([f"{first.requirement} {lines[0]}", *lines[1:]]) if first and lines else ""
+        return 0
+
+    collecting.collected(use, exercise.id)
+    return said
 
 
 def verdict_now(session: Session, out: Console) -> ExerciseVerdict:

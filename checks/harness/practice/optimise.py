@@ -5,7 +5,7 @@ from harness.model.exercise import Requirement, UsageError
 from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict
 from harness.practice import planted
-from harness.practice.opening import closed, opened, standing, tell, verdict_now
+from harness.practice.opening import closed, opened, said_of, standing, tell, verdict_now
 from harness.practice.planted import Change
 from harness.practice.sessions import Session
 from harness.report import terminal
@@ -19,7 +19,7 @@ def run(request: Request) -> int:
         from harness.practice.measuring import figures
 
         how = "done" if verdict_now(session, out).state == "done" else "given up"
-        lines = figures(session, first_text(session), out)
+        lines = [*_costs(session), *figures(session, first_text(session), out)]
         session.end(how, lambda: [*report(session, how), *lines])
     if session.ended:
         return closed(session, out)
@@ -62,7 +62,8 @@ def waste(session: Session) -> Change:
     """
     exercise = session.exercise
     for change in planted.mistaken(exercise, f"optimise {exercise.id} {session.seed}", wasteful=True):
-        return change
+        if not planted.too_long(change) and planted.unremarkable(planted.file_text(exercise, [change])):
+            return change
     raise UsageError(f"{exercise.id} has nothing to optimise: its bank holds no code that is right but wasteful")
 
 
@@ -78,6 +79,12 @@ def report(session: Session, how: str) -> list[str]:
         "the smallest mend:",
         *(f"   {one}" for one in planted.mend(session.exercise, change)),
     ]
+
+
+def _costs(session: Session) -> list[str]:
+    """What the checks count before the change, where the bench may show nothing of it."""
+    said = said_of(session, [waste(session)])[waste(session)]
+    return ["what the check counted before:", *(f"   {line}" for line in said.splitlines())] if said else []
 
 
 def _efficiency(session: Session) -> list[Requirement]:

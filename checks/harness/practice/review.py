@@ -6,28 +6,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 from harness.commands.request import Request
 from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import shown
 from harness.practice import planted, refactorings, sessions
-from harness.practice.opening import closed, opened, tell
+from harness.practice.opening import closed, opened, said_of, tell
 from harness.practice.planted import Change, Hunk
 from harness.practice.refactorings import Refactoring
 from harness.practice.sessions import Session
 from harness.report import terminal
-
-if TYPE_CHECKING:
-    import pytest
 
 FEWEST, MOST = 4, 7
 # Lines around a hunk of the diff; hunks stand further apart.
 CONTEXT = 2
 # A mistake may be larger than in a hunt: right changes are large too.
 _MOST_LINES = 12
-# Of what a check says: the fact and the hint, not every number.
-_SAID_LINES = 4
 _FORM, _DIFF = "review.md", "change.diff"
 _ROW = re.compile(r"^\|([^|]*)\|([^|]*)\|(.*?)\|?[ \t]*$", re.MULTILINE)
 _LINES = re.compile(r"(?:lines?|l)?\s*(\d+)(?:\s*[-–]\s*(\d+))?", re.IGNORECASE)
@@ -64,7 +58,7 @@ def run(request: Request) -> int:
                 f"{shown(session.folder / _FORM)} names no fault yet; what counts is a row of its table\n"
                 f"see the model review all the same: {session.command} END=1 FORCE=1"
             )
-        named, alarms, report = judged(session, rows, verdicts(session))
+        named, alarms, report = judged(session, rows, said_of(session, change(session).faults))
         session.end(f"{named}, {alarms}", lambda: report)
     if session.ended:
         return closed(session, out)
@@ -184,7 +178,7 @@ def judged(session: Session, rows: Sequence[Row], says: Mapping[Change, str]) ->
         name = fault.mistake.name.replace("_", " ")
         place, numbers = places[fault].start + 1, ", ".join(_requirements(fault))
         lines.append(f"- line {place}, {numbers}, {'named' if of[fault] else 'missed'}: {name}")
-        lines += [f"   {line}" for line in says.get(fault, "").splitlines()[:_SAID_LINES]]
+        lines += [f"   {line}" for line in says.get(fault, "").splitlines()]
         lines += [f"   yours: {_shown(row)}{_elsewhere(row, fault)}" for row in of[fault]]
         lines += ["   the smallest mend:", *(f"   {line}" for line in planted.mend(exercise, fault))]
     for one in sorted(made.right, key=lambda one: one.around.start):
@@ -192,28 +186,6 @@ def judged(session: Session, rows: Sequence[Row], says: Mapping[Change, str]) ->
         lines += [f"   false alarm: {_shown(row)}" for row in of[one.change]]
     lines += [f"- false alarm: {_shown(row)}" for row in alarms]
     return named, false, lines
-
-
-def verdicts(session: Session) -> dict[Change, str]:
-    """What the checks say of each fault alone: the first message on a requirement that it breaks."""
-    from harness.model.paths import BUILD, write_whole
-    from harness.runner import session as collecting
-    from harness.runner.supervisor import Judge
-
-    exercise, said = session.exercise, dict[Change, str]()
-    folder = BUILD / "practice" / session.name
-
-    def use(collected: "pytest.Session") -> int:
-        judge = Judge(collected.items)
-        for fault in change(session).faults:
-            write_whole(folder / exercise.file_name, planted.file_text(exercise, [fault]))
-            failed = [one for one in judge.results(exercise, folder, ("code",)) if one.outcome != "passed"]
-            first = next((one for one in failed if one.requirement in _requirements(fault)), None)
-            said[fault] = f"{first.requirement} {first.message}" if first is not None else ""
-        return 0
-
-    collecting.collected(use, exercise.id)
-    return said
 
 
 def _on(row: Row, places: Mapping[Change, range]) -> Change | None:

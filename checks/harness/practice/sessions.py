@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.model.cache import VerdictCache, checks_version
-from harness.model.exercise import POINTS, Exercise, UsageError, exercises, first_step
+from harness.model.exercise import POINTS, Exercise, UsageError, exercises, within
 from harness.model.paths import BUILD, PRACTICE, shown, write_whole
 from harness.model.submission import LoadError, read
 
@@ -59,8 +59,8 @@ class Session:
 
     @property
     def scope(self) -> Exercise:
-        """What of the exercise counts: in an interview its first step."""
-        return first_step(self.exercise) if self.mode == "interview" else self.exercise
+        """What of the exercise counts: in an interview as many steps as there is time for."""
+        return within(self.exercise, self.options["minutes"]) if self.mode == "interview" else self.exercise
 
     @property
     def folder(self) -> Path:
@@ -99,7 +99,8 @@ class Session:
         """How it stands, in a line."""
         earned = self.saves[-1].earned if self.saves else ()
         missing = [one.id for one in self.scope.requirements if one.id not in earned]
-        judged = f"{self.points} points, open {' '.join(missing)}" if self.saves else "not judged yet"
+        left = f"open {' '.join(missing)}" if missing else "nothing open"
+        judged = f"{self.points} points, {left}" if self.saves else "not judged yet"
         return f"{self.name}: {judged}, {self.took}"
 
     @property
@@ -152,13 +153,19 @@ def unreadable() -> Iterator[Path]:
             yield folder
 
 
-def chosen(mode: str, exercise: Exercise, seed: str) -> Session | None:
+def chosen(mode: str, exercise: Exercise, seed: str, *, end: bool = False) -> Session | None:
     """The session to go on with: the one that SEED names or, without SEED, the one under way that was touched last.
 
+    Args:
+        end: it is to end: of several SEED has to name one.
+
     Raises:
-        UsageError: SEED is no number, or names a folder that is no session.
+        UsageError: SEED is no number, or names a folder that is no session; or it is missing.
     """
     mine = [one for one in sessions() if (one.mode, one.exercise) == (mode, exercise)]
+    under_way = [str(one.seed) for one in mine if not one.ended]
+    if end and not seed and len(under_way) > 1:
+        raise UsageError(f"{len(under_way)} are under way; END=1 wants SEED, one of {', '.join(under_way)}")
     if not seed:
         return max((one for one in mine if not one.ended), key=lambda one: one.touched, default=None)
     number = _number(seed)

@@ -107,8 +107,8 @@ def detail(
             failure(out, path, one)
         _resembles(out, verdict, folder)
         return
-    # In a hunt the fact alone is said: what it means is to be found.
-    hunted = practised and folder.name.startswith("debug")
+    # In a hunt, and of waste, the fact alone is said: what it means is to be found.
+    hunted = practised and folder.name.startswith(("debug", "optimise"))
     alike: dict[tuple[int, str], list[Result]] = {}
     for failed in found:
         alike.setdefault((failed[0].line, failed[0].message.partition("\n")[0]), []).append(failed[0])

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harness.model.submission import describe
 from harness.sandbox.processes import waited
@@ -117,7 +117,8 @@ def _told(out: Console, total: int) -> Iterator[Callable[[Case, int], None]]:
         step = max(1, total // 4)
         yield lambda case, done: out.print(f"{done} of {total} measured") if done and done % step == 0 else None
         return
-    with Progress(console=out, transient=True) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True) as progress:
         bar = progress.add_task("measuring", total=total)
         yield lambda case, done: progress.update(bar, completed=done, description=f"{case.panel}, {case.x:g}")
 

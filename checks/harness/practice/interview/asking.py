@@ -10,7 +10,7 @@ from harness.report import terminal
 def run(ex: str, number: str) -> int:
     """Lists the topics, or answers the one that N names."""
     session, out = under_way(ex), terminal.console()
-    there = topics(session.exercise)
+    there = topics(session.scope)
     if not number.strip():
         asked = {one for _, one in questions(session)}
         terminal.line(out, f"{session.name}: what you may ask")
@@ -36,10 +36,12 @@ def under_way(ex: str) -> Session:
         UsageError: there is none.
     """
     wanted = selected(ex)
-    found = [one for one in sessions() if one.mode == "interview" and not one.ended and one.exercise in wanted]
+    there = [one for one in sessions() if one.mode == "interview" and not one.ended]
+    found = [one for one in there if one.exercise in wanted]
     if not found:
-        raise UsageError(f"no interview is under way; make interview EX={wanted[0].number} begins one")
-    return found[-1]
+        others = "".join(f"; make ask EX={one.exercise.number} asks in {one.name}" for one in there)
+        raise UsageError(f"no interview is under way; make interview EX={wanted[0].number} begins one{others}")
+    return max(found, key=lambda one: one.touched)
 
 
 def questions(session: Session) -> list[tuple[float, int]]:

@@ -17,7 +17,7 @@ def minute(session: Session, at: float | None = None) -> float:
 
 def length(session: Session) -> int:
     """How many minutes it may take."""
-    return int(session.options.get("minutes", 45))
+    return int(session.options["minutes"])
 
 
 def notes_head(session: Session) -> str:

@@ -33,12 +33,14 @@ def run(request: Request) -> int:
     else:
         lines = [
             f"{session.name}: {exercise.title}, {clock.length(session)} minutes",
-            f"  the problem and the signatures: {shown(session.file)}; make watch judges every save",
+            f"  the problem and the signatures: {shown(session.file)}",
+            f"  have every save judged: make watch EX={exercise.number}",
             f"  what counts: {' '.join(one.id for one in session.scope.requirements)}",
             f"  ask what is not said: make ask EX={exercise.number}",
             f"  think aloud, or note what you try: {shown(session.folder / 'notes.md')}",
             f"  end it, and get the report: {session.command} END=1",
             clock.reading(session),
+            *(f"under way too: {one.name}; {one.command} END=1 ends it" for one in _others(session)),
         ]
     for line in lines:
         terminal.line(out, line)
@@ -47,17 +49,24 @@ def run(request: Request) -> int:
 
 def _session(request: Request, exercise: Exercise) -> Session:
     minutes = _asked(request.minutes)
-    found = sessions.chosen("interview", exercise, request.seed)
+    found = sessions.chosen("interview", exercise, request.seed, end=request.end)
     if found is None:
         if request.end:
             raise UsageError(f"no session to end: make interview EX={exercise.number} begins one")
         found = sessions.new("interview", exercise, request.seed, minutes=minutes or MINUTES)
     elif minutes and minutes != clock.length(found):
-        raise UsageError(f"{shown(found.folder)} was begun otherwise; take another SEED, or go on: {found.command}")
+        begun = f"{shown(found.folder)} was begun with {clock.length(found)} minutes"
+        raise UsageError(f"{begun}; go on: {found.command}, end it: {found.command} END=1, or take another SEED")
     if not found.ended:
-        sessions.begin(found, first_text(exercise, clock.length(found)))
+        sessions.begin(found, first_text(exercise, found.scope, clock.length(found)))
         sessions.put(found.folder / "notes.md", f"{clock.notes_head(found)}\n\n")
     return found
+
+
+def _others(session: Session) -> list[Session]:
+    """The other interviews that have not ended."""
+    there = [one for one in sessions.sessions() if one.mode == "interview" and not one.ended]
+    return [one for one in there if one.name != session.name]
 
 
 def _asked(minutes: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from harness.model.exercise import CRITERIA, POINTS
 from harness.model.paths import shown
-from harness.model.results import ExerciseVerdict, RequirementVerdict
+from harness.model.results import READABILITY, ExerciseVerdict, RequirementVerdict
 from harness.practice import sessions
 from harness.practice.interview import clock
 from harness.practice.interview.asking import questions
@@ -25,14 +25,13 @@ def summary(session: Session, verdict: ExerciseVerdict) -> list[str]:
     lines = [
         f"{session.name}: {POINTS * len(earned_in_time(session))} of {POINTS * len(counting)} points in "
         f"{clock.minute(session):.0f} of {clock.length(session)} minutes",
-        *(f"  {line}" for line in _scores(verdict)),
+        *(f"  {line}" for line in _scores(session, verdict)),
         f"report: {shown(session.folder / NAME)}; its questions are yours to answer",
     ]
     if importlib.util.find_spec("matplotlib") is None:
         return [*lines, "no picture: matplotlib is not there yet; make .venv/bench installs it"]
     times, points = _line(session)
-    whole = {_WORDS[name]: 100 * earned / count for name, earned, count in scores(verdict)}
-    bars = ("% of the whole exercise", whole)
+    bars = ("% of what counts", {_WORDS[name]: 100 * n / of for name, n, of in scores(session, verdict) if of})
     timeline.draw(session.folder / PICTURE, session.name, "minutes", [("what counts", times, points)], bars)
     return [*lines, f"picture: {shown(session.folder / PICTURE)}"]
 
@@ -41,7 +40,7 @@ def text(session: Session, verdict: ExerciseVerdict) -> str:
     """The report as Markdown."""
     exercise = session.exercise
     began = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.created))
-    there, asked = topics(exercise), questions(session)
+    there, asked = topics(session.scope), questions(session)
     never = [topic for place, topic in enumerate(there, start=1) if place not in {one for _, one in asked}]
     own = next((one for one in verdict.requirements if one.requirement.title == "Write your own test"), None)
     parts = [
@@ -50,9 +49,9 @@ def text(session: Session, verdict: ExerciseVerdict) -> str:
         "## What was earned and lost\n",
         *(changes(session) or ["Nothing yet."]),
         "\n## The success criteria\n",
-        *(f"- {line}" for line in _scores(verdict)),
+        *(f"- {line}" for line in _scores(session, verdict)),
         "\n## Your own test\n",
-        _own_test(own) if own is not None else "This exercise has none.",
+        _own_test(session, own),
         "\n## What you asked\n",
         *([f"- minute {at:.0f}: {there[number - 1].name}" for at, number in asked] or ["Nothing."]),
         "\n## Your notes\n",
@@ -60,7 +59,7 @@ def text(session: Session, verdict: ExerciseVerdict) -> str:
         "\n## To discuss\n",
         *(f"{place}. {question}\n{_ROOM}" for place, question in enumerate(discussion(exercise), start=1)),
         "## What you never asked\n",
-        *(f"- **{topic.name}**\n{_indented(topic.text)}" for topic in never),
+        *([f"- **{topic.name}**\n{_indented(topic.text)}" for topic in never] or ["Nothing: you asked it all."]),
     ]
     return "\n".join(parts) + "\n"
 
@@ -86,22 +85,33 @@ def earned_in_time(session: Session) -> set[str]:
     return set(in_time[-1].earned) if in_time else set()
 
 
-def scores(verdict: ExerciseVerdict) -> Iterator[tuple[str, int, int]]:
-    """Each criterion with how many of the exercise's requirements are earned, out of how many."""
+def scores(session: Session, verdict: ExerciseVerdict) -> Iterator[tuple[str, int, int]]:
+    """Each criterion with how many of the requirements that count are earned, out of how many. How it reads counts in
+    any time.
+    """
+    counting = {one.id for one in session.scope.requirements}
     for name in CRITERIA:
         of_it = [one for one in verdict.requirements if one.requirement.criterion == name]
-        if of_it:
-            yield name, sum(bool(one.score) for one in of_it), len(of_it)
+        of_it = [one for one in of_it if one.requirement.id in counting or name == READABILITY]
+        yield name, sum(one.passed == len(one.results) for one in of_it), len(of_it)
 
 
-def _scores(verdict: ExerciseVerdict) -> list[str]:
+def _scores(session: Session, verdict: ExerciseVerdict) -> list[str]:
     return [
-        f"{_WORDS[name]}: {earned} of {count} requirements of the whole exercise"
-        for name, earned, count in scores(verdict)
+        f"{_WORDS[name]}: {f'{earned} of {_number(count)}' if count else 'nothing of it counts in this time'}"
+        for name, earned, count in scores(session, verdict)
     ]
 
 
-def _own_test(one: RequirementVerdict) -> str:
+def _number(count: int) -> str:
+    return "1 requirement" if count == 1 else f"{count} requirements"
+
+
+def _own_test(session: Session, one: RequirementVerdict | None) -> str:
+    if one is None:
+        return "This exercise has none."
+    if one.requirement not in session.scope.requirements:
+        return "None is asked for in this time."
     if not one.judged:
         return "Judged when you push: this copy has no answers to run it on."
     if one.unwritten and not one.score:

@@ -3,14 +3,78 @@
 import ast
 import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from harness.model.exercise import Exercise, first_step
+from harness.model.exercise import Exercise
 from harness.model.source import todo_numbers
 
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-# So many words of a convention tell what it is about, and not yet what it says.
-_WORDS_OF_A_TOPIC = 3
+_Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+# A convention begins with what it is about; without one of these, so many words tell it.
+_WORDS_OF_A_TOPIC, _MOST_WORDS = 3, 8
+_VERBS = frozenset(
+    [
+        "add",
+        "adds",
+        "appears",
+        "apply",
+        "asks",
+        "averages",
+        "carry",
+        "carries",
+        "change",
+        "changes",
+        "continues",
+        "copy",
+        "counts",
+        "depends",
+        "draws",
+        "fits",
+        "get",
+        "gets",
+        "give",
+        "gives",
+        "go",
+        "has",
+        "have",
+        "hold",
+        "holds",
+        "is",
+        "are",
+        "keep",
+        "keeps",
+        "lies",
+        "look",
+        "makes",
+        "match",
+        "matches",
+        "may",
+        "mean",
+        "means",
+        "must",
+        "need",
+        "put",
+        "puts",
+        "read",
+        "reads",
+        "returns",
+        "says",
+        "see",
+        "stay",
+        "stays",
+        "stand",
+        "stands",
+        "take",
+        "takes",
+        "times",
+        "turns",
+        "use",
+        "work",
+        "works",
+        "write",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -21,18 +85,22 @@ class Topic:
     text: str
 
 
-def first_text(exercise: Exercise, minutes: int) -> str:
-    """The file that an interview begins with: the starter, its docstring cut to the problem and the titles of what
-    counts, the docstrings in it to their first lines, and without TODOs.
+def first_text(exercise: Exercise, scope: Exercise, minutes: int) -> str:
+    """The file that an interview begins with: the starter without what does not count, its docstring cut to the problem
+    and the titles of what does, the docstrings in it to their first lines, and without TODOs.
+
+    Args:
+        scope: the exercise with the steps that count.
     """
     problem = _docstring(exercise).split("\n\n")[1]
-    counts = "\n".join(f"{one.id} ({one.criterion}) {one.title}" for one in first_step(exercise).requirements)
+    counts = "\n".join(f"{one.id} ({one.criterion}) {one.title}" for one in scope.requirements)
     said = (
         f"{exercise.id}: {exercise.title}\n\n{problem}\n\nRequirements\n{counts}\n\n"
         f"An interview of {minutes} minutes. What is not said here is yours to ask:\n"
         f"make ask EX={exercise.number} lists the topics."
     )
-    lines, tree = exercise.starter.splitlines(), ast.parse(exercise.starter)
+    starter = without(exercise.starter, {one.id for one in scope.requirements})
+    lines, tree = starter.splitlines(), ast.parse(starter)
     cuts = [(_span(tree), f'"""{said}\n"""')]
     for node in ast.walk(tree):
         if isinstance(node, _DOCUMENTED) and (summary := ast.get_docstring(node)):
@@ -42,13 +110,54 @@ def first_text(exercise: Exercise, minutes: int) -> str:
     return "\n".join(line for line in lines if not todo_numbers(line)) + "\n"
 
 
+def without(starter: str, counting: set[str]) -> str:
+    """A starter without the functions and classes all of whose TODOs are for requirements that do not count, and
+    without the imports that they alone need. A class is whole or gone: its checks call what is to be written later.
+    """
+    lines, tree = starter.splitlines(), ast.parse(starter)
+    gone = [_lines(node) for node in _idle(tree.body, lines, counting)]
+    left = [line for number, line in enumerate(lines, start=1) if not any(number in one for one in gone)]
+    text = re.sub(r"\n{4,}", "\n\n\n", "\n".join(left)).rstrip() + "\n"
+    return _without_imports(text, _names(tree) - _names(ast.parse(text)))
+
+
+def _idle(body: list[ast.stmt], lines: list[str], counting: set[str]) -> Iterator[_Documented]:
+    for node in body:
+        if not isinstance(node, _DOCUMENTED):
+            continue
+        numbers = {number for place in _lines(node) for number in todo_numbers(lines[place - 1])}
+        if numbers and not numbers & counting:
+            yield node
+
+
+def _lines(node: _Documented) -> range:
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return range(first, (node.end_lineno or first) + 1)
+
+
+def _names(tree: ast.Module) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _without_imports(text: str, names: set[str]) -> str:
+    """A text whose imports leave these names out."""
+    lines = text.splitlines()
+    for node in reversed(ast.parse(text).body):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        kept = [one for one in node.names if (one.asname or one.name.partition(".")[0]) not in names]
+        if len(kept) < len(node.names):
+            node.names = kept
+            lines[node.lineno - 1 : node.end_lineno] = [ast.unparse(node)] if kept else []
+    return "\n".join([*lines, ""])
+
+
 def topics(exercise: Exercise) -> list[Topic]:
-    """What can be asked: the requirements that count in full, shapes, the case by hand, each convention, what is not
-    defined, and the learner's own test.
+    """What can be asked about an exercise, or a part of it: the requirements that count in full, shapes, the case by
+    hand, each convention, what is not defined, and the learner's own test.
     """
     docstring = _docstring(exercise)
-    wanted = first_step(exercise).requirements
-    found = [Topic(f"{one.id} {one.title}, in full", _requirement(docstring, one.id)) for one in wanted]
+    found = [Topic(f"{one.id} {one.title}, in full", _requirement(docstring, one.id)) for one in exercise.requirements]
     for head, name in (("Shapes", "the shapes"), ("By hand", "a case by hand")):
         found.append(Topic(name, _part(docstring, head)))
     found += [Topic(_topic(text), text) for text in _bullets(_part(docstring, "Conventions"))]
@@ -94,6 +203,8 @@ def _bullets(text: str) -> list[str]:
 
 
 def _topic(text: str) -> str:
-    """What a convention is about, without what it says of it."""
+    """What a convention is about, up to its first verb, without what it says of it."""
     words = text.replace("`", "").split()
-    return " ".join(words[:_WORDS_OF_A_TOPIC]) + " …" * (len(words) > _WORDS_OF_A_TOPIC)
+    end = next((place for place, word in enumerate(words) if word.strip(",:;.") in _VERBS), _WORDS_OF_A_TOPIC - 1)
+    shown = words[: min(max(end + 1, 2), _MOST_WORDS)]
+    return " ".join(shown).rstrip(",:;.") + " …" * (len(words) > len(shown))
