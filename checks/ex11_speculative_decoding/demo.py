@@ -93,7 +93,7 @@ class Speculating(Plain):
         try:
             with torch.no_grad():
                 for number, prompt in enumerate(self.prompts):
-                    self.target.known = []
+                    self.target.fed, self.target.known = [], []
                     made = self.module.speculative_generate(
                         self.target,
                         self.draft,
@@ -130,14 +130,14 @@ class Turns(Counted):
 
     def __init__(self, model: Any, draft: Counted) -> None:
         super().__init__(model)
-        self.draft, self.known, self.proposed, self.seen = draft, list[int](), 0, 0
+        self.draft, self.fed, self.known, self.proposed, self.seen = draft, list[int](), list[int](), 0, 0
         self.paused, self.resume = threading.Semaphore(0), threading.Semaphore(0)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Any) -> Tensor:
         """As the model's; the last tokens are those that the draft has just proposed."""
         self.proposed, self.seen = self.draft.calls - self.seen, self.draft.calls
-        kept = len(tokens) - self.proposed
-        self.known = [*self.known[: int(positions[0])], *tokens[:kept].tolist()]
+        self.fed = [*self.fed[: int(positions[0])], *tokens.tolist()]  # With the proposals that were taken.
+        self.known = self.fed[: len(self.fed) - self.proposed]
         logits = super().forward(tokens, positions, attend)
         self.paused.release()
         self.resume.acquire()

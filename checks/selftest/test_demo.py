@@ -159,7 +159,7 @@ def test_the_answer_writes(workspace: Workspace, checkpoints: Path, exercise: An
 
     assert done.returncode == 0, done.stdout
     assert "plain, 0.0 M parameters; the draft is the first half of its layers" in done.stdout, done.stdout
-    assert "yours: done" in done.stdout and "the same text" in done.stdout and "times" in done.stdout, done.stdout
+    assert "answers: done" in done.stdout and "the same text" in done.stdout and "times" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(

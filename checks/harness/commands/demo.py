@@ -3,10 +3,12 @@
 `demo.py` in the exercise's folder says who writes, and what is shown of it.
 """
 
+import ast
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console, Group, RenderableType
@@ -17,7 +19,7 @@ from rich.text import Text
 
 from harness.commands.request import Request, one_exercise, submission_folder
 from harness.language import Demo, Language, Run
-from harness.language.characters import characters
+from harness.language.characters import characters, untrained
 from harness.language.checkpoint import checkpoint
 from harness.language.model import parameters
 from harness.model.exercise import Exercise, UsageError, exercises
@@ -42,18 +44,22 @@ def run(request: Request) -> int:
         module = load(path)
     except LoadError as error:
         raise UsageError(f"{shown(path)}:{error.line or 1}: {error.fact}") from None
-    language = language_of(exercise, request, out)
+    given = execute(exercise.starter, exercise.starter_file, f"given_{exercise.id}")
+    neutral_state()
+    if not request.model:
+        with _told(exercise, path), torch.no_grad():  # What is not written yet is no reason to train a toy.
+            blank = untrained(given.Decoder)
+            for one in demo.contestants(module, blank, blank.prompts[:1]).values():
+                one.step()
+    language = language_of(given.Decoder, exercise, request, out)
     out.print(language.name, soft_wrap=True)
-    prompts = [*([request.prompt] if request.prompt else []), *language.prompts]
-    try:
-        writers = [Writer(name, one) for name, one in demo.contestants(module, language, prompts).items()]
+    # As many in any case: more would not fit on a screen.
+    prompts = [*([request.prompt] if request.prompt else []), *language.prompts][: len(language.prompts)]
+    called = "yours" if request.submission == Request.submission else request.submission
+    with _told(exercise, path):
+        runs = demo.contestants(module, language, prompts)
+        writers = [Writer(called if name == "yours" else name, one) for name, one in runs.items()]
         _race(writers, out)
-    except UsageError:
-        raise
-    except Exception as error:
-        fact = f"{shown(path)}:{line_in(error, path) or 1}: {describe(error)}"
-        way = f"the demo runs your code: make watch EX={exercise.number} says what is open"
-        raise UsageError(f"{fact}\n{way}") from None
     for sentence in compared(writers):
         out.print(sentence, soft_wrap=True)
     return 0
@@ -71,18 +77,31 @@ def demo_of(exercise: Exercise) -> Demo:
     return cast(Demo, module_from(exercise.demo_file, f"demo_{exercise.id}"))
 
 
-def language_of(exercise: Exercise, request: Request, out: Console) -> Language:
+@contextmanager
+def _told(exercise: Exercise, path: Path) -> Iterator[None]:
+    """Says what the learner's code raises, and what to do then."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        fact = f"{shown(path)}:{line_in(error, path) or 1}: {describe(error)}"
+        way = f"the demo runs your code: make watch EX={exercise.number} says what is open"
+        raise UsageError(f"{fact}\n{way}") from None
+
+
+def language_of(decoder: Any, exercise: Exercise, request: Request, out: Console) -> Language:
     """The model that MODEL names, or the toy, in the Decoder that the exercise gives.
 
     Raises:
         UsageError: there is no such folder, or the Decoder cannot hold what is in it.
     """
-    given = execute(exercise.starter, exercise.starter_file, f"given_{exercise.id}")
-    neutral_state()
     if not request.model:
-        return characters(given.Decoder, exercise.starter, out)
+        body = ast.parse(exercise.starter).body
+        source = "".join(ast.unparse(node) for node in body if getattr(node, "name", "").startswith("Decoder"))
+        return characters(decoder, source, out)
     draft = _folder("DRAFT", request.draft) if request.draft else None
-    language = checkpoint(_folder("MODEL", request.model), given.Decoder, draft)
+    language = checkpoint(_folder("MODEL", request.model), decoder, draft)
     if parameters(language.model) > _SMALL:
         torch.set_num_threads(_THREADS)
     return language
@@ -125,8 +144,13 @@ class Writer:
             table.add_row(about, Text(flat if len(flat) <= room else f"…{flat[1 - room :]}"))
         figures = {**self.run.figures(), "tokens/s": f"{self.rate:.0f}"}
         state = "done" if self.done else "writes"
-        facts = "  ".join(f"{name} {value}" for name, value in figures.items())
-        return Panel(Group(table, Text(facts, style="bold")), title=f"{self.name}: {state}", title_align="left")
+        facts = [""]
+        for name, value in figures.items():  # A name and its value stay on one line.
+            fact = f"{name} {value}"
+            facts += [""] * (len(facts[-1]) + len(fact) > width - len("│  │"))
+            facts[-1] += f"{fact}  "
+        below = Text("\n".join(line.rstrip() for line in facts), style="bold")
+        return Panel(Group(table, below), title=f"{self.name}: {state}", title_align="left")
 
 
 def _race(writers: list[Writer], out: Console) -> None:

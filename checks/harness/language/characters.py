@@ -22,7 +22,8 @@ _SIZES = {
     "draft": {"d_model": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "d_ff": 64},
 }
 _SECONDS = {"model": 45.0, "draft": 8.0}
-_STEPS, _ROWS, _LENGTH, _RATE = 1500, 12, 64, 4e-3
+# What is written is no longer than what was read in training: beyond it the toy loses its way.
+_STEPS, _ROWS, _LENGTH, _RATE, _NEW = 1500, 6, 128, 4e-3, 80
 _PROMPTS = ("The for statement ", "A class definition ", "An exception is ", "Objects are ", "If the import ", "Both ")
 
 
@@ -31,11 +32,11 @@ def characters(decoder: Any, text: str, out: Console) -> Language:
 
     Args:
         decoder: the class Decoder.
-        text: that of the file which defines it; where it changes, a new toy is trained.
+        text: its source; where it changes, a new toy is trained.
     """
-    digest = hashlib.sha256(f"{text}{_SIZES}{_STEPS}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{text}{_SIZES}{_STEPS}{_LENGTH}".encode()).hexdigest()[:12]
     path = BUILD / "demo" / f"characters-{digest}.pt"
-    models = {name: decoder(len(_ALPHABET), tied=True, **sizes) for name, sizes in _SIZES.items()}
+    models = _models(decoder)
     if path.exists():
         kept = torch.load(path, weights_only=True)
         for name, model in models.items():
@@ -47,10 +48,24 @@ def characters(decoder: Any, text: str, out: Console) -> Language:
             _train(name, model, data, out)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({name: model.state_dict() for name, model in models.items()}, path)
+    costs = "its calls cost next to nothing, so that their number says more than the time"
+    name = f"a toy of characters, {size(models['model'])}, kept in {shown(path.parent)}/; {costs}"
+    return _language(models, name)
+
+
+def untrained(decoder: Any) -> Language:
+    """The toy as it is before its training: code can be tried on it at once."""
+    return _language(_models(decoder), "untrained")
+
+
+def _models(decoder: Any) -> dict[str, Any]:
+    return {name: decoder(len(_ALPHABET), tied=True, **sizes) for name, sizes in _SIZES.items()}
+
+
+def _language(models: dict[str, Any], name: str) -> Language:
     for model in models.values():
         model.eval().requires_grad_(False)
-    name = f"a toy of characters, {size(models['model'])}, kept in {shown(path.parent)}/"
-    return Language(models["model"], models["draft"], encode, decode, None, 160, name, _PROMPTS)
+    return Language(models["model"], models["draft"], encode, decode, None, _NEW, name, _PROMPTS)
 
 
 def encode(text: str) -> list[int]:
