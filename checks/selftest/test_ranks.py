@@ -62,7 +62,6 @@ def test_the_group_uses_torchs_private_names() -> None:
     assert not dist.is_initialized()
 
 
-
 def test_ranks_that_are_left_end_between_two_runs() -> None:
     def collects(rank: int) -> None:
         if rank == 0:

@@ -87,6 +87,33 @@ MISTAKES = [
         ),
     ),
     Mistake(
+        "loads_forgotten_in_a_step",
+        "10.7",
+        "groups added later",
+        (STEP, STEP + "        self._loads = [0] * len(self._loads)\n"),
+        only=True,
+    ),
+    Mistake(
+        "copies_of_strided_ones_kept",
+        "10.7",
+        "no copy of a parameter stays",
+        (
+            SEND,
+            """        for parameter, owner in self._owners.items():
+            data = parameter.detach().contiguous()
+            dist.broadcast(data, owner)
+            parameter.copy_(data)
+            if data.stride() != parameter.stride():
+                self._copies[parameter] = data
+""",
+        ),
+        (
+            "        self._loads = [0] * dist.get_world_size()\n",
+            "        self._loads = [0] * dist.get_world_size()\n        self._copies: dict[Tensor, Tensor] = {}\n",
+        ),
+        only=True,
+    ),
+    Mistake(
         "gradients_kept",
         "10.7",
         "bytes are alive",
@@ -133,6 +160,35 @@ MISTAKES = [
         "10.7",
         "of a dict that is loaded only the share",
         ("if number in own}", "if number in own or own is not None}"),
+    ),
+    Mistake(
+        "maxima_kept_whole",
+        "10.7",
+        "of a dict that is loaded only the share",
+        (
+            "        share = {number",
+            (
+                '        key, states = "max_exp_avg_sq", state_dict["state"].items()\n'
+                "        self._others = [copy.deepcopy(s[key]) for n, s in states if n not in own and key in s]\n"
+                "        share = {number"
+            ),
+        ),
+        only=True,
+    ),
+    Mistake(
+        "bfloat16_travels_as_float32",
+        "10.7",
+        "in their own dtype",
+        (
+            SEND,
+            """        for parameter, owner in self._owners.items():
+            data = parameter.detach().contiguous()
+            data = data.float() if data.dtype == torch.bfloat16 else data
+            dist.broadcast(data, owner)
+            parameter.copy_(data)
+""",
+        ),
+        wasteful=True,
     ),
     Mistake(
         "gradients_summed_in_step",
@@ -257,6 +313,29 @@ MISTAKES = [
             )
             + STEP,
         ),
+    ),
+    Mistake(
+        "a_tensor_of_a_rate_read_once",
+        "10.8",
+        "under LambdaLR",
+        (
+            STEP,
+            """        rates = [group["lr"] for group in self.param_groups]
+        for number, group in enumerate(self.param_groups):
+            if number not in self._rates or self._rates[number][0] is not group["lr"]:
+                self._rates[number] = group["lr"], copy.deepcopy(group["lr"])
+            group["lr"] = self._rates[number][1]
+"""
+            + STEP
+            + """        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+""",
+        ),
+        (
+            "        self._loads = [0] * dist.get_world_size()\n",
+            "        self._loads = [0] * dist.get_world_size()\n        self._rates: dict[int, Any] = {}\n",
+        ),
+        only=True,
     ),
     Mistake(
         "step_without_groups_rates",
