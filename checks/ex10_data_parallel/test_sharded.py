@@ -66,7 +66,7 @@ CASES = {
 }
 
 
-MARKS = {"one per group": halfway}
+MARKS = {"three ranks": halfway}
 
 
 @requirement("10.7")
