@@ -84,6 +84,7 @@ By hand
     0 as above. With [2, 2, 2, 2] as c's .grad on rank 0, both ranks end with [1, 1, 1, 1].
 
     AdamW holds 16 bytes per number here and 4 per parameter as a count: 52, 36, 68, 84, in all 240
+      2 ranks      a and d 136, b and c 104, for example
       a rank of 2  at most 240 / 2 + 84 = 204 bytes; a step sends at most 112 + 2 · 40 = 192
 
 Conventions
@@ -128,10 +129,10 @@ Not defined
 - whether .grad stays the same tensor; its strides; keys of DataParallel's state_dict
 - names of further attributes and helpers
 
-Your own test (10.10) runs on other code, right and wrong, in place of your classes and functions.
-It may use these, torch, its distributed calls and helpers of the test. It uses `run_ranks`. It does
-not ask for the bits of one process, nor for strides. It sets its own seed and takes at most 1 s;
-first imports do not count (an optimizer imports torch._dynamo). How to see
+Your own test (10.10) runs on other code, right and wrong, in place of DataParallel, `global_mean`,
+ShardedOptimizer and `run_ranks`. It may use these, torch, its distributed calls and helpers of the
+test. It uses `run_ranks`, and asks neither for the bits of one process nor for strides. It sets
+its own seed and takes at most 1 s without first imports (an optimizer: torch._dynamo). How to see
 - ranks: build one replica each before `run_ranks`; the random generator is shared by its threads
 - what happened: return tensors from the ranks, and compare outside
 It has to fail on each of these slips:

@@ -157,7 +157,7 @@ def test_saving_and_loading_copy(subject: Subject, close: Close, rng: torch.Gene
     own = parameters(rng, 3, 2, 5, 4)
     kind = subject.ShardedOptimizer
     for size, name in ((1, "SGD"), (2, "AdamW")):
-        options = {"lr": torch.tensor(0.1)} if name == "SGD" else {}
+        options: dict[str, Any] = {"lr": torch.tensor(0.1)} if name == "SGD" else {}
         cls, defaults = CLASSES[name][0], {**CLASSES[name][1], **options}
         given = [copy.deepcopy(saved_alone(own, name, 2, **options)[0]) for _ in range(size)]
         before = copy.deepcopy(given[0])
