@@ -59,26 +59,6 @@ def test_every_rank_saves_the_whole_state(
 
 
 @requirement("10.9")
-def test_it_saves_state_in_three_dtypes(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Strided, 0-dimensional, float32 and bfloat16 parameters' states come whole, after loading too."""
-    own = parameters(rng, (3, 2), (4, torch.float32), (), (2, torch.bfloat16), strided=[0])
-    expected, _ = saved_alone(own, "AdamW", 2)
-    kind, mine = subject.ShardedOptimizer, [clones(own) for _ in range(2)]
-
-    def job(rank: int) -> Any:
-        optimizer = stepped(lambda groups: kind(groups, torch.optim.AdamW, lr=0.1), mine[rank], 2)
-        saved = optimizer.state_dict()
-        optimizer.load_state_dict(saved)
-        return saved, optimizer.state_dict()
-
-    results, _ = run(2, job)
-
-    for rank, both in enumerate(results):
-        for came, when in zip(both, ("", " after loading its own"), strict=True):
-            same_state(close, came, expected, f"state_dict() of three dtypes{when}, rank {rank}")
-
-
-@requirement("10.9")
 @pytest.mark.parametrize("name", CLASSES)
 def test_it_loads_into_the_class_alone(subject: Subject, close: Close, rng: torch.Generator, name: str) -> None:
     """What two ranks save goes on in optimizer_class alone as if never stopped."""
@@ -149,6 +129,26 @@ def test_it_loads_into_any_number_of_ranks(
     what = f"{name} saved after {count} steps, loaded on {into} ranks over {over} steps of others"
     hint = "the state that was there is replaced, groups too"
     same_everywhere(close, came, expected, what, hint, exact=False)
+
+
+@requirement("10.9")
+def test_it_saves_state_in_three_dtypes(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Strided, 0-dimensional, float32 and bfloat16 parameters' states come whole, after loading too."""
+    own = parameters(rng, (3, 2), (4, torch.float32), (), (2, torch.bfloat16), strided=[0])
+    expected, _ = saved_alone(own, "AdamW", 2)
+    kind, mine = subject.ShardedOptimizer, [clones(own) for _ in range(2)]
+
+    def job(rank: int) -> Any:
+        optimizer = stepped(lambda groups: kind(groups, torch.optim.AdamW, lr=0.1), mine[rank], 2)
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict(saved)
+        return saved, optimizer.state_dict()
+
+    results, _ = run(2, job)
+
+    for rank, both in enumerate(results):
+        for came, when in zip(both, ("", " after loading its own"), strict=True):
+            same_state(close, came, expected, f"state_dict() of three dtypes{when}, rank {rank}")
 
 
 @requirement("10.9")

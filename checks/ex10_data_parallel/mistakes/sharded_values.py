@@ -279,7 +279,8 @@ MISTAKES = [
         (
             SEND,
             """        for parameter, owner in self._owners.items():
-            data = parameter.detach().float().contiguous()
+            data = parameter.detach().contiguous()
+            data = data.float() if data.dtype == torch.float64 else data
             dist.broadcast(data, owner)
             parameter.copy_(data)
 """,
