@@ -158,7 +158,7 @@ class Training(Walk):
 
         for rank, came in enumerate(results):
             log = alone(ranks.logs[rank][starts[rank] :])
-            # A cap alone is no reason to start late: that is said where the order is drawn, too.
+            # What starts late under other caps is found where the order is drawn as well, and costs 10.4.
             sends(log, team, f"rank {rank}", step["cap"] == 56 or step["order"] != "back")
             values(came, team.held, f"rank {rank}")
         for log in ranks.logs:

@@ -1,4 +1,4 @@
-"""The start goes as objects, calls end in reverse; an optimizer over aliases of the share, and a broadcast per rank."""
+"""The start goes as objects, averages go into .grad as it lies; an optimizer over aliases, a broadcast per rank."""
 
 import copy
 from collections import defaultdict
