@@ -94,7 +94,11 @@ class Meeting:
 
     def take_turn(self, rank: int) -> None:
         self._turns[rank].acquire()
-        self.running = rank
+
+    def pause(self, rank: int) -> None:
+        """Gives the turn away and takes it again."""
+        self._give_turn(rank)
+        self.take_turn(rank)
 
     def end(self, rank: int) -> None:
         """A rank has come to the end of its function."""
@@ -128,6 +132,7 @@ class Meeting:
             other = (rank + step) % self.size
             number = self._waits[other]
             if not self._ended[other] and (number is None or self.error or self._complete(number)):
+                self.running = other  # Before it has woken up: until then nobody else is to blame.
                 self._turns[other].release()
                 return
         raise AssertionError("some rank can always go on")

@@ -42,6 +42,8 @@ _REFUSED = (
 _FIRST, _LATER, _ALL = 2.0, 0.4, 5.0
 _here = threading.local()
 _spent: list[float] = []
+# Ranks whose objects are gone. They end between two runs: garbage may be collected in the middle of one.
+_left: list[Meeting] = []
 
 
 class Work:
@@ -190,6 +192,13 @@ def done() -> list[Entry]:
     return list(_here.meeting.logs[_here.rank])
 
 
+def pause() -> None:
+    """Lets the other ranks go on, as far as they can without this one."""
+    meeting = getattr(_here, "meeting", None)
+    if meeting is not None:
+        meeting.pause(_here.rank)
+
+
 class Ranks:
     """Threads that form one process group for as long as this object lives, and do what they are given."""
 
@@ -201,7 +210,7 @@ class Ranks:
             thread = threading.Thread(target=_live, args=(meeting, rank, store), daemon=True)
             meeting.threads.append(thread)
             thread.start()
-        self._finalize = finalize(self, _close, meeting)
+        self._finalize = finalize(self, _left.append, meeting)
         self._finalize.atexit = False
 
     @property
@@ -212,6 +221,7 @@ class Ranks:
     def run(self, function: Callable[[int], Any]) -> list[Any]:
         """Calls function(rank) on every rank; results in rank order; the first error of a rank is raised."""
         meeting = self._meeting
+        _close_left()
         with thread_local_groups():
             meeting.begin(function)
             _watch(meeting)
@@ -222,6 +232,7 @@ class Ranks:
     def close(self) -> None:
         """Ends the threads."""
         self._finalize()
+        _close_left()
 
 
 def run(size: int, function: Callable[[int], Any]) -> tuple[list[Any], list[list[Entry]]]:
@@ -269,12 +280,14 @@ def _live(meeting: Meeting, rank: int, store: Any) -> None:
         meeting.end(rank)
 
 
-def _close(meeting: Meeting) -> None:
-    if not meeting.idle:
-        return  # A rank may be anywhere.
-    with thread_local_groups():
-        meeting.begin(None)
-        meeting.done.acquire(timeout=5)
+def _close_left() -> None:
+    while _left:
+        meeting = _left.pop()
+        if not meeting.idle:
+            continue  # A rank may be anywhere.
+        with thread_local_groups():
+            meeting.begin(None)
+            meeting.done.acquire(timeout=5)
 
 
 def _watch(meeting: Meeting) -> None:

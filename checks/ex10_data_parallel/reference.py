@@ -1,5 +1,6 @@
 """What the checks of ex10 share: modules with gradients in closed form, the bucket rule, logs in words, optimizers."""
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.testing import Close, Prebuilt, Subject
 
 from .meeting import Call, Entry, Wait
-from .ranks import note, run
+from .ranks import note, pause, run
 
 APART = "every rank makes the same calls in the same order"
 
@@ -32,10 +33,10 @@ class Bag(nn.Module):
         self.all = [nn.Parameter(tensor, requires_grad=i not in frozen) for i, tensor in enumerate(tensors)]
         for i, parameter in enumerate(self.all):
             self.register_parameter(f"p{i}", parameter)
-            if i in tied:
-                self.register_parameter(f"p{i}_again", parameter)
             if i not in frozen:
                 parameter.register_hook(lambda _, i=i: note(f"ready {i}"))
+        for i in tied:
+            self.register_parameter(f"p{i}_again", self.all[i])
 
     def forward(self, x: Tensor, *, order: Sequence[int]) -> Tensor:
         """x [n] -> losses [n]."""
@@ -87,6 +88,8 @@ def backward(parallel: Any, back: Back) -> None:
     """One backward of a rank, noted."""
     with parallel.no_sync() if back.quiet else nullcontext():
         losses = parallel(torch.tensor(back.rows, dtype=torch.float64), order=back.order)
+        if back.quiet:
+            pause()
         note("quiet backward" if back.quiet else "backward")
         losses.sum().backward()
         note("end")
@@ -356,7 +359,7 @@ def give(own: Sequence[nn.Parameter], number: int, missing: Sequence[int] = ()) 
 
 def alone(own: list[nn.Parameter], cls: Any, defaults: dict[str, Any], script: Script, **options: Any) -> Any:
     """What a script gives with optimizer_class alone."""
-    return script(lambda groups: cls(groups, **defaults), clones(own), **options)
+    return script(lambda groups: cls(groups, **copy.deepcopy(defaults)), clones(own), **options)
 
 
 def on_ranks(size: int, own: list[nn.Parameter], make: Make, script: Script, by_rank: bool = False) -> list[Any]:
@@ -381,7 +384,7 @@ def agree(
     kind = subject.ShardedOptimizer
     expected = alone(own, cls, defaults, script)
 
-    came = on_ranks(size, own, lambda groups: kind(groups, cls, **defaults), script, by_rank)
+    came = on_ranks(size, own, lambda groups: kind(groups, cls, **copy.deepcopy(defaults)), script, by_rank)
 
     same_everywhere(close, came, expected, what, hint)
 
@@ -421,7 +424,7 @@ def same_state(close: Close, came: Any, expected: Any, what: str) -> None:
         assert set(here) == set(state), f"{what}: parameter {number} has {sorted(here)}, not {sorted(state)}"
         for key, value in state.items():
             if isinstance(value, Tensor):
-                limit = 1e-12 if value.dtype == torch.float64 else 5e-6
+                limit = 1e-12 if value.dtype == torch.float64 else near(value.dtype)
                 close(here[key], value, f"{what}: {key} of parameter {number}", tolerance=limit)
             else:
                 assert here[key] == value, f"{what}: {key} of parameter {number} is {here[key]}, not {value}"

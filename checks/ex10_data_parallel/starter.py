@@ -8,9 +8,9 @@ Steps
 1. Equal start and averages (40 min): 10.1, 10.2
 2. Buckets (30 min): 10.3
 3. Overlap and missing gradients (45 min): 10.4, 10.5
-4. Accumulation (20 min): 10.6
-5. The sharded optimizer (50 min): 10.7, 10.8
-6. Its checkpoints (30 min): 10.9
+4. Accumulation (15 min): 10.6
+5. The sharded optimizer (65 min): 10.7, 10.8
+6. Its checkpoints (35 min): 10.9
 7. Your own test, and style (45 min): 10.10, 10.11
 
 Requirements
@@ -21,31 +21,31 @@ Requirements
     process gets from the rows of all ranks; on 1, 2 and 3 ranks, within 1e-10 in float64.
     - So are the parameters after 5 steps of AdamW, with tied, frozen and strided ones.
     - `global_mean` gives each row the same weight, however many a rank has; it may have none.
-    - float16 gradients of 40000 on each rank average to 40000, although it cannot hold their sum.
-    - From scratch: it reaches no DistributedDataParallel, FullyShardedDataParallel, `fully_shard`,
+    - Gradients of 40000 in float16, or 2e38 in float32, on each rank average to that.
+    - From scratch: it calls no DistributedDataParallel, FullyShardedDataParallel, `fully_shard`,
       ZeroRedundancyOptimizer, nor what builds on them.
-10.3 (efficiency) Buckets: gradients travel in buckets, in every step the same ones in this order.
-    - The trainable parameters, each once, in the reverse order of `module.parameters()`.
+10.3 (efficiency) Buckets: gradients travel in buckets, in every step the same, also from 1 rank.
+    - The trainable parameters go in, each once, in the reverse order of `module.parameters()`.
     - A bucket ends where the next parameter has another dtype, or would take its gradients over
       bucket_cap_mb · 2**20 bytes. A parameter larger than that has a bucket of its own.
     - A bucket is one asynchronous all_reduce of one flat tensor in its dtype: its gradients, then
-      at most one more element per parameter.
-    - Each `finish` may add one all_reduce of at most 8 bytes per parameter, and no more.
+      at most one number per parameter, to tell whether it has one.
+    - Or, to tell it, each `finish` may add one all_reduce of up to 8 bytes per parameter; no more.
 10.4 (efficiency) Overlap: a bucket starts inside backward as soon as its gradients are ready and
     all buckets before it have started, whatever order gradients come in, in every step. Backward
     waits for nothing. `finish` waits for every bucket.
-10.5 (robustness) Missing gradients: a parameter may lack its gradient on one rank, on all, or in
-    some steps; a rank may run no backward. All ranks still make the same calls. A missing gradient
-    counts as zero; where all ranks lack it, .grad stays None.
+10.5 (robustness) Missing gradients: a parameter may lack its gradient (.grad is None at `finish`)
+    on one rank, on all, or in some steps; a rank may run no backward. All ranks still make the same
+    calls. A missing gradient counts as zero; where all ranks lack it, .grad stays None.
 10.6 (correctness) Accumulate: a backward under `no_sync` sends nothing. The next one outside sends
     each bucket once, overlapped. .grad is then the average of all that it has accumulated, also of
-    parameters that only took part before. Where there was none outside, `finish` sends it all.
-    `no_sync` counts where backward runs, from `with` to its end; it nests and survives exceptions.
+    parameters that only took part before. With no backward outside, `finish` sends all buckets.
+    Whether backward, not forward, runs in its `with` block counts; it nests, survives exceptions.
 10.7 (efficiency) A share of the state: on every rank, constructing and stepping leaves at most
     (state of optimizer_class alone) / ranks + (state of the largest parameter) bytes alive, beside
     parameters and gradients; after `add_param_group`, `state_dict` and `load_state_dict` too.
-    - A step makes only broadcast and all_gather calls, of at most (bytes of trainable parameters)
-      + ranks · (bytes of the largest) in all; an all_gather counts every rank's input.
+    - A step makes only broadcast and all_gather calls, however many, of at most (bytes of trainable
+      parameters) + ranks · (bytes of the largest) in all; an all_gather counts every rank's input.
 10.8 (correctness) Sharded equals unsharded: after each step the parameters are what optimizer_class
     alone gives, within 1e-12 in float64, and the same on all ranks bit for bit. That holds for
     AdamW, SGD, groups, schedulers, changed hyperparameters, closures, two dtypes, strided or frozen
@@ -84,6 +84,7 @@ By hand
     0 as above. With [2, 2, 2, 2] as c's .grad on rank 0, both ranks end with [1, 1, 1, 1].
 
     AdamW holds 16 bytes per number here and 4 per parameter as a count: 52, 36, 68, 84, in all 240
+      2 ranks      a and d 136, b and c 104, for example
       a rank of 2  at most 240 / 2 + 84 = 204 bytes; a step sends at most 112 + 2 · 40 = 192
 
 Conventions
@@ -93,41 +94,45 @@ Conventions
   asynchronous one use `wait()`.
 - The result of an asynchronous call appears in `wait()`, not before. Until then the tensor belongs
   to the call: do not write to it.
-- all_reduce adds in the tensor's dtype. ReduceOp.AVG divides only after that.
+- all_reduce adds in the tensor's dtype, and ReduceOp.AVG divides only after that.
 - Every rank makes the same calls in the same order; a cluster would hang, here an error comes.
-- Ranks are threads here. Nothing that differs between them may live in a module, class or function.
+- Ranks are threads here: what differs between them lives in no global, class or function attribute.
 - A gradient is ready once backward outside `no_sync` has computed all of it, also where a parameter
   is used twice. What only an earlier backward gave is not ready: its bucket starts in `finish`.
 - Between two `finish` at most one backward of a rank runs outside `no_sync`, the last one. `finish`
   runs on every rank after backward, before gradients are read.
-- requires_grad stays as it was at construction. Buffers are sent only then.
-- `global_mean` has the dtype of losses and counts exactly in each; at least one rank has a loss. It
-  makes calls of its own, on every rank.
+- requires_grad stays as it was at construction; buffers are sent at construction alone.
+- `global_mean` has the dtype of losses, and counts up to 2**24 exactly, also 70000 in float16.
+  At least one rank has a loss. It makes calls of its own, on every rank.
 - optimizer_class works element by element: SGD, Adam, AdamW. Gradients are the same on all ranks,
   or None on all. params is a list or generator of parameters or groups, the same on every rank.
 - `param_groups` holds all parameters and hyperparameters, as optimizer_class would. What is changed
-  there, by a scheduler or by hand, counts from the next step on.
+  there, by a scheduler or by hand, counts from the next step on; lr may be a tensor.
 - `step` calls its closure once on every rank and returns what that returns.
 - `state_dict` and `load_state_dict` copy: later steps change neither what was saved nor what was
-  given. Its values agree within 1e-12; it is the same on every rank, and every rank calls it.
+  given. Values agree within 1e-12. Every rank calls both, with any of the calls offered.
 - How near elsewhere, times 1 + |right value|: float64 1e-9; float32 5e-6; float16, bfloat16 2e-2.
 - A submission is one file on torch and the standard library.
 
 Not defined
-- what an error inside backward leaves behind; a step after it
+- what an error inside backward leaves behind; hooks that fire twice in it (reentrant checkpoints)
+- `finish` inside `no_sync`; one context of it entered twice, or two that do not end in turn
 - gradients that are sparse, or that are changed between backward and `finish`
 - casting or moving a module once DataParallel or ShardedOptimizer has it
 - trainable parameters without elements; parameters and buffers whose elements share memory
-- a sum of losses that its dtype cannot hold; losses that need no gradient
-- tensors that you send and that are not contiguous: gloo takes other numbers for some of them
-- closures whose values differ between ranks; .grad after `step`
+- losses whose sum, times ranks, their dtype cannot hold; losses that need no gradient
+- tensors that you send and that are not contiguous
+- shares (10.7) where state per number differs: by options, or as some never have a gradient
+- closures whose values differ between ranks, or under no_grad; .grad after `step`
+- frozen parameters with a .grad; keys of a group that a dict which is loaded lacks
 - ranks that reach each other by other ways than calls
 - whether .grad stays the same tensor; its strides; keys of DataParallel's state_dict
 - names of further attributes and helpers
 
-Your own test (10.10) runs on other code, right and wrong, in place of your classes and functions.
-It may use these, torch, its distributed calls and helpers of the test. It uses `run_ranks`. It does
-not ask for the bits of one process. It sets its own seed and takes at most 1 s. How to see
+Your own test (10.10) runs on other code, right and wrong, in place of DataParallel, `global_mean`,
+ShardedOptimizer and `run_ranks`. It may use these, torch, its distributed calls and helpers of the
+test. It uses `run_ranks`, and asks neither for the bits of one process nor for strides. It sets
+its own seed and takes at most 1 s without first imports (an optimizer: torch._dynamo). How to see
 - ranks: build one replica each before `run_ranks`; the random generator is shared by its threads
 - what happened: return tensors from the ranks, and compare outside
 It has to fail on each of these slips:

@@ -41,7 +41,10 @@ def judged(subject: Subject, close: Close, models: list[Bag], plan: list[Step], 
         where = f"{what}, step {number}" if number else "a step without no_sync"
         for rank, log in enumerate(logs):
             early = [one for one in sent(log) if one.place not in ("backward", "finish")]
-            assert not early, f"{where}, rank {rank}: {early[0].call} in {early[0].place}; no_sync sends nothing"
+            assert not early, (
+                f"{where}, rank {rank}: {early[0].call} in {early[0].place}; no_sync sends nothing, on a "
+                "rank that is in it"
+            )
             usual, calls = sent(came.logs[0][rank]), sent(log)
             kinds = [[str(one.call) for one in some] for some in (calls, usual)]
             assert kinds[0] == kinds[1], (
@@ -52,7 +55,8 @@ def judged(subject: Subject, close: Close, models: list[Bag], plan: list[Step], 
                 starts = [[(one.place, one.after) for one in some] for some in (calls, usual)]
                 assert starts[0] == starts[1], (
                     f"{where}, rank {rank}: the buckets start {_places(starts[0])}; in a step without no_sync they "
-                    f"start {_places(starts[1])}\nno_sync ends with its context; the next backward overlaps as ever"
+                    f"start {_places(starts[1])}\nno_sync acts on its own rank, to its end; the next backward overlaps "
+                    "as ever"
                 )
         for rank in range(size):
             about = f"{where}, rank {rank}"

@@ -24,7 +24,7 @@ KINDS = {
     "nans": "NaN, infinity and -0.0 go as they are: rank 0's bits, no sums",
     "counts": "an integer buffer",
     "mask": "a bool buffer",
-    "means": "buffers go too",
+    "means": "buffers go too, of a part in eval and without parameters as well",
     "unsaved": "buffers that are not saved go too",
 }
 
@@ -36,7 +36,7 @@ def everything(rank: int) -> nn.Module:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng, dtype=torch.float64)
 
-    module, inner = nn.Module(), nn.Module()
+    module, inner, again = nn.Module(), nn.Module(), nn.Module()
     module.weight = nn.Parameter(numbers(2, 3))
     module.frozen = nn.Parameter(numbers(3).float(), requires_grad=False)
     module.strided = nn.Parameter(numbers(3, 2).mT)
@@ -50,8 +50,8 @@ def everything(rank: int) -> nn.Module:
     inner.register_buffer("mask", torch.tensor([True, False, True]) ^ (rank % 2 == 1))
     inner.register_buffer("means", numbers(2))
     inner.register_buffer("unsaved", numbers(2).half(), persistent=False)
-    module.inner = inner
-    inner.tied = module.weight
+    module.inner, module.again = inner.eval(), again
+    again.tied = module.weight
     return module
 
 
@@ -96,7 +96,7 @@ def test_tensors_stay_the_same_objects(subject: Subject, close: Close) -> None:
 
     for rank, module in enumerate(modules):
         close(bits(before[rank]["weight"]), expected, f"DataParallel(module): weight on rank {rank}", tolerance=0)
-        tied = module.get_submodule("inner").tied
+        tied = module.get_submodule("again").tied
         assert tied is module.weight, f"DataParallel(module): on rank {rank} a tied parameter is no longer tied"
         for name, tensor in found(module).items():
             what = f"DataParallel(module): {name} on rank {rank}"
@@ -279,21 +279,25 @@ def _shares(shares: tuple[int, ...]) -> str:
 
 
 @requirement("10.2")
-def test_float16_gradients_do_not_overflow(subject: Subject, close: Close) -> None:
-    """Gradients of 40000 on each rank, whose sum float16 cannot hold, average to 40000."""
-    models = [Bag(torch.zeros(3, dtype=torch.float16), torch.zeros(2, dtype=torch.float16)) for _ in range(3)]
+def test_gradients_do_not_overflow(subject: Subject, close: Close) -> None:
+    """Gradients of 40000, and of 2e38, on each rank, whose sums their dtypes cannot hold, average to that."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    models = [Bag(*(torch.zeros(2, dtype=dtype) for dtype in dtypes)) for _ in range(3)]
 
-    came = train(subject, models, 100, [[[Back((0, 1), (40000.0,))]] * 3]).gradients[0]
+    came = train(subject, models, 100, [[[Back((0, 1, 2), (row,))]] * 3 for row in (40000.0, 2e38)]).gradients
 
-    for rank, gradients in enumerate(came):
-        for i, gradient in enumerate(gradients):
-            close(
-                gradient,
-                torch.full_like(models[0].all[i].detach(), 40000.0),
-                f"float16 gradients of 40000 on 3 ranks, after finish: p{i}.grad on rank {rank}",
-                tolerance=2e-3,
-                hint="float16 holds at most 65504: divide by the number of ranks before the sum, not after",
-            )
+    for row, step, fits in zip(("40000", "2e38"), came, (dtypes[:1], dtypes[1:]), strict=True):
+        for rank, gradients in enumerate(step):
+            for dtype in fits:
+                name = str(dtype).removeprefix("torch.")
+                close(
+                    gradients[dtypes.index(dtype)],
+                    torch.full((2,), float(row), dtype=dtype),
+                    f"{name} gradients of {row} on 3 ranks, after finish: .grad on rank {rank}",
+                    tolerance=1e-2,
+                    hint=f"{name} holds at most {torch.finfo(dtype).max:g}: divide by the number of ranks before the "
+                    "sum, not after",
+                )
 
 
 @requirement("10.2")

@@ -1,5 +1,6 @@
 """The ranks of ex10: torch's private names that they stand on, errors in place of hangs, and real processes."""
 
+import gc
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ex10_data_parallel.meeting import Call, Wait
-from ex10_data_parallel.ranks import Ranks, run
+from ex10_data_parallel.ranks import Ranks, pause, run
 from harness.model.paths import TOP
 
 SAME = "every rank makes the same calls in the same order"
@@ -59,6 +60,37 @@ def test_the_group_uses_torchs_private_names() -> None:
     assert logs[0][:2] == [Call(0, "all_reduce", 2, torch.float32, 8, "sum"), Wait(0)]
     assert sys.excepthook is hook
     assert not dist.is_initialized()
+
+
+def test_ranks_that_are_left_end_between_two_runs() -> None:
+    def collects(rank: int) -> None:
+        if rank == 0:
+            gc.collect()
+        dist.barrier()
+
+    for _ in range(2):
+        cycle: list[Any] = [Ranks(2)]
+        cycle.append(cycle)
+        cycle[0].run(lambda rank: None)
+        threads = cycle[0]._meeting.threads
+        del cycle
+        run(3, collects)
+        run(1, lambda rank: None)
+        assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_pause_lets_the_others_go_on() -> None:
+    seen: list[str] = []
+
+    def job(rank: int) -> None:
+        for step in range(2):
+            seen.append(f"{step} on {rank}")
+            if rank == 0:
+                pause()
+
+    run(3, job)
+
+    assert seen == ["0 on 0", "0 on 1", "1 on 1", "0 on 2", "1 on 2", "1 on 0"]
 
 
 def ends(rank: int) -> None:

@@ -58,6 +58,19 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "no_sync_of_all_ranks",
+        "10.6",
+        "no_sync sends nothing, on a rank",
+        ("        self._syncs = True\n", "        type(self)._syncs = True\n"),
+        (
+            BODY,
+            BODY.replace("self._syncs = before", "type(self)._syncs = before").replace(
+                ", self._syncs =", ", type(self)._syncs ="
+            ),
+        ),
+        only=True,
+    ),
+    Mistake(
         "an_exception_keeps_it",
         "10.6",
         "it goes on after its end",

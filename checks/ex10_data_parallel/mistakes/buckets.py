@@ -12,6 +12,13 @@ MISTAKES = [
         "cap_in_megabytes", "10.3", "the cap is 48 bytes", ("bucket_cap_mb * 2**20", "bucket_cap_mb * 10**6"), only=True
     ),
     Mistake(
+        "cap_in_whole_bytes",
+        "10.3",
+        "the cap is 47.6 bytes",
+        ("bucket_cap_mb * 2**20", "round(bucket_cap_mb * 2**20)"),
+        only=True,
+    ),
+    Mistake(
         "registration_order",
         "10.3",
         "the rule gives",
@@ -76,6 +83,19 @@ MISTAKES = [
         "10.3",
         "bucket 0 is p3 and p2",
         (ORDER, "reversed([p for _, p in module.named_parameters(remove_duplicate=False) if p.requires_grad])"),
+    ),
+    Mistake(
+        "tied_where_registered_last",
+        "10.3",
+        "the rule gives",
+        (
+            "    for parameter in " + ORDER + ":\n",
+            (
+                "    every = reversed(list(module.named_parameters(remove_duplicate=False)))\n"
+                "    for parameter in dict.fromkeys(p for _, p in every if p.requires_grad):\n"
+            ),
+        ),
+        only=True,
     ),
     Mistake("the_cap_is_ignored", "10.3", "the rule gives", ("bucket_cap_mb * 2**20", "25 * 2**20")),
     Mistake(

@@ -63,6 +63,19 @@ MISTAKES = [
         ),
     ),
     Mistake(
+        "a_tensor_of_a_rate_shared",
+        "10.9",
+        "after a later step",
+        (
+            GATHER,
+            GATHER
+            + """        for group, ours in zip(saved["param_groups"], self.param_groups, strict=True):
+            group["lr"] = ours["lr"]
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "loaded_dict_shared",
         "10.9",
         "what load_state_dict was given",
@@ -104,6 +117,20 @@ MISTAKES = [
         "10.9",
         "the state that was there is replaced",
         (OWN, "        own: set[int] = set()\n        assert parameters\n"),
+        only=True,
+    ),
+    Mistake(
+        "steps_counted_in_bfloat16",
+        "10.9",
+        "after loading its own",
+        (
+            LOAD,
+            LOAD
+            + """        for parameter, state in self.state.items():
+            if "step" in state and parameter.dtype == torch.bfloat16:
+                state["step"] = state["step"].to(parameter.dtype)
+""",
+        ),
         only=True,
     ),
     Mistake(

@@ -78,6 +78,16 @@ MISTAKES = [
         wasteful=True,
     ),
     Mistake(
+        "four_at_once",
+        "10.4",
+        "backward waits for",
+        (
+            START,
+            "        if len(self._running) > 3:\n            self._running[-4][1].wait()\n" + START,
+        ),
+        only=True,
+    ),
+    Mistake(
         "one_bucket_at_a_time",
         "10.4",
         "was wanted; gradients come in the order",
@@ -294,6 +304,43 @@ MISTAKES = [
         "in some steps",
         (PRESENT, PRESENT + "        present = self._present.setdefault(len(self._running), present)\n"),
         ("        self._syncs = True\n", "        self._syncs = True\n        self._present: dict[int, Tensor] = {}\n"),
+    ),
+    Mistake(
+        "presence_of_the_step_before",
+        "10.5",
+        "rank 0 without backward",
+        (
+            PRESENT,
+            PRESENT
+            + """        if any(p.grad is not None for one in self._buckets for p in one):
+            self._present[len(self._running)] = present
+        present = self._present.get(len(self._running), present)
+""",
+        ),
+        ("        self._syncs = True\n", "        self._syncs = True\n        self._present: dict[int, Tensor] = {}\n"),
+        only=True,
+    ),
+    Mistake(
+        "strided_in_memory_order",
+        "10.5",
+        "p1.grad",
+        (
+            "        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]\n",
+            (
+                "        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]\n"
+                "        gradients = [g.mT if g.dim() == 2 and g.mT.is_contiguous() else g for g in gradients]\n"
+            ),
+        ),
+        (
+            "                    parameter.grad = average.view(parameter.shape)\n",
+            """                    grad = parameter.grad
+                    if grad is not None and grad.dim() == 2 and grad.mT.is_contiguous():
+                        parameter.grad = average.view(parameter.shape[::-1]).mT
+                    else:
+                        parameter.grad = average.view(parameter.shape)
+""",
+        ),
+        only=True,
     ),
     Mistake(
         "one_flag_for_a_bucket",

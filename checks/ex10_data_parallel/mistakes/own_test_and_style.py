@@ -52,6 +52,27 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "own_test_asks_for_strides",
+        "10.10",
+        "fails on right code",
+        (
+            "        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)\n",
+            (
+                "        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)\n"
+                "        self.first.weight = nn.Parameter(self.first.weight.detach().mT.contiguous().mT)\n"
+            ),
+        ),
+        (
+            "            model.finish()\n",
+            (
+                "            model.finish()\n"
+                "            for parameter in model.parameters():\n"
+                "                assert parameter.grad is not None and parameter.grad.is_contiguous()\n"
+            ),
+        ),
+        only=True,
+    ),
+    Mistake(
         "own_test_with_adamw",
         "10.10",
         "passes although",

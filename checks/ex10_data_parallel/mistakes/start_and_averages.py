@@ -44,6 +44,19 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "buffers_in_eval_stay_apart",
+        "10.1",
+        "an integer buffer",
+        (
+            SEND,
+            """        live = [m for m in module.modules() if m.training or list(m.parameters(recurse=False))]
+        for tensor in (*module.parameters(), *(b for m in live for b in m.buffers(recurse=False))):
+            _broadcast(tensor.detach(), source=0)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "own_children_only",
         "10.1",
         "an integer buffer",
@@ -173,6 +186,20 @@ MISTAKES = [
         "divide by the number of ranks before the sum",
         (DIVIDE, ""),
         ("dist.all_reduce(flat, async_op=True)", "dist.all_reduce(flat, dist.ReduceOp.AVG, async_op=True)"),
+        only=True,
+    ),
+    Mistake(
+        "only_float16_divided_before_the_sum",
+        "10.2",
+        "divide by the number of ranks before the sum",
+        (DIVIDE, "        flat /= dist.get_world_size() if flat.dtype == torch.float16 else 1\n"),
+        (
+            "parameter.grad = average.view(parameter.shape)",
+            (
+                "parameter.grad = average.view(parameter.shape) / (1 if average.dtype == torch.float16 else "
+                "dist.get_world_size())"
+            ),
+        ),
         only=True,
     ),
     Mistake(

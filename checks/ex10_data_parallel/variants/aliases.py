@@ -1,4 +1,4 @@
-"""The start goes as objects, calls end in reverse; an optimizer over aliases of the share, and a broadcast per rank."""
+"""The start goes as objects, averages go into .grad as it lies; an optimizer over aliases, a broadcast per rank."""
 
 import copy
 from collections import defaultdict
@@ -88,7 +88,8 @@ class DataParallel(nn.Module):
             *pieces, there = flat.split([*(p.numel() for p in group), len(group)])
             for p, values, one in zip(group, pieces, there.tolist(), strict=True):
                 if one:
-                    p.grad = values.reshape(p.shape).clone()
+                    p.grad = torch.empty_like(p) if p.grad is None else p.grad
+                    p.grad.copy_(values.view(p.shape))
         self.begin()
 
 

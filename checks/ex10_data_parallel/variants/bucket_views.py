@@ -150,7 +150,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             whole = padded.new_empty(length * dist.get_world_size())
             dist.all_gather_single(whole, padded)
             p.copy_(whole[: p.numel()].view(p.shape))
-            shard.data = self.piece(p)
+        for shard in self.shards.values():  # Of a parameter that is not contiguous it would be a copy.
+            shard.data = shard.new_empty(0)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
