@@ -5,25 +5,25 @@ In speculative decoding a small draft model proposes a few tokens, and one call 
 judges them all. What comes out has exactly the target's law, as if there were no draft.
 
 Steps
-1. Probabilities, accept and correct (40 min): 11.1, 11.2
+1. Probabilities, accept and correct (35 min): 11.1, 11.2
 2. Caches (25 min): 11.6
 3. Rounds (50 min): 11.3, 11.4, 11.5
 4. Ends, statistics, edges (30 min): 11.7, 11.8, 11.9
-5. Your own test, and style (45 min): 11.10, 11.11
+5. Your own test, and style (60 min): 11.10, 11.11
 
 Requirements
 11.1 (correctness) Turn logits into probabilities: in float64 from the start, for logits [..., V] of
     any floating dtype, any leading shape and any strides.
     - Divide by the temperature, take the softmax, then apply top_p. It keeps the smallest set of
-      most probable tokens whose sum reaches top_p, of equal ones those of smaller index; the rest
-      gets 0, and the kept ones are divided by their sum. top_p = 1 keeps all.
+      most probable tokens whose sum reaches top_p, of equal logits those of smaller index; the
+      rest gets 0, and the kept ones are divided by their sum. top_p = 1 keeps all.
     - Temperature 0 gives exactly 1 to the most probable token, the first of equals, and 0 to all
       others, whatever top_p.
     - Some logits may be -inf. Logits of ±1e4 work, and temperature 1e-3, in float16 too.
-11.2 (correctness) Accept and correct: whatever the draft tokens, the output of `verify` has exactly
-    the law of "In plain text". So the first token has the target's law, whatever the draft.
+11.2 (correctness) Accept and correct: for any draft tokens the output of `verify` has exactly the
+    law of "In plain text". If they are drawn from draft_probs, its first token has the target's.
     - All randomness comes from `uniform()`. A decision (a draw, a test) takes a number of its own,
-      never one that was used before: at most 2·k + 1 in a round of k proposed tokens.
+      never a used one, not even rescaled: at most k + 1 in `verify`, and 2·k + 1 in a round.
     - `draw` gives the first token whose cumulative probability exceeds u.
 11.3 (correctness) Match the target's greedy output: with temperature 0 the tokens equal those of
     `generate_alone(target, …)`, for any draft, any num_draft_tokens and any uniform.
@@ -32,13 +32,13 @@ Requirements
     draft, also for one that never proposes what the target wants, and up to EOS.
 11.5 (efficiency) Feed nothing twice: a round makes one draft call per proposed token and one target
     call, with the tokens of "In plain text" and no others. With draft = target, n tokens take
-    ⌈n / (num_draft_tokens + 1)⌉ rounds, at any temperature and top_p.
+    ⌈n / (num_draft_tokens + 1)⌉ rounds at any temperature and top_p, but for rounding.
 11.6 (correctness) Cache and rewind: tokens that are fed in any pieces, rewound and fed again get
     the logits of one call with all of them.
     - `feed` is one model call with its own tokens alone, at their positions. It keeps no graph, and
       its logits ask for no gradient. `rewind` makes no call.
-    - Two caches of one model are apart. If the model raises, the error goes through, and the cache
-      is as it was before.
+    - Two caches of one model are apart. If the model raises, be it KeyboardInterrupt, the error
+      goes through, and the cache is as it was before.
     - `rewind` to more than is there, or below 0, raises ValueError with both numbers.
 11.7 (correctness) End in time: exactly max_new_tokens come, or fewer up to the first eos_token_id,
     which stays. It may be proposed, a correction or a bonus, also in the first round; one in the
@@ -47,7 +47,7 @@ Requirements
     `expected_speedup` follows its formula, also for an acceptance rate of 0 and of 1.
 11.9 (robustness) Mind the edges: a token of probability 0 never comes out.
     - `uniform()` may give 0.0 and 1 - 2^-53, and probabilities may miss the sum 1 by rounding.
-    - Where (p - q)+ is zero everywhere, the token comes from p.
+    - Where (p - q)+ is zero everywhere, as rounding can make it, the token comes from p.
     - Draft and target may differ in layers, heads and dtype, as bfloat16 and float64.
     - Each call starts afresh. Prompt, weights and training flags are left as they are.
     - ValueError comes before any model call for an empty prompt, a token of the prompt outside the
@@ -69,10 +69,12 @@ In plain text
                  eos_token_id, which ends the proposing. Before each it is fed what it has not been
                  fed yet: the prompt or the last tokens at first, then the token just proposed.
               2. The target is fed what it has not been fed yet (the prompt, or the last token) and
-                 all proposed tokens. With nothing to propose, that is all of the round.
+                 all proposed tokens. If there are none (r = 1), the draft is not called; verify is.
               3. verify. Rejected tokens are rewound. Tokens that are kept are never fed again.
-    rounds = target calls          accepted = proposed tokens that are in the output
-    proposed = draft calls         acceptance_rate = accepted / proposed, 0 if nothing was proposed
+    rounds = target calls
+    proposed = draft calls
+    accepted = proposed tokens that are in the output
+    acceptance_rate = accepted / proposed, 0 if nothing was proposed
     expected_speedup = (1 + a + a² + … + aᵏ) / (k · draft_cost + 1)
                      = tokens per round, if each proposed token is accepted with probability a, by
                        the cost of a round; a target call costs 1, a draft call draft_cost
@@ -104,7 +106,8 @@ By hand
 Conventions
 - A model has what `Decoder` has: vocab_size, num_layers, num_heads, num_kv_heads, head_dim, at
   least one parameter, whose dtype and device are the model's, and the same call. Each layer calls
-  attend once. Nothing else of it is relied upon. Draft and target may be one object.
+  attend once, from layer 0 up, with tensors that are yours to keep. Nothing else of it is relied
+  upon. Draft and target may be one object.
 - Temperature and top_p hold for the draft too. Its tokens are judged by what they were drawn from.
 - `draw` and `verify` return Python integers, and so does `tokens`.
 - You may take the numbers of uniform in any order, and leave out those of decisions that are
@@ -118,18 +121,21 @@ Conventions
 - A submission is one file on torch and the standard library.
 
 Not defined
-- NaN, +inf or a row of -inf in logits; a sum that meets top_p but for rounding; a temperature
-  between 0 and 1e-3; an acceptance rate outside 0 … 1, or within 1e-6 of 1 without being 1
+- NaN anywhere; +inf or a row of -inf in logits; what rounding decides (does a sum reach top_p, is a
+  model's logit the largest); a temperature in (0, 1e-3), or inf; an acceptance rate outside
+  0 … 1, or within 1e-6 of 1 without being 1
 - a draft token with q = 0; probabilities that miss the sum 1 by more than rounding
-- feeding nothing; weights that change, or a switch of inference_mode, while a cache holds tokens
-- models with dropout; autograd through your code; draft and target on two devices; copies
+- feeding nothing; weights that change, or a switch of inference_mode, once a cache has been fed
+- dropout; models that switch gradients on; autograd through your code; two devices at once; copies
 
 Your own test (11.10) runs on other code, right and wrong, in place of your classes and functions.
-It may use these, what is given, torch and helpers of the test. It sets its own seed and takes at
-most 1 s. It may not rely on which number of uniform decides what. How to see
-- a law: give uniform every sequence of the midpoints 1/8, 3/8, 5/8, 7/8, and count the outputs
-- the caches: compare with `generate_alone`, for a draft of other weights
-It has to fail on each of these slips:
+It may use these as this text has them, the given code, models of its own, torch, Python's library
+and helpers in this file. It sets its own seed and takes at most 1 s, not counting waits for a busy
+machine. It may not rely on which number of uniform decides what. How to see
+- a law: give uniform every sequence of the midpoints 1/8, 3/8, 5/8, 7/8, and count the outputs;
+  exact where all probabilities, p/q and residuals by their sum are multiples of 1/4
+- the caches: compare with `generate_alone`, for several prompts and a draft of other weights
+It has to fail (a hang counts) on code that has, in any of its functions, one of these slips:
 - always_accept: every proposed token is accepted
 - resample_from_p: after a rejection the token comes from p
 - residual_not_normalised: (p - q)+ is not divided by its sum
@@ -137,8 +143,8 @@ It has to fail on each of these slips:
 - bonus_of_wrong_row: the bonus comes from the row before
 - cache_not_rewound: rejected tokens stay in the target's cache
 - token_after_eos: tokens behind an accepted EOS are kept
-- one_token_too_many: the last round proposes as many tokens as are still to come
-- draft_drawn_otherwise: the draft draws without temperature and top_p, and is judged with them
+- one_token_too_many: the last round proposes all tokens that are still to come, and one more comes
+- draft_drawn_otherwise: the draft draws with neither temperature nor top_p, and is judged with both
 
 Discuss
 1. Scale to production: how do you serve many requests at once, which accept different numbers?

@@ -23,15 +23,22 @@ class Fault(Exception):
     """What a model raises in a check."""
 
 
+class Stop(BaseException):
+    """What it raises as KeyboardInterrupt does: no Exception."""
+
+
 class Model(nn.Module):
-    """What a decoder has; it notes its calls, and raises behind `fails_behind` layers, if that is set."""
+    """What a decoder has; it notes its calls, and raises `error` behind layer `fails_behind`, if that is set, but not
+    in its first `calls_before` calls.
+    """
 
     def __init__(self, vocab_size: int, num_layers: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.vocab_size, self.num_layers = vocab_size, num_layers
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.calls: list[Call] = []
-        self.fails_behind = -1
+        self.fails_behind, self.calls_before = -1, 0
+        self.error: type[BaseException] = Fault
 
     def note(self, tokens: Tensor, positions: Tensor) -> None:
         """Notes a call, and fails if its tensors are not the contract's."""
@@ -44,8 +51,8 @@ class Model(nn.Module):
 
     def passed(self, layer: int) -> None:
         """Raises if this is where the model is to fail."""
-        if layer == self.fails_behind:
-            raise Fault(f"layer {layer} fails")
+        if layer == self.fails_behind and len(self.calls) > self.calls_before:
+            raise self.error(f"layer {layer} fails")
 
 
 class Table(Model):

@@ -1,5 +1,6 @@
 """Caches (11.6): feed in any pieces, rewind, errors, no graph."""
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from harness.testing import Close, Subject, Where, also, halfway, is_tensor, refuses, requirement
 
-from .reference import Fault, Small, plain_attention, whole
+from .reference import Fault, Small, Stop, Table, plain_attention, whole
 
 TOKENS = (3, 0, 4, 4, 1, 2, 0, 3, 1)
 
@@ -63,6 +64,16 @@ def test_feed_in_pieces(subject: Subject, close: Close, rng: torch.Generator) ->
         length_is(cache, 0, "CachedModel(model)")
         for size in pieces:
             feed(cache, model, sequence, TOKENS[len(sequence) :][:size], close, f"in pieces of {pieces}")
+
+
+@requirement("11.6")
+def test_feed_of_a_long_piece(subject: Subject, close: Close) -> None:
+    """A prompt of 300 tokens is one model call too."""
+    model, tokens = Table([[0.25, 0.75], [0.5, 0.5]]), [0, 1, 1] * 100
+    came = is_tensor(subject.CachedModel(model).feed(tokens), "feed of 300 tokens")
+
+    assert len(model.calls) == 1, f"feed of 300 tokens: {len(model.calls)} model calls came, 1 was wanted"
+    close(came, model.table[0, tokens].detach(), "feed of 300 tokens")
 
 
 @requirement("11.6")
@@ -148,7 +159,11 @@ def test_an_error_leaves_the_cache_as_it_was(subject: Subject, close: Close, rng
         model.fails_behind = layer
         what = f"feed({list(tokens)}) with a model that raises behind layer {layer}"
         refuses(Fault, partial(cache.feed, (*tokens, 4)), what, f"layer {layer} fails")
-        model.fails_behind = -1
+        model.error, what = Stop, f"{what} as KeyboardInterrupt does"
+        with contextlib.suppress(Stop):
+            cache.feed((*tokens, 4))
+        model.fails_behind, model.error = -1, Fault
+        assert torch.is_grad_enabled(), f"{what}: gradients are off afterwards"
 
         length_is(cache, len(sequence), f"after {what}")
         feed(cache, model, sequence, tokens, close, f"after a failed call, behind {len(sequence)} tokens")
@@ -179,3 +194,5 @@ def test_rewinding_to_what_is_not_there(subject: Subject, close: Close, rng: tor
         refuses(ValueError, partial(cache.rewind, length), f"rewind({length}) of 3 tokens", length, 3)
 
     feed(cache, model, sequence, (4,), close, "after a refused rewind")
+    for length in (1, -2):
+        refuses(ValueError, partial(begun(subject, model)[0].rewind, length), f"rewind({length}), new cache", length, 0)

@@ -174,11 +174,16 @@ def test_nothing_given_is_changed(subject: Subject, rng: torch.Generator) -> Non
     states = [{name: (p, p._version, p.detach().clone()) for name, p in model.named_parameters()} for model in models]
     prompt = [1, 0, 2]
     expected = told(greedy(models[0]), greedy(models[1]), prompt, 5, 2)
+    seen: list[list[int]] = []
+    for model in models:
+        model.register_forward_pre_hook(lambda *_: seen.append(list(prompt)))
 
     came = generate(subject, models[0], models[1], prompt, 5, num_draft_tokens=2)
 
     what = calling([1, 0, 2], 5, num_draft_tokens=2)
     assert prompt == [1, 0, 2], f"{what}: the prompt is {prompt} afterwards"
+    for during in seen:
+        assert during == prompt, f"{what}: the prompt is {during} while a model runs, and {prompt} again afterwards"
     assert came.tokens[:5] == expected.tokens, f"{what}: {came.tokens} came, {expected.tokens} was wanted"
     for model, flag, state in zip(models, flags, states, strict=True):
         now = [part.training for part in model.modules()]

@@ -1,29 +1,39 @@
 """The end of the output (11.7), and statistics (11.8)."""
 
+import contextlib
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from harness.testing import Subject, requirement
 
-from .reference import LAST, Model, Numbers, Story, calling, chain, drafts, generate, greedy, told
+from .reference import LAST, Fault, Model, Numbers, Story, calling, chain, drafts, generate, greedy, told
 
 # Every token is followed by the next one; this draft says so up to 3, and again from 5 on.
 UPWARDS = {token: token + 1 for token in range(9)}
 SKIPPING = {**UPWARDS, 3: 9, 9: 5}
 
 
-def ends(subject: Subject, new: int, k: int, eos: int | None, temperature: float = 0.0, where: str = "") -> None:
-    """A call ends where the text says; behind prompt 0 the target goes on 1, 2, 3, …"""
+def ends(
+    subject: Subject,
+    new: int,
+    k: int,
+    eos: int | None,
+    temperature: float = 0.0,
+    where: str = "",
+    prompt: Sequence[int] = (0,),
+) -> None:
+    """A call ends where the text says; behind prompt 0 the target goes on 1, 2, 3, …, and behind 9 from 0 on."""
     target, draft = chain(UPWARDS), chain(SKIPPING)
     options = {"num_draft_tokens": k, "eos_token_id": eos, "temperature": temperature}
-    expected = told(greedy(target), greedy(draft), [0], new, k, eos)
+    expected = told(greedy(target), greedy(draft), prompt, new, k, eos)
 
-    came = generate(subject, target, draft, [0], new, uniform=Numbers(0.2, LAST, 0.6), **options)
+    came = generate(subject, target, draft, prompt, new, uniform=Numbers(0.2, LAST, 0.6), **options)
 
     assert came.tokens == expected.tokens, (
-        f"{calling([0], new, **options)}, a target that goes on 1, 2, 3, …, a draft that is wrong behind 3{where}: "
+        f"{calling(prompt, new, **options)}, a target that goes on 1, 2, 3, …, a draft that is wrong behind 3{where}: "
         f"{came.tokens} came, {expected.tokens} was wanted{wrong_end(came.tokens, expected.tokens, eos)}"
     )
 
@@ -72,14 +82,23 @@ def test_eos_as_the_last_token(subject: Subject) -> None:
         ends(subject, new, 2, eos)
 
 
-def counted(subject: Subject, target: Model, draft: Model, new: int, k: int, eos: int | None = None) -> None:
+@requirement("11.7")
+def test_eos_is_token_0(subject: Subject) -> None:
+    """Token 0 is a token like others, and ends the output if it is EOS."""
+    for temperature in (0.0, 1.0):
+        ends(subject, 5, 2, 0, temperature, ", EOS is 0", prompt=[8])
+
+
+def counted(
+    subject: Subject, target: Model, draft: Model, new: int, k: int, eos: int | None = None, where: str = ""
+) -> None:
     """The statistics of a call are what the text says."""
     expected = told(greedy(target), greedy(draft), [1, 5], new, k, eos)
     options = {"num_draft_tokens": k, "eos_token_id": eos}
 
     came = generate(subject, target, draft, [1, 5], new, uniform=Numbers(0.5), **options)
 
-    what = calling([1, 5], new, **options)
+    what = f"{calling([1, 5], new, **options)}{where}"
     right = "rounds = target calls, proposed = draft calls, accepted = proposed tokens that are in the output"
     for name in ("rounds", "proposed", "accepted"):
         number, wanted = getattr(came, name), getattr(expected, name)
@@ -118,6 +137,18 @@ def test_statistics_with_eos(subject: Subject, rng: torch.Generator) -> None:
     tokens = told(greedy(target), greedy(target), [1, 5], 6, 3).tokens
     for place, agrees in ((0, "always"), (1, "sometimes"), (2, "always"), (3, "always")):
         counted(subject, target, kinds[agrees], 6, 3, tokens[place])
+
+
+@requirement("11.8")
+def test_statistics_after_a_call_that_failed(subject: Subject) -> None:
+    """What was counted before the target raised in its second round is not counted again."""
+    target, draft = chain(UPWARDS), chain(SKIPPING)
+    target.fails_behind, target.calls_before = 0, 1
+    with contextlib.suppress(Fault):
+        subject.speculative_generate(target, draft, [1, 5], 6, num_draft_tokens=2, uniform=Numbers(0.5))
+    target.fails_behind = -1
+
+    counted(subject, target, draft, 6, 2, where=", after a call that failed in its second round")
 
 
 @requirement("11.8")

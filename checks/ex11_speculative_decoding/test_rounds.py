@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +92,17 @@ def test_greedy_with_keys_that_matter(subject: Subject, rng: torch.Generator) ->
     came = subject.speculative_generate(target, draft, prompt, 6)
 
     is_greedy(came, expected, calling(prompt, 6))
+
+
+@requirement("11.3")
+def test_greedy_of_equals(subject: Subject) -> None:
+    """Of equally probable tokens the target takes the first; a draft that proposes another one is wrong."""
+    target, draft = Table([[0.0, 0.5, 0.5]] * 3), Table([[0.0, 0.25, 0.75], [0.0, 0.5, 0.5], [0.0, 0.25, 0.75]])
+    expected = told(greedy(target), greedy(draft), [0], 4, 2)
+
+    came = generate(subject, target, draft, [0], 4, num_draft_tokens=2, uniform=Numbers(0.7, 0.2))
+
+    is_greedy(came, expected, f"{calling([0], 4, num_draft_tokens=2)}, tokens 1 and 2 are equally probable")
 
 
 # 11.4 the law of whole outputs
@@ -183,6 +195,36 @@ def test_law_with_a_draft_that_is_always_wrong(subject: Subject) -> None:
     goes_on: Rows = [[0, 0.5, 0.5, 0]] * 4
 
     has_the_targets_law(subject, Table(ends, goes_on), Table(goes_on, ends), 2, 1, eos=3)
+
+
+@requirement("11.4")
+def test_a_draft_of_low_precision_is_judged_by_what_it_was_drawn_from(subject: Subject) -> None:
+    """Draft = target, so what is proposed is accepted; thirds rounded to bfloat16, or to float32, are another law."""
+    for dtype, number in itertools.product((torch.bfloat16, torch.float32), (1e-10, 1 - 1e-10)):
+        target, draft = (Table([[0.0, 1.0, 1.0, 1.0]] * 4, dtype=dtype) for _ in range(2))
+
+        came = generate(subject, target, draft, [0], 2, num_draft_tokens=1, temperature=1.0, uniform=Numbers(number))
+
+        what = f"draft = target, of {dtype}, uniform always {number}"
+        assert len(target.calls) == 1 and len(came.tokens) == 2, (
+            f"{what}: {len(target.calls)} rounds came, 1 was wanted for {len(came.tokens)} tokens\n"
+            "the draft's tokens are judged by the float64 rows that they were drawn from"
+        )
+
+
+@requirement("11.4")
+def test_the_default_uniform_is_pythons(subject: Subject) -> None:
+    """Without a uniform random.random gives the numbers: random.seed decides the output, and torch draws nothing."""
+    table, outputs = Table([[0.25] * 4] * 4), []
+    before, stream = random.getstate(), torch.default_generator.get_state()
+    for _ in range(2):
+        random.seed(11)
+        outputs.append(generate(subject, table, table, [0], 6, num_draft_tokens=2, temperature=1.0).tokens)
+    random.setstate(before)
+
+    what = f"{calling([0], 6, num_draft_tokens=2, temperature=1.0)}, by default uniform = random.random"
+    assert torch.equal(torch.default_generator.get_state(), stream), f"{what}: torch's stream was drawn from"
+    assert outputs[0] == outputs[1], f"{what}: after the same random.seed {outputs[0]} came, then {outputs[1]}"
 
 
 # 11.5 calls

@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.testing import Subject, also, requirement
 
-from .reference import Counted, Law, Rows, apart, float64, ints, law, same_law
+from .reference import LAST, Counted, Law, Numbers, Rows, apart, float64, ints, law, same_law
 
 Of = Callable[[float, float], float]
 
@@ -16,7 +16,8 @@ Of = Callable[[float, float], float]
 def test_draw(subject: Subject) -> None:
     """The first token whose cumulative probability exceeds u, also where u meets a sum."""
     rows = (0.25, 0.5, 0.25), (0.0, 0.25, 0.0, 0.75, 0.0), (1.0,)
-    for row, u in itertools.product(rows, (0.0, 0.125, 0.25, 0.5, 0.75, 0.875)):
+    near = (0.1 + 5e-10, 0.9 - 5e-10)  # As a float32, 0.1 is above the first.
+    for row, u in (*itertools.product(rows, (0.0, 0.125, 0.25, 0.5, 0.75, 0.875)), (near, 0.1)):
         wanted = next(i for i in range(len(row)) if sum(row[: i + 1]) > u)
 
         came = subject.draw(float64(row), u)
@@ -57,7 +58,7 @@ def exact(
 
 @dataclass
 class Case:
-    """Draft tokens with their rows; how verify came out on them, and how many numbers it lacked for its decisions."""
+    """Draft tokens with their rows; how verify came out on them, how many numbers it lacked, and took."""
 
     draft: Sequence[int]
     q: Rows
@@ -65,6 +66,7 @@ class Case:
     grid: int
     came: Law = field(default_factory=dict)
     lacks: int = 0
+    taken: int = 0
 
     def __str__(self) -> str:
         q, p = ([list(row) for row in rows] for rows in (self.q, self.p))
@@ -84,6 +86,7 @@ class Case:
             output = ints(subject.verify(given, q, p, numbers), str(self))
             assert q._version == p._version == 0, f"{self}: the probabilities are written to"
             assert given == list(self.draft), f"{self}: the draft tokens are written to"
+            self.taken = max(self.taken, numbers.taken)
             self.lacks = max(self.lacks, len(output) + (output[:k] != (*given,)) - numbers.taken)
             return output
 
@@ -127,6 +130,11 @@ def have_the_laws(subject: Subject, *cases: Case) -> None:
     with also(the_slip, cases):
         for case in cases:
             same_law(case.came, case.exact(), str(case))
+    for case in cases:
+        most = len(case.draft) + 1
+        assert case.taken <= most, (
+            f"{case}: took {case.taken} numbers of uniform(); at most k + 1 = {most} are for the tests and a draw"
+        )
 
 
 @requirement("11.2")
@@ -164,6 +172,22 @@ def test_verify_of_two_tokens(subject: Subject) -> None:
     p = [(0.5, 0.25, 0.25), (0.25, 0.25, 0.5), (0.0, 0.25, 0.75)]
 
     have_the_laws(subject, *(Case(draft, q, p, 4) for draft in ((0, 1), (1, 1), (1, 0))))
+    sure, even = (0.0, 1.0, 0.0, 0.0), (0.25, 0.5, 0.125, 0.125)
+    have_the_laws(subject, Case((1, 1), [sure, sure], [sure, even, sure], 4))
+
+
+@requirement("11.2")
+def test_verify_of_rows_nearly_alike(subject: Subject) -> None:
+    """(p - q)+ is small, but not zero: what a rejection gives still comes from it."""
+    size = 2.0**-27
+    q, p = float64([[0.0, 0.5, 0.5, 0.0]]), float64([[size, 0.5 - size, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    for number in (0.0, LAST):
+        came = ints(subject.verify([1], q, p, Numbers(number)), "verify with p near q")
+
+        assert came in ((0,), (1, 2)), (
+            f"verify([1], q = {q.tolist()}, p = {p.tolist()}) with uniform always {number}: {list(came)} came, "
+            "[0] or [1, 2] was wanted\na rejected token is replaced by one from (p - q)+, however small its sum"
+        )
 
 
 @requirement("11.2")

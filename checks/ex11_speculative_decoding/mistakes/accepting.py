@@ -157,6 +157,33 @@ MISTAKES = [
         "at most 2·k + 1",
         (LOOP, "    for _ in range(2 * len(draft_tokens) + 2):\n        uniform()\n" + LOOP),
     ),
+    Mistake("two_numbers_for_a_test", "11.2", "at most k + 1 = 2", (TEST, "        uniform()\n" + TEST)),
+    Mistake(
+        "a_test_s_number_rescaled_for_the_draw",
+        "11.2",
+        "takes a number of its own",
+        (
+            TEST,
+            """        number, ratio = uniform(), float(p[token]) / float(q[token])
+        if not number < ratio:
+""",
+        ),
+        (CORRECT, CORRECT.replace("uniform()", "(number - ratio) / (1 - ratio) if i else uniform()")),
+        only=True,
+    ),
+    Mistake(
+        "a_small_residual_taken_for_none",
+        "11.2",
+        "however small its sum",
+        (LAST, LAST.replace("rest.any()", "rest.sum() > 1e-6")),
+        only=True,
+    ),
+    Mistake(
+        "draws_with_u_in_float32",
+        "11.2",
+        "the first whose cumulative one exceeds u",
+        (EXCEEDS, EXCEEDS.replace("> u", "> torch.tensor(u, device=probabilities.device)")),
+    ),
     Mistake(
         "draws_the_most_probable", "11.2", "draw(", (EXCEEDS, "    return int(probabilities.argmax())\n" + EXCEEDS)
     ),

@@ -54,6 +54,20 @@ MISTAKES = [
         ),
     ),
     Mistake(
+        "a_long_piece_in_two_calls",
+        "11.6",
+        "2 model calls came",
+        (
+            NO_GRAD,
+            """    def feed(self, tokens: Sequence[int]) -> Tensor:
+        return torch.cat([self._feed(tokens[at : at + 256]) for at in range(0, len(tokens), 256)])
+
+    @torch.no_grad()
+    def _feed""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "only_the_last_logits",
         "11.6",
         "shape",
@@ -155,6 +169,31 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "an_interrupt_leaves_a_half_grown_cache",
+        "11.6",
+        "after a failed call",
+        (GROWN, "        before, grown = dict(self._held), self._held\n"),
+        (
+            CALL,
+            """        try:
+            logits: Tensor = self.model(torch.tensor(tokens, device=device), positions, attend)  # [T, V]
+        except Exception:
+            self._held = before
+            raise
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "an_error_leaves_gradients_off",
+        "11.6",
+        "raises behind layer 0 as KeyboardInterrupt does: gradients are off afterwards",
+        (NO_GRAD, "    def feed"),
+        (DEVICE, "        wanted = torch.is_grad_enabled()\n        torch.set_grad_enabled(False)\n" + DEVICE),
+        (SETTLE, SETTLE + "        torch.set_grad_enabled(wanted)\n"),
+        only=True,
+    ),
+    Mistake(
         "errors_swallowed",
         "11.6",
         "Fault was wanted",
@@ -193,6 +232,13 @@ MISTAKES = [
         "rewind_below_0_accepted", "11.6", "rewind(-1)", (REFUSE, "        if not length <= self.length:\n"), only=True
     ),
     Mistake("rewind_beyond_accepted", "11.6", "rewind(4)", (REFUSE, "        if length < 0:\n"), only=True),
+    Mistake(
+        "rewind_of_a_new_cache_never_refused",
+        "11.6",
+        "new cache: was accepted",
+        (REFUSE, "        if not self.length:\n            return\n" + REFUSE),
+        only=True,
+    ),
     Mistake(
         "rewind_beyond_names_one_number",
         "11.6",

@@ -139,6 +139,25 @@ MISTAKES = [
         ),
     ),
     Mistake(
+        "prompt_appended_to_and_restored",
+        "11.9",
+        "while a model runs",
+        (
+            TOKENS,
+            """    start, end = len(prompt), len(prompt) + max_new_tokens
+    tokens = prompt if isinstance(prompt, list) else list(prompt)
+""",
+        ),
+        (
+            RETURN,
+            """    output = tokens[start:]
+    del tokens[start:]
+    return Generation(output, rounds, proposed, accepted)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "models_left_in_eval",
         "11.9",
         "training flags",

@@ -61,6 +61,12 @@ MISTAKES = [
     ),
     Mistake("eos_never_looked_at", "11.7", "behind EOS", (PROPOSE, "        eos_token_id = None\n" + PROPOSE)),
     Mistake(
+        "eos_0_taken_for_none",
+        "11.7",
+        "EOS is 0",
+        (WHILE, "    eos_token_id = eos_token_id or None\n" + WHILE),
+    ),
+    Mistake(
         "eos_as_a_correction_goes_on",
         "11.7",
         "behind EOS",
@@ -165,6 +171,21 @@ MISTAKES = [
         "11.8",
         ".proposed",
         (COUNT, COUNT.replace("proposed + len(proposals)", "proposed + num_draft_tokens")),
+        only=True,
+    ),
+    Mistake(
+        "counts_of_a_failed_call_kept",
+        "11.8",
+        "after a call that failed",
+        (
+            WHILE,
+            """    held = vars(speculative_generate).setdefault("held", [0, 0, 0])
+    rounds, proposed, accepted = held
+"""
+            + WHILE.replace("not rounds", "len(tokens) == len(prompt)"),
+        ),
+        (COUNT, COUNT + "        held[:] = rounds, proposed, accepted\n"),
+        (RETURN, "    held[:] = 0, 0, 0\n" + RETURN),
         only=True,
     ),
     Mistake(

@@ -74,6 +74,23 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "top_p_near_1_keeps_all",
+        "11.1",
+        "what is not needed gets 0",
+        (ALL, "    if top_p >= 0.9999:\n        return probabilities\n"),
+        only=True,
+    ),
+    Mistake(
+        "top_p_of_many_equals_unstable",
+        "11.1",
+        "the first 151 of equals",
+        (
+            SORT,
+            SORT + "    if tokens.shape[-1] > 256:\n        ordered, tokens = probabilities.topk(tokens.shape[-1])\n",
+        ),
+        only=True,
+    ),
+    Mistake(
         "top_p_sums_over_all_rows",
         "11.1",
         "every row by itself",
@@ -157,6 +174,13 @@ MISTAKES = [
 """,
         ),
     ),
+    Mistake(
+        "greedy_compares_in_float32",
+        "11.1",
+        "the second one is the largest",
+        (GREEDY, GREEDY.replace("logits.argmax", "logits.float().argmax")),
+        only=True,
+    ),
     Mistake("greedy_divides_by_zero", "11.1", "NaN", (GREEDY, "")),
     Mistake(
         "greedy_over_the_first_dimension",
@@ -181,6 +205,13 @@ MISTAKES = [
         "11.1",
         "written to",
         (SOFTMAX, "    probabilities = logits.div_(temperature).softmax(dim=-1)\n"),
+        only=True,
+    ),
+    Mistake(
+        "logits_shifted_in_place_when_cold",
+        "11.1",
+        "written to",
+        (SOFTMAX, "    if temperature < 0.1:\n        logits -= logits.amax(dim=-1, keepdim=True)\n" + SOFTMAX),
         only=True,
     ),
 ]

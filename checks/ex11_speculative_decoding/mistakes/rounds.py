@@ -83,6 +83,20 @@ MISTAKES = [
         "call",
         (VERIFY, VERIFY + "        came = came[: len(proposals)] if len(proposals) > 1 else came\n"),
     ),
+    Mistake(
+        "greedy_accepts_any_of_equals",
+        "11.3",
+        "equally probable",
+        (
+            P,
+            P
+            + """        for row, token in enumerate(proposals) if temperature == 0 else ():
+            if logits[row - len(proposals) - 1, token] == logits[row - len(proposals) - 1].max():
+                target_probs[row] = F.one_hot(torch.tensor(token), target.vocab_size)
+""",
+        ),
+        only=True,
+    ),
     # Laws.
     Mistake(
         "draft_drawn_otherwise",
@@ -167,6 +181,25 @@ MISTAKES = [
         "11.4",
         "Python's random was drawn from",
         (DRAW, DRAW.replace("uniform()", "random.random()")),
+    ),
+    Mistake(
+        "draft_judged_in_its_own_dtype",
+        "11.4",
+        "judged by the float64 rows",
+        (DRAW, DRAW + "            draft_rows[-1] = draft_rows[-1].to(logits.dtype).double()\n"),
+        only=True,
+    ),
+    Mistake(
+        "draws_by_torch_by_default",
+        "11.4",
+        "by default uniform = random.random: torch's stream was drawn from",
+        (
+            DRAW,
+            """            by_default = uniform is random.random
+            proposals.append(int(draft_rows[-1].multinomial(1)) if by_default else draw(draft_rows[-1], uniform()))
+""",
+        ),
+        only=True,
     ),
     # Calls.
     Mistake(
