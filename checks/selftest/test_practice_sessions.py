@@ -125,5 +125,7 @@ def test_a_hunt_from_the_watch_to_its_report(workspace: Workspace) -> None:
     assert "debug-ex05-7: 1 of 1 bug found" in mended and "debug-ex05-7 50/50 (+" in mended, mended
     assert re.search(r"debug +ex05 +7 +done +0 +50/50", workspace.make("practice").stdout)
     assert workspace.make("debug", "EX=5", "SEED=7").stdout.startswith(f"{report}another one: make debug EX=5 SEED=")
+    (folder / FILE).write_text(file_text(EX05) + "# more\n")
+    watch.until("debug-ex05-7 has ended; practice/debug-ex05-7/report.md says how")
     watch.interrupt()
     assert watch.ended() and quiet(workspace)

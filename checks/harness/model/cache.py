@@ -82,20 +82,21 @@ class Entry:
 
 
 class OwnTests:
-    """Results on the last own tests of an exercise by the digest of what they depend on; lines count from the test."""
+    """Results on the last own tests of an exercise by the digest of what they depend on, with the test's line then."""
 
-    def __init__(self, kept: dict[str, list[Result]] | None = None) -> None:
+    def __init__(self, kept: dict[str, tuple[int, list[Result]]] | None = None) -> None:
         self.kept = kept or {}
 
     def find(self, digest: str, line: int) -> list[Result]:
         """What is known of the own test, which begins at `line` now; nothing if it is another one."""
-        return [replace(one, line=one.line and one.line + line) for one in self.kept.get(digest, [])]
+        then, results = self.kept.get(digest, (line, []))
+        return [replace(one, line=one.line and one.line + line - then) for one in results]
 
     def keep(self, digest: str, line: int, results: Iterable[Result]) -> None:
         """Keeps what follows from the test alone: not that the file does not load, nor a process that died."""
-        found = [replace(one, line=one.line and one.line - line) for one in results]
+        found = list(results)
         if digest and not any(one.kind in ("load", "no file") or one.outcome == "error" for one in found):
-            self.kept = dict([*self.kept.items(), (digest, found)][-_OWN_TESTS:])
+            self.kept = dict([*self.kept.items(), (digest, (line, found))][-_OWN_TESTS:])
 
 
 class VerdictCache:
@@ -126,7 +127,7 @@ class VerdictCache:
             "version": self._version,
             "exercises": {name: _fields(kept) for name, kept in self.entries.items()},
             "own tests": {
-                name: {digest: [vars(one) for one in results] for digest, results in tests.kept.items()}
+                name: {digest: [line, [vars(one) for one in found]] for digest, (line, found) in tests.kept.items()}
                 for name, tests in self.own_tests.items()
             },
         }
@@ -137,8 +138,8 @@ class VerdictCache:
         return ""
 
 
-def _of_digests(stored: dict[str, Any]) -> dict[str, list[Result]]:
-    return {digest: [Result(**one) for one in results] for digest, results in stored.items()}
+def _of_digests(stored: dict[str, Any]) -> dict[str, tuple[int, list[Result]]]:
+    return {digest: (int(line), [Result(**one) for one in found]) for digest, (line, found) in stored.items()}
 
 
 def _fields(entry: Entry) -> dict[str, Any]:

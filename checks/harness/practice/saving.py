@@ -8,12 +8,15 @@ from harness.commands import judge as judging
 from harness.commands.request import Request
 from harness.model.cache import VerdictCache, checks_version
 from harness.model.exercise import selected
+from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict
 from harness.practice.modes import SAYS
 from harness.practice.sessions import Save, Session, sessions
 from harness.report import terminal
 from harness.report.saved import Saved
 from harness.runner.supervisor import Judge
+
+_MOMENT_SECONDS = 5.0
 
 
 def save(request: Request, judge: Judge) -> int:
@@ -22,14 +25,25 @@ def save(request: Request, judge: Judge) -> int:
     changed = stale(request.ex)
     for session in changed:
         judge_session(session, judge, out, whole=len(changed) == 1)
-    under_way = [one for one in sessions() if not one.ended and one.exercise in selected(request.ex)]
     if not changed:
-        for session in under_way:
-            terminal.line(out, f"under way: {session.so_far}; {session.command} goes on")
+        for session in (one for one in sessions() if one.exercise in selected(request.ex)):
+            if not session.ended:
+                terminal.line(out, f"under way: {session.so_far}; {session.command} goes on")
+            elif _just_saved(session):
+                terminal.line(out, f"{session.name} has ended; {shown(session.folder / 'report.md')} says how")
     if changed and not request.once and not judging.stale_in(selected(request.ex), VerdictCache(checks_version())):
         judging.ended(out, [session.name for session in changed], started, once=False)
         return 0
     return judging.save(request, judge)
+
+
+def _just_saved(session: Session) -> bool:
+    """Whether the file of a session that has ended was saved after that, a moment ago."""
+    try:
+        saved = session.file.stat().st_mtime
+    except OSError:
+        return False
+    return saved > session.ended and time.time() - saved < _MOMENT_SECONDS
 
 
 def stale(ex: str) -> list[Session]:
@@ -44,11 +58,11 @@ def judge_session(session: Session, judge: Judge, out: Console, *, whole: bool =
     exercise, cache = session.scope, session.verdicts()
     terminal.begin(out, exercise, session.folder)
     last = cache.entries.get(exercise.id)
-    shown = Saved(out, exercise, session.folder, judge.expected(exercise), last) if whole else None
-    entry = judging.judge_file(exercise, session.folder, judge, cache.own_tests[exercise.id], saved=shown)
+    display = Saved(out, exercise, session.folder, judge.expected(exercise), last) if whole else None
+    entry = judging.judge_file(exercise, session.folder, judge, cache.own_tests[exercise.id], saved=display)
     trouble, verdict = cache.store(exercise, entry), entry.verdict(exercise)
-    if shown is not None:
-        shown.rest(verdict)
+    if display is not None:
+        display.rest(verdict)
     session.saves.append(Save(time.time(), tuple(one.requirement.id for one in verdict.requirements if one.score)))
     session.store()
     said = SAYS[session.mode](session, verdict)

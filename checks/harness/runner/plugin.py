@@ -88,13 +88,20 @@ def load_late_modules() -> None:
 
 
 def start_trials(config: pytest.Config) -> None:
-    """Starts the helper process of own tests; only before any tensor work in this process."""
-    config.stash[_TRIALS] = Trials()
+    """Starts the helper process of own tests where none runs; only before any tensor work in this process."""
+    if _TRIALS not in config.stash:
+        config.stash[_TRIALS] = Trials()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    end_trials(config)
+
+
+def end_trials(config: pytest.Config) -> None:
+    """Ends the helper process of own tests, where one runs."""
     if (trials := config.stash.get(_TRIALS, None)) is not None:
         trials.close()
+        del config.stash[_TRIALS]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

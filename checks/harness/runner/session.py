@@ -67,7 +67,9 @@ def collected(use: Callable[[pytest.Session], int], ex: str = "", device: str = 
     options += [f"-pno:{plugin}" for plugin in ("terminal", "faulthandler", "logging")]
     files = [str(file) for exercise in selected(ex) for file in exercise.check_files]
     code = pytest.main([*options, *files], plugins=[handed_over])
-    if handed_over.broken or code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    # What fails in this process is a verdict, and no failure of the session.
+    fine = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED, pytest.ExitCode.TESTS_FAILED)
+    if handed_over.broken or code not in fine:
         raise CollectionFailed("\n".join(handed_over.broken) or f"pytest ended with {code} before any check ran")
     return handed_over.code
 

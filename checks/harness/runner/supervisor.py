@@ -120,22 +120,36 @@ class Judge:
         items = [item for item in self.items(exercise) if plugin.kind_of(item) in kinds]
         items = [item for item in items if not requirements or plugin.requirement_of(item) in requirements]
         running: list[Shard] = []
+        found: dict[str, Result] = {}
+
+        def here(kind: str) -> None:
+            share = [] if CAN_FORK else [item for item in items if plugin.kind_of(item) == kind]
+            found.update(worker.here(worker.Work(share, folder)) if share else {})
+
+        if not CAN_FORK and any(plugin.kind_of(item) == "own test" for item in items):
+            plugin.start_trials(items[0].config)
         try:
-            for kind in KINDS:
+            for kind in KINDS if CAN_FORK else KINDS[:1]:
                 for share in self._shares([item for item in items if plugin.kind_of(item) == kind], room is not None):
                     running.append(_started(worker.Work(share, folder, room, at_first_failure, walk_steps), seconds))
+            here("ruff")
             _supervise([shard for shard in running if shard.kind in FIRST], running, self._hangup, slow)
             shards.not_run_after_a_stop([shard for shard in running if shard.kind == "code"])
             if first is not None:
-                first([result for shard in running if shard.kind in FIRST for result in shard.results.values()])
+                early = [result for shard in running if shard.kind in FIRST for result in shard.results.values()]
+                first([*early, *found.values()])
+            here("mypy")
+            here("own test")
             _supervise(running, running, self._hangup)
         finally:
+            if not CAN_FORK and items:
+                plugin.end_trials(items[0].config)
             for shard in running:
                 end(shard.pid)
                 os.close(shard.lines.descriptor)
                 shard.stack.close()
             end_children()
-        found = {name: result for shard in running for name, result in shard.results.items()}
+        found |= {name: result for shard in running for name, result in shard.results.items()}
         return [found[item.name] for item in items if item.name in found]
 
     def _shares(self, items: list[pytest.Item], graded: bool) -> list[list[pytest.Item]]:

@@ -75,6 +75,18 @@ def start(work: Work, writing: int, token: str, stack: IO[bytes]) -> int:
     return _fork(work, writing, token, stack) if CAN_FORK else _spawn(work, writing, token)
 
 
+def here(work: Work) -> dict[str, Result]:
+    """Runs in this process what runs no code of a learner's in it: ruff, mypy, own tests, each trial of which has a
+    process of its own. Where forking is not safe a worker would cost seconds.
+    """
+    found: list[Result] = []
+    config = work.items[0].config
+    config.option.submission, config.stash[plugin.SINK] = str(work.folder), found.append
+    for item, following in zip(work.items, [*work.items[1:], None], strict=True):
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    return {result.name: result for result in found}
+
+
 def where(pid: int, stack: IO[bytes], work: Work) -> int:
     """The line of the submission that a worker is in; 0 if it cannot be had."""
     if not CAN_FORK:
