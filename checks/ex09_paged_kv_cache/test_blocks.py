@@ -68,6 +68,21 @@ def test_a_block_is_free_once_nobody_holds_it(subject: Subject) -> None:
 
 
 @requirement("9.1")
+def test_a_block_has_any_number_of_holders(subject: Subject) -> None:
+    """Hundreds may begin alike: a count is no small number."""
+    allocator = subject.BlockAllocator(2)
+    block = allocator.allocate()
+    for _ in range(300):
+        allocator.share(block)
+    came = allocator.ref_count(block), allocator.num_free
+    assert came == (301, 1), f"(ref_count, num_free) after share of a block, 300 times: {came} came, (301, 1) is right"
+    for _ in range(300):
+        allocator.free(block)
+    came = allocator.ref_count(block), allocator.num_free
+    assert came == (1, 1), f"(ref_count, num_free) after free of it, 300 times: {came} came, (1, 1) is right"
+
+
+@requirement("9.1")
 def test_a_block_that_is_not_in_use_is_refused(subject: Subject) -> None:
     """ValueError names it, and nothing has changed, however often it is tried."""
     for call in ("free", "share"):
