@@ -218,6 +218,7 @@ def test_near_logits_are_told_apart(subject: Subject, rng: torch.Generator) -> N
     stage = Stage(subject, watch=TOKENS)
     with torch.no_grad():
         stage.model.head[:, 1::2] = stage.model.head[:, :-1:2] * (1 + 1e-8)
+    stage.what += ", of a model whose logits are pairs, 1e-8 apart"
     play(stage, [(distinct(rng, 4)[0], 4)])
 
 

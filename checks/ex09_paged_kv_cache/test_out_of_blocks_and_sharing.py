@@ -83,7 +83,7 @@ def test_the_preempted_wait_before_later_requests(subject: Subject, rng: torch.G
 
 @requirement("9.7")
 def test_an_end_token_after_a_preemption(subject: Subject) -> None:
-    """eos_token_id ends one that comes back in the step in which it does; max_new_tokens count what came before, too."""
+    """eos_token_id ends a request in the very step in which it comes back, too."""
     prompts = [3, 3, 8, 10, 0, 5], [4, 1, 12, 7, 12, 2, 9]
     first, second = (alone(Model(SMALL), prompt, 4) for prompt in prompts)
     # The younger one has three tokens when it is preempted.
