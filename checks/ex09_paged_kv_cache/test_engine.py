@@ -183,7 +183,7 @@ def test_the_end_token_ends(subject: Subject, rng: torch.Generator) -> None:
     for number, eos in enumerate((answers[0][0], answers[1][1], 0)):
         stage = Stage(subject, eos=eos, watch=TOKENS)
         for prompt in (*prompts, [eos, 7, eos]):
-            stage.submit(prompt, 4)
+            stage.submit(prompt, 3)
         if number == 1:
             stage.run()
         stage.drain()
@@ -240,7 +240,7 @@ def test_models_of_other_sizes(subject: Subject, rng: torch.Generator) -> None:
             pool = getattr(stage.cache, name)
             came = tuple(pool.shape), pool.dtype
             assert came == wanted, f"Engine(…).cache.{name}, {words}: {came} came, {wanted} was wanted"
-        play(stage, zip(distinct(rng, 4, 7), (3, 2), strict=True))
+        play(stage, zip(distinct(rng, 4, 7), (2, 2), strict=True))
 
 
 @requirement("9.5")

@@ -105,9 +105,9 @@ def test_sharing_by_hand(subject: Subject) -> None:
     base = BASE[:10]
     for newcomer, blocks, least, most in (([*base[:7], 12, 12], 1, 2, 5), (base[:9], 2, 1, 1)):
         stage = Stage(subject, watch=("tokens",))
-        stage.submit(base, 4)
+        stage.submit(base, 3)
         stage.step()
-        stage.submit(newcomer, 3)
+        stage.submit(newcomer, 2)
         before = len(stage.model.calls)
         stage.step()
         fed = sum(map(len, stage.model.calls[before:])) - 1
