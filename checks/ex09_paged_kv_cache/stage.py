@@ -19,9 +19,9 @@ EVERYTHING = ("tokens", "calls", "schedule", "memory", "metrics", "sharing")
 PREEMPTION = ("tokens", "schedule", "preemptions")
 # Blocks, slots of a block and max_batch_size; then the length of each prompt, and for how many tokens it asks.
 TIGHT = {
-    "two outgrow the pool together": (5, 4, 8, ((6, 7), (7, 6))),
-    "the youngest is preempted although another asks": (6, 2, 8, ((2, 8), (3, 4), (1, 6))),
-    "more wait than may run": (5, 3, 2, ((4, 6), (5, 5), (3, 3))),
+    "two outgrow the pool together": (5, 4, 8, ((6, 6), (7, 5))),
+    "the youngest is preempted although another asks": (6, 2, 8, ((2, 7), (3, 4), (1, 6))),
+    "more wait than may run": (5, 3, 2, ((4, 5), (5, 5), (3, 3))),
     "who runs takes the last block, not who waits": (3, 3, 2, ((3, 5), (6, 1), (6, 2))),
     "as large as the pool": (2, 4, 8, ((3, 6), (4, 3))),
     "two are preempted in one step": (4, 4, 8, ((4, 3), (4, 6), (4, 2), (4, 2))),

@@ -291,7 +291,7 @@ MISTAKES = [
     Mistake(
         "no_end_token_in_the_step_that_comes_back",
         "9.7",
-        "which is finished",
+        "of [] were wanted",
         (
             "            if request.tokens[-1] == self._eos_token_id or len",
             "            if (request.tokens[-1] == self._eos_token_id and not back) or len",
