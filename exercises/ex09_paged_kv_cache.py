@@ -8,11 +8,11 @@ You write the blocks, attention over them, and an engine that batches requests f
 Steps
 1. Blocks, and attention over them (40 min): 9.1, 9.2
 2. Block tables, copy on write (30 min): 9.3
-3. The engine (60 min): 9.5, 9.4, 9.6
+3. The engine (70 min): 9.5, 9.4, 9.6
 4. Out of blocks (25 min): 9.7
 5. Prefix sharing (30 min): 9.8
-6. Cancellation and faults (30 min): 9.9
-7. Your own test, and style (45 min): 9.10, 9.11
+6. Cancellation and faults (45 min): 9.9
+7. Your own test, and style (60 min): 9.10, 9.11
 
 Requirements
 9.1 (correctness) Block allocator: `allocate` gives a free block, and never one that is in use.
@@ -21,26 +21,26 @@ Requirements
 9.2 (correctness) Paged attention: equals causal attention over contiguous keys and values, for
     whole prompts, pieces of prompts and single tokens in one call, with scores of 1e4 too.
     - Blocks lie in any order, and may be in several tables. q, keys and values have any strides.
-    - What no position of a context names is never read: further table entries may be any int64,
-      other slots may hold NaN. Inputs are never written to, not even to be restored.
-    - From scratch: no prebuilt attention is reached; the given `causal_attention` is none.
+    - What no position of a context names never matters: further table entries may be any int64,
+      other slots NaN or infinite. Inputs are never written to, not even to be restored.
+    - From scratch: no prebuilt attention is reached. You may call the given `causal_attention`.
 9.3 (correctness) Block tables: n slots take ceil(n / block_size) blocks.
-    - `fork` copies nothing: the child holds the parent's blocks. Full ones stay shared.
-    - Before `append` hands out slots in a partly filled last block that others hold too, the
-      sequence gets a copy of it, in all layers, keys and values. Other blocks stay where they are.
+    - `fork` copies nothing: the child holds the parent's blocks.
+    - Before `append` hands out slots in a last block that the sequence fills in part, and others
+      hold too, it gets a copy of it: all layers, keys and values. Other blocks stay where they are.
     - All or nothing: after OutOfBlocksError tables, counts and contents are as before.
     - After `fork` parent and child are equals: either may append first, or be freed first.
 9.4 (efficiency) Memory follows use: after a step each running request has slots for the tokens
     that were fed, no more; waiting and finished ones have none.
-    - The pool is made once. Of floating-point tensors, beside it at most 1 KiB stays alive between
-      calls, no graph either. What `step` and `paged_attention` allocate of them does not
-      depend on num_blocks.
+    - The pool is made once. Between calls, after an error too, at most 1 KiB of floating-point
+      tensors is alive beside it, and no graph. What `step`, and `paged_attention` on contiguous
+      pools, make of them does not depend on num_blocks.
 9.5 (correctness) Continuous batching: every request gets `generate_alone`'s tokens, from `step`
     and from `run`. Requests join between any two steps; an engine can `run` again, with new
     weights too. The end token may be any, and come first. Models have other sizes and dtypes.
 9.6 (efficiency) One call a step: one call of the model feeds all that run, each token once. Where
-    nothing is left there is no call, and `step` returns {}. The schedule is the one of "In plain
-    text", without preemption and sharing; `metrics` tells after each step what happened.
+    nothing is left there is no call, and `step` returns {}. The schedule is that of "In plain text"
+    (9.7 looks at preemption, 9.8 at sharing); `metrics` tells after each step what happened.
 9.7 (robustness) Out of blocks: a running request without a block preempts, as "In plain text" says.
     No answer changes, and no token is returned twice. Nothing is preempted without need.
 9.8 (efficiency) Prefix sharing: a newcomer's first blocks are those of a running request with the
@@ -51,8 +51,8 @@ Requirements
     - `submit` raises ValueError for an empty prompt, a token outside 0 … vocab_size - 1,
       max_new_tokens < 1, and a request that never fits, with both numbers of blocks. Nothing has
       changed then: the next request gets the next id.
-    - An error of the model goes through unchanged, OutOfBlocksError too. The next step does what
-      the failed one should have done. It is no call for `metrics`.
+    - An error of the model goes through unchanged, OutOfBlocksError too. The next step does it all
+      as if there had been no failed one: preemptions and slots of both count once.
 9.10 (correctness) Write your own test: `test_engine` passes on right code, whoever wrote it, and
     fails on each of the slips listed below.
 9.11 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
@@ -64,7 +64,7 @@ In plain text
     A step
     1. The running requests, the oldest (smallest id) first, get a slot for the token they feed.
        While no block is free for one, the youngest running request is preempted, even if it is that
-       one: its blocks go back, its tokens stay, and it waits again.
+       one: its blocks go back, its tokens stay, and it waits again (2 may take it back at once).
     2. The waiting, the oldest first, begin to run: while fewer than max_batch_size run, and the
        blocks for all their tokens so far, less the shared ones, are free. The first that does not
        fit ends this. Nobody is preempted for it.
@@ -73,9 +73,10 @@ In plain text
     4. Each gets its most probable token. It is finished with max_new_tokens of them, or with
        eos_token_id, which stays in the answer. Its blocks are free before step returns.
     Sharing: c is the longest common beginning of a newcomer's `len` tokens and those that one
-       running request has in the cache from earlier steps; at most len - 1, as the last is fed.
-       The first c // block_size blocks are shared with running requests, by reference, and between
-       len - c and len - c // block_size * block_size tokens are fed. Nothing is kept for later.
+       running request has in the cache from before this step; at most len - 1: the last is fed.
+       The first c // block_size blocks are shared with running requests, by reference; what more
+       is in common is copied or fed anew, so that between len - c and len - c // block_size *
+       block_size tokens are fed. Nothing is kept for later.
     metrics  running, waiting, blocks_used  as it is now; who was preempted waits
              finished, cancelled            so far; who was cancelled is not finished
              preemptions, model_calls       so far; calls that returned
@@ -91,8 +92,8 @@ By hand
       fork(0, 1, 3)   0: a b   1: a b     a and b have count 2
       append(1, 1)    0: a b   1: a c     b is half full and shared: c is its copy
       append(0, 1)    0: a b   1: a c     b is 0's own by now
-    4 blocks of 2 slots; request 0 has 5 tokens and asks for 3, request 1 has 2 and asks for 3
-      step  0 feeds  1 feeds  blocks of 0, 1
+    4 blocks of 2 slots; request 0 has 5 tokens, request 1 has 2 others; both ask for 3
+      step  0 feeds  1 feeds  blocks of 0, 1 in it
       1     5        2        3  1
       2     1                 3  0      1 needs a second block, none is free: it is preempted
       3     1                 4  0      0 is finished: after the step all blocks are free
@@ -105,35 +106,37 @@ By hand
 Conventions
 - A model has vocab_size, num_layers, num_heads, num_kv_heads, head_dim and at least one parameter,
   whose dtype and device are the model's, and is called as the given Decoder is; nothing else of it
-  is relied upon. It stays as it is, and so does torch's grad mode.
+  is relied upon. It stays as it is, and so does torch's grad mode (9.5; after an error 9.9).
 - A request fits if ceil((tokens of the prompt + max_new_tokens - 1) / block_size) <= num_blocks:
   the last token is never fed.
 - A call of the model has the requests in any order, the tokens of each together and in order.
 - In `append`, a count of 0 takes no block and copies none. Freed ids are new ones again.
 - No tensor of the cache asks for gradients, whatever is written.
 - The caller may reuse the prompt's list, and change what `run` and `block_table` return.
-- How near, times 1 + |right value|: float64 1e-9, float32 5e-6.
+- How near, times 1 + |right value|: float64 1e-9, float32 5e-6; with scores of 1e4: 1e-8, 5e-3.
 - A submission is one file on torch and the standard library.
 
 Not defined
-- paged_attention: gradients; q in another dtype than keys; autocast; lengths below 1
+- paged_attention: gradients; q and keys of two dtypes; autocast; lengths below 1; NaN in a context
 - the cache: `write` to slots that are not from the sequence's own append, or were forked since;
-  a child that is known; a fork of more than the parent has; `free` of a sequence without tokens;
-  negative counts; ref_count of blocks that do not exist; what is in slots that nobody wrote
-- the engine: equal logits, NaN; bfloat16's near ties; a model that is cast, or whose weights change
-  while a request runs or waits; use by several threads; errors that are no Exception
+  a child that is known, or had an append of 0; a fork of more than the parent has; `free` of a
+  sequence without tokens; negative counts; ref_count of blocks that do not exist; what is in slots
+  that nobody wrote
+- the engine: equal logits (near ones in bfloat16), NaN; a model that is cast, or whose weights
+  change while a request runs or waits; max_batch_size < 1; changes of its cache by others; several
+  threads; errors that are no Exception; one (or a cache) made in inference_mode, used outside it
 - between a failed step and the next: what `metrics` says of running, waiting, preemptions and
   blocks; after a submit or cancel there, the schedule from then on, while the answers stay right
 - whose blocks are shared, of several running requests with the same beginning
 
 Your own test (9.10) runs on other code, right and wrong, in place of BlockAllocator, PagedKVCache,
 paged_attention, Engine and OutOfBlocksError. It may use these as this text has them, the given
-code, models of its own, torch and helpers of the test; no block's number, no order in a call.
-It sets its own seed and takes at most 1 s. How to see
+code, models of its own, torch and helpers of the test; a block may have any number, a call any
+order. It sets its own seed and takes at most 1 s (one thread; imports and waits aside). How to see
 - slots that must not be read: fill the pool's tensors with NaN before you append and write
-- a wrong token: a Decoder of two layers in float64, compared with generate_alone
+- a wrong token: generate_alone, on a float64 Decoder of two layers whose answers vary (scale it up)
 - preemption: a pool that two requests outgrow together; blocks lost: allocator.num_free
-It has to fail on each of these slips:
+It has to fail on each of these, made wherever they can be, not in rare cases alone. The slips:
 - block_handed_out_twice: allocate gives a block that is in use
 - no_copy_on_write: a shared block that is partly filled is written to
 - reads_one_ahead: a query also attends to the token after it

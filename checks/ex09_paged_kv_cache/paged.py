@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.testing import Subject, is_tensor
+from harness.testing import DispatchMode, Subject, is_tensor
 
 from .reference import causal, contiguous
 
@@ -22,6 +23,7 @@ class Case:
         fill: what all slots hold that no context names.
         further: what table entries hold that no context names.
         spare: columns of the table beyond the longest sequence's.
+        turned: the last key of each sequence has the other sign.
     """
 
     rng: torch.Generator
@@ -35,6 +37,7 @@ class Case:
     fill: float = 0.0
     further: int = 0
     spare: int = 2
+    turned: bool = False
     more_blocks: int = 3
     given: dict[str, Tensor] = field(init=False)
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(init=False)
@@ -55,9 +58,11 @@ class Case:
             k, v = (torch.randn(length, kv, dim, generator=self.rng, dtype=torch.float64) for _ in range(2))
             q = torch.randn(asked, h, dim, generator=self.rng, dtype=torch.float64)
             q, k = q * self.scale + self.offset[0], k * self.scale + self.offset[1]
+            if self.turned:
+                k[-1] *= -1
+            places = torch.arange(length)
             for pool, own in ((keys, k), (values, v)):
-                for position in range(length):
-                    pool[table[position // self.block_size], position % self.block_size] = own[position]
+                pool[table[places // self.block_size], places % self.block_size] = own
             self.parts.append((q, k, v))
         q = torch.cat([part[0] for part in self.parts])
         floats = {"q": q, "keys": keys, "values": values}
@@ -88,3 +93,26 @@ def attended(subject: Subject, case: Case) -> Tensor:
 def strided(x: Tensor) -> Tensor:
     """The same numbers, by other strides."""
     return torch.stack((x, x), -1)[..., 0]
+
+
+class Writes(DispatchMode):
+    """Follows what is written to some tensors while it is on, behind their backs too (`x.data.mul_`).
+
+    Attributes:
+        names: those that were written to.
+    """
+
+    def __init__(self, given: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self._places = {tensor.untyped_storage().data_ptr(): name for name, tensor in given.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for place, argument in enumerate(func._schema.arguments):
+                value = args[place] if place < len(args) else kwargs.get(argument.name)
+                if argument.alias_info and argument.alias_info.is_write and isinstance(value, Tensor):
+                    name = self._places.get(value.untyped_storage().data_ptr())
+                    self.names |= {name} if name else set()
+        return func(*args, **kwargs)

@@ -77,20 +77,22 @@ def test_write_in_pieces(subject: Subject, close: Close, rng: torch.Generator) -
     """Pieces of any strides go to their positions of their layer, and carry no graph."""
     cache = subject.PagedKVCache(LAYERS, 6, 4, KV_HEADS, DIM, dtype=torch.float64)
     cache.append(4, 3)
-    cache.append(2, 11)
+    cache.append(2, 13)
     zeros = torch.zeros(3, KV_HEADS, DIM, dtype=torch.float64)
     cache.write(0, 4, 0, zeros, zeros)
-    k = torch.randn(LAYERS, DIM, 11, KV_HEADS, generator=rng, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(LAYERS, DIM, 13, KV_HEADS, generator=rng, dtype=torch.float64, requires_grad=True)
     k = k.permute(0, 2, 3, 1)  # [layers, tokens, Hkv, Dh]
-    v = torch.randn(LAYERS, 1, KV_HEADS, 1, generator=rng, dtype=torch.float64).expand(LAYERS, 11, KV_HEADS, DIM)
+    v = torch.randn(LAYERS, 1, KV_HEADS, 1, generator=rng, dtype=torch.float64, requires_grad=True)
+    v = v.expand(LAYERS, 13, KV_HEADS, DIM)
     for layer in range(LAYERS):
-        for start, stop in ((5, 9), (0, 1), (1, 5), (9, 11)):
+        for start, stop in ((5, 8), (0, 1), (1, 5), (8, 12), (12, 13)):
             cache.write(layer, 2, start, k[layer, start:stop], v[layer, start:stop])
-
-    assert not cache.keys.requires_grad, "keys ask for gradients after write of a k that does"
+            for name in ("keys", "values"):
+                asks = getattr(cache, name).requires_grad
+                assert not asks, f"{name} ask for gradients after write of {stop - start} tokens that do, from {start}"
     table = torch.tensor(cache.block_table(2))
     for name, wanted in (("keys", k), ("values", v)):
-        came = getattr(cache, name)[:, table].flatten(1, 2)[:, :11]
+        came = getattr(cache, name)[:, table].flatten(1, 2)[:, :13]
         close(came, wanted.detach(), f"{name} after write in pieces: [layers, positions, Hkv, Dh]")
     first = cache.keys[0, cache.block_table(4)[0], :3]
     assert not first.any(), "write to sequence 2 has written to the slots of sequence 4"

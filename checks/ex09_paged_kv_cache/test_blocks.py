@@ -68,6 +68,25 @@ def test_a_block_is_free_once_nobody_holds_it(subject: Subject) -> None:
 
 
 @requirement("9.1")
+def test_a_block_has_any_number_of_holders(subject: Subject) -> None:
+    """Hundreds may begin alike: a count is no small number."""
+    allocator = subject.BlockAllocator(2)
+    block = allocator.allocate()
+    for number in range(1, 301):
+        try:
+            allocator.share(block)
+        except ValueError as error:
+            fact = f"share number {number} of a block in use: {error!r} came; a count has no largest number"
+            raise AssertionError(fact) from error
+    came = allocator.ref_count(block), allocator.num_free
+    assert came == (301, 1), f"(ref_count, num_free) after share of a block, 300 times: {came} came, (301, 1) is right"
+    for _ in range(300):
+        allocator.free(block)
+    came = allocator.ref_count(block), allocator.num_free
+    assert came == (1, 1), f"(ref_count, num_free) after free of it, 300 times: {came} came, (1, 1) is right"
+
+
+@requirement("9.1")
 def test_a_block_that_is_not_in_use_is_refused(subject: Subject) -> None:
     """ValueError names it, and nothing has changed, however often it is tried."""
     for call in ("free", "share"):

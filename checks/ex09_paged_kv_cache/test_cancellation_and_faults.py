@@ -70,15 +70,17 @@ def test_cancel_of_those_that_share(subject: Subject) -> None:
 @requirement("9.9")
 def test_cancel_of_one_that_was_preempted(subject: Subject, rng: torch.Generator) -> None:
     """It holds no blocks, and never comes back."""
-    prompts = distinct(rng, 6, 7)
-    with apart_from_preemption(subject):
-        stage = Stage(subject, 5, 4, sizes=SMALL, watch=CANCEL)
-        for prompt in prompts:
-            stage.submit(prompt, 7)
-        while not stage.rules.preemptions and stage.live:
-            stage.step()
-        stage.cancel(1)
-        stage.drain()
+    apart_from_preemption(subject, partial(cancelled_while_preempted, subject, distinct(rng, 6, 7)))
+
+
+def cancelled_while_preempted(subject: Subject, prompts: list[list[int]]) -> None:
+    stage = Stage(subject, 5, 4, sizes=SMALL, watch=CANCEL)
+    for prompt in prompts:
+        stage.submit(prompt, 7)
+    while not stage.rules.preemptions and stage.live:
+        stage.step()
+    stage.cancel(1)
+    stage.drain()
 
 
 REFUSED: dict[str, tuple[list[int], int, tuple[int, ...]]] = {
@@ -148,7 +150,7 @@ def errors(subject: Subject) -> list[Exception]:
     """What a model may raise, what an engine itself may catch among it."""
     own: Exception = subject.OutOfBlocksError("the model's own")
     odd = OddError(3, reason="device lost")
-    return [RuntimeError("device lost"), odd, own, ValueError("of the model"), KeyError(0)]
+    return [RuntimeError("device lost"), odd, own, ValueError("of the model"), KeyError(0), StopIteration(1)]
 
 
 @requirement("9.9")
@@ -157,7 +159,7 @@ def test_an_error_of_the_model_costs_nothing(subject: Subject, rng: torch.Genera
     stage = Stage(subject, 30, 3, size=2, sizes=Sizes(heads=2), watch=CANCEL)
     for prompt, most in zip(distinct(rng, 4, 7, 2), (4, 2, 5), strict=True):
         stage.submit(prompt, most)
-    places = ("between its layers", "at its end", "at its start", "between its layers", "at its end")
+    places = ("between its layers", "at its end", "at its start") * 2
     for place, error in zip(places, errors(subject), strict=True):
         stage.fails(place, error)
         assert torch.is_grad_enabled(), "step(), in which the model raises: gradients are off after it"
@@ -183,17 +185,19 @@ def test_an_error_again_and_again(subject: Subject, rng: torch.Generator) -> Non
 @requirement("9.9")
 def test_an_error_out_of_blocks(subject: Subject, rng: torch.Generator) -> None:
     """A step that preempts, or admits who was preempted, and fails is done again as it was to be, and counted once."""
-    prompts = distinct(rng, 5, 4, 2)
-    with apart_from_preemption(subject):
-        stage = Stage(subject, 4, 3, sizes=Sizes(heads=2), watch=CANCEL)
-        for prompt in prompts:
-            stage.submit(prompt, 4)
-        while stage.live:
-            stage.fails("between its layers", RuntimeError("device lost"))
-            came = stage.generated
-            stage.step()
-            assert stage.generated > came, "step() after one that failed: no token came, and requests are left"
-        stage.judge_answers()
+    apart_from_preemption(subject, partial(fails_out_of_blocks, subject, distinct(rng, 5, 4, 2)))
+
+
+def fails_out_of_blocks(subject: Subject, prompts: list[list[int]]) -> None:
+    stage = Stage(subject, 4, 3, sizes=Sizes(heads=2), watch=CANCEL)
+    for prompt in prompts:
+        stage.submit(prompt, 4)
+    while stage.live:
+        stage.fails("between its layers", RuntimeError("device lost"))
+        came = stage.generated
+        stage.step()
+        assert stage.generated > came, "step() after one that failed: no token came, and requests are left"
+    stage.judge_answers()
 
 
 @requirement("9.9")

@@ -1,5 +1,7 @@
 """Preemption (9.7) and prefix sharing (9.8)."""
 
+from functools import partial
+
 import torch
 
 from harness.testing import Subject, halfway, requirement
@@ -57,7 +59,7 @@ def test_run_returns_each_token_once(subject: Subject, rng: torch.Generator) -> 
     for name, serve in (("all steps", Stage.drain), ("run", Stage.run)):
         stage = Stage(subject, 5, 3, sizes=SMALL, watch=("tokens",))
         for prompt in prompts[:2]:
-            stage.submit(prompt, 6)
+            stage.submit(prompt, 4)
         serve(stage)
         stage.submit(prompts[2], 2)
         serve(stage)
@@ -80,12 +82,15 @@ def test_the_preempted_wait_before_later_requests(subject: Subject, rng: torch.G
 
 
 @requirement("9.7")
-def test_an_end_token_after_a_preemption(subject: Subject, rng: torch.Generator) -> None:
-    """max_new_tokens and eos_token_id count what came before it, too."""
-    prompts = distinct(rng, 6, 7)
-    eos = alone(Model(SMALL), prompts[1], 7)[-2]
-    stage = Stage(subject, 5, 4, eos=eos, sizes=SMALL, watch=PREEMPTION)
+def test_an_end_token_after_a_preemption(subject: Subject) -> None:
+    """eos_token_id ends a request in the very step in which it comes back, too."""
+    prompts = [3, 3, 8, 10, 0, 5], [4, 1, 12, 7, 12, 2, 9]
+    first, second = (alone(Model(SMALL), prompt, 4) for prompt in prompts)
+    # The younger one has three tokens when it is preempted.
+    assert second[3] not in first[:3] + second[:3], "the check's own set-up holds"
+    stage = Stage(subject, 5, 4, eos=second[3], sizes=SMALL, watch=PREEMPTION)
     play(stage, [(prompt, 7) for prompt in prompts])
+    assert stage.rules.preemptions, "the check's own set-up holds"
 
 
 # 9.8 prefix sharing
@@ -100,9 +105,9 @@ def test_sharing_by_hand(subject: Subject) -> None:
     base = BASE[:10]
     for newcomer, blocks, least, most in (([*base[:7], 12, 12], 1, 2, 5), (base[:9], 2, 1, 1)):
         stage = Stage(subject, watch=("tokens",))
-        stage.submit(base, 4)
+        stage.submit(base, 3)
         stage.step()
-        stage.submit(newcomer, 3)
+        stage.submit(newcomer, 2)
         before = len(stage.model.calls)
         stage.step()
         fed = sum(map(len, stage.model.calls[before:])) - 1
@@ -116,12 +121,14 @@ def test_sharing_by_hand(subject: Subject) -> None:
         stage.drain()
 
 
-# Block size; then after how many steps a request comes, with which prompt (none: the first one's answer), for how many.
+# Block size; then after how many steps a request comes, with which prompt (none: all tokens of the first one, of which
+# the last is fed in this step), for how many.
 SHARED: dict[str, tuple[int, list[tuple[int, list[int], int]]]] = {
     "the same prompt, a full block": (4, [(0, BASE[:8], 3), (1, BASE[:8], 2)]),
-    "within the first block": (4, [(0, BASE, 3), (1, [*BASE[:3], 7], 2)]),
-    "up to a block's end": (4, [(0, BASE, 3), (1, [*BASE[:8], 7, 7], 2)]),
-    "the first token differs": (4, [(0, BASE, 3), (1, [7, *BASE[1:]], 2)]),
+    "none, within the first block, up to a block's end": (
+        4,
+        [(0, BASE, 3), (1, [7, *BASE[1:]], 2), (0, [*BASE[:3], 7], 2), (0, [*BASE[:8], 7, 7], 2)],
+    ),
     "a block that follows another beginning": (2, [(0, BASE, 3), (1, [7, 7, *BASE[2:]], 2)]),
     "a prompt that goes on with what was generated": (2, [(0, BASE[:5], 6), (3, [], 3)]),
     "a shorter one, a longer one": (2, [(0, BASE[:7], 5), (1, BASE[:5], 3), (1, BASE, 2)]),
@@ -143,23 +150,26 @@ def test_newcomers_share_what_they_have_in_common(subject: Subject) -> None:
         for steps, given, most in asked:
             for _ in range(steps):
                 stage.step()
-            stage.submit(given or [*stage.rules.requests[0].tokens[:-1], 7], most)
+            stage.submit(given or [*stage.rules.requests[0].tokens, 7], most)
         stage.drain()
 
 
 @requirement("9.8")
 def test_sharers_are_preempted_and_come_back(subject: Subject) -> None:
     """Shared blocks count once, when it is asked who fits too; who comes back shares again."""
-    with apart_from_preemption(subject):
-        for num_blocks in (6, 7):
-            stage = Stage(subject, num_blocks, 3, sizes=SMALL, watch=SHARING)
-            for number, (prompt, most) in enumerate(((BASE[:7], 7), (BASE, 5), ([*BASE[:6], 7], 5))):
-                stage.submit(prompt, most)
-                if number != 1:
-                    stage.step()
-            stage.drain()
-        # Equal prompts, of which one comes back with its answer.
-        play(Stage(subject, 4, 2, sizes=SMALL, watch=SHARING), [(BASE[:3], 6)] * 2)
+    apart_from_preemption(subject, partial(sharers, subject))
+
+
+def sharers(subject: Subject) -> None:
+    for num_blocks in (6, 7):
+        stage = Stage(subject, num_blocks, 3, sizes=SMALL, watch=SHARING)
+        for number, (prompt, most) in enumerate(((BASE[:7], 7), (BASE, 5), ([*BASE[:6], 7], 5))):
+            stage.submit(prompt, most)
+            if number != 1:
+                stage.step()
+        stage.drain()
+    # Equal prompts, of which one comes back with its answer.
+    play(Stage(subject, 4, 2, sizes=SMALL, watch=SHARING), [(BASE[:3], 6)] * 2)
 
 
 @requirement("9.8")

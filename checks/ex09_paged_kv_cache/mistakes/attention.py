@@ -267,4 +267,52 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "hidden_by_adding_a_large_number",
+        "9.2",
+        "scores of 1e4",
+        own_attention(SCORES, "(scores - 2e4 * hidden.to(q.dtype)).softmax(dim=-1)"),
+        only=True,
+    ),
+    Mistake(
+        "scales_q_behind_its_back",
+        "9.2",
+        "put back",
+        own_attention('torch.einsum("thd,shd->hts", own, k)', WEIGHTS),
+        (BEGIN, BEGIN + "    kept = q.clone()\n    q.data.mul_(q.shape[-1] ** -0.5)\n"),
+        (END, "    q.data.copy_(kept)\n" + END),
+        only=True,
+    ),
+    Mistake(
+        "parts_of_256_are_not_rescaled",
+        "9.2",
+        "context_lens [600, 530, 7]",
+        own_attention(SCORES, "weights / weights.sum(-1, keepdim=True)"),
+        (
+            "        outputs.append(torch.einsum(",
+            """        parts = scores.masked_fill(hidden, -math.inf).split(256, dim=-1)
+        tops = [part.amax(-1, keepdim=True).clamp(min=-1e30) for part in parts]
+        weights = torch.cat([(part - top).exp() for part, top in zip(parts, tops, strict=True)], dim=-1)
+        outputs.append(torch.einsum(""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "blocks_kept_by_the_table",
+        "9.2",
+        "call to call",
+        (
+            BLOCKS,
+            """        key = (id(block_tables), tuple(table.shape), length, block_size, len(outputs))
+        if key not in _BLOCKS or _BLOCKS[key][0] is not block_tables:
+            _BLOCKS[key] = block_tables, table[: math.ceil(length / block_size)].clone()
+        blocks = _BLOCKS[key][1]
+""",
+        ),
+        (
+            "@dataclass\nclass _Request:",
+            "_BLOCKS: dict[object, tuple[Tensor, Tensor]] = {}\n\n\n@dataclass\nclass _Request:",
+        ),
+        only=True,
+    ),
 ]

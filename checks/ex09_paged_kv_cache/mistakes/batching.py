@@ -262,4 +262,22 @@ MISTAKES = [
     Mistake(
         "model_frozen", "9.5", "requires_grad", (CACHE, CACHE + "        model.requires_grad_(False)\n"), only=True
     ),
+    Mistake(
+        "parameters_of_the_beginning",
+        "9.5",
+        "was wanted",
+        (CACHE, CACHE + "        self._weights = dict(model.named_parameters())\n"),
+        (
+            LOGITS,
+            "        logits = torch.func.functional_call(self._model, self._weights, (tokens, positions, attend))\n",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "chosen_in_float32",
+        "9.5",
+        "was wanted",
+        (CHOSEN, CHOSEN.replace(".argmax", ".float().argmax")),
+        only=True,
+    ),
 ]

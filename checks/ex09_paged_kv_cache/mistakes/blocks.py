@@ -144,4 +144,12 @@ MISTAKES = [
         (START, START.replace("list(range(num_blocks))", "list(range(1, num_blocks + 1))")),
         ("[0] * num_blocks\n", "[0] * (num_blocks + 1)\n"),
     ),
+    Mistake(
+        "counts_in_a_byte",
+        "9.1",
+        "share number 256",
+        (START, START.replace("[0] * num_blocks", "torch.zeros(num_blocks, dtype=torch.uint8)")),
+        ("        return self._counts[block]\n", "        return int(self._counts[block])\n"),
+        only=True,
+    ),
 ]

@@ -444,4 +444,21 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "tokens_of_the_cancelled_are_not_counted",
+        "9.9",
+        "metrics()['tokens_generated'] was",
+        (
+            COUNTED,
+            COUNTED + '                    self._counts["tokens_generated"] -= len(request.tokens) - request.prompt\n',
+        ),
+        only=True,
+    ),
+    Mistake(
+        "an_error_goes_through_a_generator",
+        "9.9",
+        "unchanged",
+        ("        return logits[query_lens.cumsum(0)", "        yield from logits[query_lens.cumsum(0)"),
+        only=True,
+    ),
 ]

@@ -16,6 +16,7 @@ STEP = "    @torch.no_grad()\n    def step("
 GATHER = "        k, v = (pool[blocks].flatten(0, 1)[:length] for pool in (keys, values))  # [length, Hkv, Dh]\n"
 START = "        self._submitted = 0\n"
 CACHE = "        self.cache = PagedKVCache(*sizes, dtype=weight.dtype, device=weight.device)\n"
+NEWS = "        news = dict(zip([request.id for request in self._running], self._call(), strict=True))\n"
 PLAN = "        # After a call that failed all of this has been done already, and changes nothing.\n"
 POOLS = "        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))\n"
 
@@ -157,5 +158,17 @@ MISTAKES = [
             + POOLS.replace("device=device)", "device=device)[:num_layers]"),
         ),
         wasteful=True,
+    ),
+    Mistake(
+        "keeps_the_error",
+        "9.4",
+        "keeps its traceback",
+        (
+            NEWS,
+            "        try:\n    "
+            + NEWS
+            + "        except Exception as error:\n            self._error = error\n            raise\n",
+        ),
+        only=True,
     ),
 ]

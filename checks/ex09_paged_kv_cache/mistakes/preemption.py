@@ -201,6 +201,7 @@ MISTAKES = [
             )
             + ENOUGH,
         ),
+        only=True,
     ),
     Mistake(
         "a_step_of_preemption_runs_nothing",
@@ -262,5 +263,44 @@ MISTAKES = [
             )
             + ENOUGH,
         ),
+    ),
+    Mistake(
+        "the_younger_of_two_comes_back_first",
+        "9.7",
+        "were wanted",
+        (MAKE_ROOM, "        self._gone = 0\n" + MAKE_ROOM),
+        (QUEUED, "        self._waiting.insert(self._gone, request)\n        self._gone += 1\n"),
+        only=True,
+    ),
+    Mistake(
+        "answers_begin_at_the_last_preemption_but_one",
+        "9.7",
+        "run(): ",
+        ("    fed: int = 0\n", "    fed: int = 0\n    before: list[int] = field(default_factory=list)\n"),
+        ("from dataclasses import dataclass\n", "from dataclasses import dataclass, field\n"),
+        (
+            FREED,
+            FREED + "        request.before, request.prompt = request.tokens[request.prompt :], len(request.tokens)\n",
+        ),
+        (
+            "self._finished[request.id] = request.tokens[request.prompt :]",
+            "self._finished[request.id] = request.before + request.tokens[request.prompt :]",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "no_end_token_in_the_step_that_comes_back",
+        "9.7",
+        "of [] were wanted",
+        (
+            "            if request.tokens[-1] == self._eos_token_id or len",
+            "            if (request.tokens[-1] == self._eos_token_id and not back) or len",
+        ),
+        (
+            "            request.fed = len(request.tokens)\n",
+            "            back = len(request.tokens) > max(request.fed + 1, request.prompt)\n"
+            "            request.fed = len(request.tokens)\n",
+        ),
+        only=True,
     ),
 ]

@@ -288,4 +288,22 @@ MISTAKES = [
         ),
         ("            **self._counts,\n        }\n        # and", "            **before,\n        }\n        # and"),
     ),
+    Mistake(
+        "two_calls_for_many_tokens",
+        "9.6",
+        "calls of the model came",
+        (
+            CALL,
+            (
+                "        if len(self._running) > 1 and sum(len(r.tokens) - r.fed for r in self._running) > 256:\n"
+                "            everyone, chosen = self._running, []\n"
+                "            for self._running in (everyone[:1], everyone[1:]):\n"
+                "                chosen += self._call()\n"
+                "            self._running = everyone\n"
+                "            return chosen\n"
+            )
+            + CALL,
+        ),
+        only=True,
+    ),
 ]

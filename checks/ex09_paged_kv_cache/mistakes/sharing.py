@@ -251,4 +251,11 @@ MISTAKES = [
             ),
         ),
     ),
+    Mistake(
+        "shares_what_is_fed_in_this_step",
+        "9.8",
+        "tokens were fed",
+        (LIMIT, LIMIT.replace("other.fed)", "other.fed + bool(other.fed))")),
+        only=True,
+    ),
 ]

@@ -286,4 +286,21 @@ MISTAKES = [
         (COPIES, COPIES.replace("> 1\n", "in (2, 3)\n")),
         only=True,
     ),
+    Mistake(
+        "whole_blocks_with_a_graph",
+        "9.3",
+        "ask for gradients after write of 4 tokens",
+        (WRITE, "    def write("),
+        (
+            SLOTS,
+            """        if len(k) == self._block_size and not start % self._block_size:
+            block = self._tables[sequence][start // self._block_size]
+            self.keys[layer, block], self.values[layer, block] = k, v
+            return
+        k, v = k.detach(), v.detach()
+"""
+            + SLOTS,
+        ),
+        only=True,
+    ),
 ]
