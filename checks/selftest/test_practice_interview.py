@@ -1,5 +1,6 @@
 """A mock interview by make's real targets on the toy exercise, in a copy without answers and banks."""
 
+import ast
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import pytest
 
 from devtools.workspace import Workspace
 from harness.model.exercise import exercises, within
+from harness.model.source import public_names
 from harness.practice.interview.statement import discussion, first_text, topics
 from selftest.toys import ANSWER, FILE, STARTER, plant
 
@@ -127,6 +129,13 @@ def test_every_exercise_can_be_asked_about(exercise: str) -> None:
     text, there = first_text(one, scope, 45), topics(scope)
 
     compile(text, one.file_name, "exec")
+    assert documented(text) == [name for name in documented(one.starter) if name in public_names(text)]
     assert "Conventions" not in text and "TODO(" not in text and f"make ask EX={one.number} lists the topics." in text
     assert len(there) > 6 and all(topic.name and topic.text for topic in there), there
     assert len({topic.name for topic in there}) == len(there) and len(discussion(one)) == 4
+
+
+def documented(starter: str) -> list[str]:
+    """The classes of a starter whose docstrings name attributes."""
+    classes = [node for node in ast.parse(starter).body if isinstance(node, ast.ClassDef)]
+    return [node.name for node in classes if "Attributes:\n" in (ast.get_docstring(node) or "")]

@@ -87,7 +87,7 @@ class Topic:
 
 def first_text(exercise: Exercise, scope: Exercise, minutes: int) -> str:
     """The file that an interview begins with: the starter without what does not count, its docstring cut to the problem
-    and the titles of what does, the docstrings in it to their first lines, and without TODOs.
+    and the titles of what does, the docstrings in it to their first lines and attributes, and without TODOs.
 
     Args:
         scope: the exercise with the steps that count.
@@ -103,11 +103,17 @@ def first_text(exercise: Exercise, scope: Exercise, minutes: int) -> str:
     lines, tree = starter.splitlines(), ast.parse(starter)
     cuts = [(_span(tree), f'"""{said}\n"""')]
     for node in ast.walk(tree):
-        if isinstance(node, _DOCUMENTED) and (summary := ast.get_docstring(node)):
-            cuts.append((_span(node), " " * (node.col_offset + 4) + f'"""{summary.splitlines()[0]}"""'))
+        if isinstance(node, _DOCUMENTED) and (docstring := ast.get_docstring(node)):
+            cuts.append((_span(node), textwrap.indent(_in_short(docstring), " " * (node.col_offset + 4))))
     for (first, last), text in sorted(cuts, reverse=True):
         lines[first - 1 : last] = text.splitlines()
     return "\n".join(line for line in lines if not todo_numbers(line)) + "\n"
+
+
+def _in_short(docstring: str) -> str:
+    """A docstring's first line and, since code elsewhere reads them, its attributes."""
+    summary, attributes = docstring.splitlines()[0], re.search(r"^Attributes:\n(?:[ ]+.*(?:\n|\Z))+", docstring, re.M)
+    return f'"""{summary}\n\n{attributes[0].rstrip()}\n"""' if attributes is not None else f'"""{summary}"""'
 
 
 def without(starter: str, counting: set[str]) -> str:
