@@ -11,7 +11,7 @@ from harness.testing import Case, Run, Series
 X = "position"
 REFERENCE = "sinusoidal"
 CAPTION = "8 heads of 64 dimensions"
-SECONDS = 10
+SECONDS = 5
 HIGHER_IS_BETTER = ()
 DIM, DISTANCE = 64, 16
 POSITIONS = (16, 64, 256, 1024, 4096)

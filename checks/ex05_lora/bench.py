@@ -15,7 +15,7 @@ from harness.testing import Case, Series, describe
 X = "d_model"
 REFERENCE = "full"
 CAPTION = "4 rows of 64 tokens, 4 layers, AdamW; rank 8 on q_proj and v_proj"
-SECONDS = 20
+SECONDS = 10
 HIGHER_IS_BETTER = ()
 WIDTHS = (128, 256, 512)
 PANEL = "a training step"
