@@ -33,8 +33,8 @@ Requirements
 9.4 (efficiency) Memory follows use: after a step each running request has slots for the tokens
     that were fed, no more; waiting and finished ones have none.
     - The pool is made once. Between calls, after an error too, at most 1 KiB of floating-point
-      tensors is alive beside it, and no graph. What `step`, and `paged_attention` on contiguous
-      pools, make of them does not depend on num_blocks.
+      tensors is alive beside it, and no graph. How many bytes of them a call of `step`, or of
+      `paged_attention` on contiguous pools, makes does not depend on num_blocks.
 9.5 (correctness) Continuous batching: every request gets `generate_alone`'s tokens, from `step`
     and from `run`. Requests join between any two steps; an engine can `run` again, with new
     weights too. The end token may be any, and come first. Models have other sizes and dtypes.
@@ -51,8 +51,8 @@ Requirements
     - `submit` raises ValueError for an empty prompt, a token outside 0 … vocab_size - 1,
       max_new_tokens < 1, and a request that never fits, with both numbers of blocks. Nothing has
       changed then: the next request gets the next id.
-    - An error of the model goes through unchanged, OutOfBlocksError too. The next step does it all
-      as if there had been no failed one: preemptions and slots of both count once.
+    - An error of the model goes through unchanged, OutOfBlocksError too. What a failed step gave
+      out and preempted may stay; the next feeds the same, and metrics end as if it alone had run.
 9.10 (correctness) Write your own test: `test_engine` passes on right code, whoever wrote it, and
     fails on each of the slips listed below.
 9.11 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
@@ -75,8 +75,8 @@ In plain text
     Sharing: c is the longest common beginning of a newcomer's `len` tokens and those that one
        running request has in the cache from before this step; at most len - 1: the last is fed.
        The first c // block_size blocks are shared with running requests, by reference; what more
-       is in common is copied or fed anew, so that between len - c and len - c // block_size *
-       block_size tokens are fed. Nothing is kept for later.
+       is in common is copied (`fork` of c tokens) or fed anew, both right: between len - c and
+       len - (c // block_size) * block_size tokens are fed. Nothing is kept for later.
     metrics  running, waiting, blocks_used  as it is now; who was preempted waits
              finished, cancelled            so far; who was cancelled is not finished
              preemptions, model_calls       so far; calls that returned

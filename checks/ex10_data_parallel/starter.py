@@ -24,26 +24,26 @@ Requirements
     - Gradients of 40000 in float16, or 2e38 in float32, on each rank average to that.
     - From scratch: it calls no DistributedDataParallel, FullyShardedDataParallel, `fully_shard`,
       ZeroRedundancyOptimizer, nor what builds on them.
-10.3 (efficiency) Buckets: gradients travel in buckets, in every step the same, also from 1 rank.
+10.3 (efficiency) Buckets: gradients travel in buckets, in every step the same; 1 rank does it too.
     - The trainable parameters go in, each once, in the reverse order of `module.parameters()`.
     - A bucket ends where the next parameter has another dtype, or would take its gradients over
       bucket_cap_mb · 2**20 bytes. A parameter larger than that has a bucket of its own.
     - A bucket is one asynchronous all_reduce of one flat tensor in its dtype: its gradients, then
       at most one number per parameter, to tell whether it has one.
-    - Or, to tell it, each `finish` may add one all_reduce of up to 8 bytes per parameter; no more.
+    - In place of these numbers `finish` may add one all_reduce of up to 8 bytes per parameter.
 10.4 (efficiency) Overlap: a bucket starts inside backward as soon as its gradients are ready and
     all buckets before it have started, whatever order gradients come in, in every step. Backward
     waits for nothing. `finish` waits for every bucket.
 10.5 (robustness) Missing gradients: a parameter may lack its gradient (.grad is None at `finish`)
     on one rank, on all, or in some steps; a rank may run no backward. All ranks still make the same
     calls. A missing gradient counts as zero; where all ranks lack it, .grad stays None.
-10.6 (correctness) Accumulate: a backward under `no_sync` sends nothing. The next one outside sends
-    each bucket once, overlapped. .grad is then the average of all that it has accumulated, also of
+10.6 (correctness) Accumulate: a backward under `no_sync` sends nothing. The next one outside sends,
+    with `finish`, each bucket once, overlapped. .grad is then the average of all it got, also of
     parameters that only took part before. With no backward outside, `finish` sends all buckets.
     Whether backward, not forward, runs in its `with` block counts; it nests, survives exceptions.
 10.7 (efficiency) A share of the state: on every rank, constructing and stepping leaves at most
     (state of optimizer_class alone) / ranks + (state of the largest parameter) bytes alive, beside
-    parameters and gradients; after `add_param_group`, `state_dict` and `load_state_dict` too.
+    parameters, gradients and what it returned; after every other method too.
     - A step makes only broadcast and all_gather calls, however many, of at most (bytes of trainable
       parameters) + ranks · (bytes of the largest) in all; an all_gather counts every rank's input.
 10.8 (correctness) Sharded equals unsharded: after each step the parameters are what optimizer_class
@@ -118,7 +118,7 @@ Not defined
 - what an error inside backward leaves behind; hooks that fire twice in it (reentrant checkpoints)
 - `finish` inside `no_sync`; one context of it entered twice, or two that do not end in turn
 - gradients that are sparse, or that are changed between backward and `finish`
-- casting or moving a module once DataParallel or ShardedOptimizer has it
+- casting or moving a module once DataParallel or ShardedOptimizer has it; wrapping one twice
 - trainable parameters without elements; parameters and buffers whose elements share memory
 - losses whose sum, times ranks, their dtype cannot hold; losses that need no gradient
 - tensors that you send and that are not contiguous
@@ -131,7 +131,7 @@ Not defined
 
 Your own test (10.10) runs on other code, right and wrong, in place of DataParallel, `global_mean`,
 ShardedOptimizer and `run_ranks`. It may use these, torch, its distributed calls and helpers of the
-test. It uses `run_ranks`, and asks neither for the bits of one process nor for strides. It sets
+test. It uses `run_ranks`, and compares within tolerances, whatever the strides. It sets
 its own seed and takes at most 1 s without first imports (an optimizer: torch._dynamo). How to see
 - ranks: build one replica each before `run_ranks`; the random generator is shared by its threads
 - what happened: return tensors from the ranks, and compare outside
