@@ -1,7 +1,9 @@
 """ci.yml, Dependabot, the issue forms and the rules for people and assistants: valid, least in rights, true."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +133,22 @@ def test_assistants_are_tutors_where_people_learn() -> None:
     assert ".github/copilot-instructions.md" in (TOP / "AGENTS.md").read_text(encoding="utf-8")
     for line in ("Do not write, complete or paste the body of anything in `exercises/`", "Do not open", "`answers/`"):
         assert line in rules, line
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_what_needs_no_torch_runs_on_newer_pythons(version: str, tmp_path: Path) -> None:
+    """CI runs all of it on them every week."""
+    python = shutil.which(f"python{version}") or ""
+    if not python or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"no Python {version} here")
+    surroundings = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "cache"), "PYTHONPATH": str(TOP / "checks")}
+
+    for arguments, code, says in (
+        (["-W", "error", "-m", "compileall", "-q", "checks", "answers", "exercises"], 0, ""),
+        (["-P", "-m", "harness.overlay", str(TOP), str(tmp_path / "taken")], 0, "Graded by this repository's own"),
+        (["-P", "-m", "harness.classroom50"], 2, "classroom50: the path of a gradesheet is wanted"),
+        (["-P", "-m", "harness.github", "nowhere.json"], 2, "github: the path of a gradesheet is wanted"),
+        (["checks/harness/setup/doctor.py", str(tmp_path)], 1, "!! Python: "),
+    ):
+        done = subprocess.run([python, *arguments], cwd=TOP, env=surroundings, capture_output=True, text=True)
+        assert done.returncode == code and done.stdout.startswith(says), done.stdout + done.stderr

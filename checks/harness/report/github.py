@@ -189,6 +189,9 @@ def _written(name: str, text: str) -> bool:
 
 def main(arguments: list[str]) -> int:
     """`python -m harness.github gradesheet.json`: fails, in one line, if points are missing."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_file():
+        print("github: the path of a gradesheet is wanted, as in: python -P -m harness.github gradesheet.json")
+        return 2
     graded = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     missing = graded["max_score"] - graded["score"]
     if missing:
