@@ -50,7 +50,7 @@ reset: .venv/ready ## start one over, your work is kept: make reset EX=1
 	@$(RUN) -m harness reset --ex '$(EX)'
 
 .PHONY: attempts
-attempts: .venv/ready ## what reset kept, or one of them back: make attempts EX=1 [RESTORE=name]
+attempts: .venv/ready ## what reset kept, or one of them back: make attempts EX=1 [RESTORE=2]
 	@$(RUN) -m harness attempts --ex '$(EX)' --restore '$(RESTORE)'
 
 .PHONY: hint
