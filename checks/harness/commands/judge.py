@@ -4,7 +4,7 @@ fork of the server.
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,7 +45,9 @@ def judge_file(
     at, start = stamp(path), time.perf_counter()
     try:
         text = read(path)
-    except LoadError:
+    except LoadError as error:
+        if saved is None:  # What no check can read needs no process that says so.
+            return Entry(at, False, time.perf_counter() - start, tuple(_unread(judge.expected(exercise), error)))
         text = ""
     digest, line = judge.own_test_in(exercise, text)
     kept = {result.name: result for result in own_tests.find(digest, line)} if own_tests is not None else {}
@@ -64,6 +66,12 @@ def judge_file(
         names = judge.names(exercise, "own test")
         own_tests.keep(digest, line, [result for result in results if result.name in names])
     return entry(results)
+
+
+def _unread(expected: Iterable[tuple[str, str]], error: LoadError) -> Iterator[Result]:
+    """What every check says of a file that cannot be read."""
+    kind = "no file" if error.missing else "load"
+    return (Result(number, name, "error", error.fact, error.line, kind) for number, name in expected)
 
 
 def check(request: Request, judge: Judge) -> int:
