@@ -81,10 +81,19 @@ def store(tracks: dict[str, Track], file: Path = FILE) -> None:
         UsageError: the file cannot be written.
     """
     kept = {"schema": 1, "exercises": {name: asdict(track) for name, track in tracks.items()}}
+    write(file, json.dumps(kept, indent=1) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file below practice/.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
-        write_whole(file, json.dumps(kept, indent=1) + "\n")
+        write_whole(path, text)
     except OSError as error:
-        raise UsageError(f"{shown(file)}: cannot be written: {error.strerror}; make doctor says more") from None
+        raise UsageError(f"{shown(path)}: cannot be written: {error.strerror}; make doctor says more") from None
 
 
 def note(verdict: ExerciseVerdict, stamp: Stamp, file: Path = FILE) -> str:

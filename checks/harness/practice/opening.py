@@ -1,7 +1,7 @@
 """How a session that begins with the answer is opened: the one to go on with, or a new one."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
@@ -17,6 +17,9 @@ from harness.practice.sessions import Session, digest
 if TYPE_CHECKING:
     import pytest
 
+    from harness.runner.supervisor import Judge
+
+Made = TypeVar("Made")
 Text = Callable[[Session], str]
 # Of what a check says: the fact and the hint, not every number.
 _SAID_LINES = 4
@@ -92,25 +95,17 @@ def closed(session: Session, out: Console) -> int:
 
 def said_of(session: Session, changes: Sequence[Change]) -> dict[Change, str]:
     """What the checks say of each change alone: the fact and the hint of the first message on what it breaks."""
-    from harness.runner import session as collecting
-    from harness.runner.supervisor import Judge
+    exercise, folder = session.exercise, BUILD / "practice" / session.name
 
-    exercise, said = session.exercise, dict[Change, str]()
-    folder = BUILD / "practice" / session.name
+    def said(judge: "Judge", change: Change) -> str:
+        assert change.mistake is not None
+        write_whole(folder / exercise.file_name, planted.file_text(exercise, [change]))
+        failed = [one for one in judge.results(exercise, folder, ("code",)) if one.outcome != "passed"]
+        first = next((one for one in failed if one.requirement in change.mistake.requirements), None)
+        lines = first.message.splitlines()[:_SAID_LINES] if first is not None else []
+        return "\n".join([f"{first.requirement} {lines[0]}", *lines[1:]]) if first and lines else ""
 
-    def use(collected: "pytest.Session") -> int:
-        judge = Judge(collected.items)
-        for change in changes:
-            assert change.mistake is not None
-            write_whole(folder / exercise.file_name, planted.file_text(exercise, [change]))
-            failed = [one for one in judge.results(exercise, folder, ("code",)) if one.outcome != "passed"]
-            first = next((one for one in failed if one.requirement in change.mistake.requirements), None)
-            lines = first.message.splitlines()[:_SAID_LINES] if first is not None else []
-            said[change] = "\n".join([f"{first.requirement} {lines[0]}", *lines[1:]]) if first and lines else ""
-        return 0
-
-    collecting.collected(use, exercise.id)
-    return said
+    return judged(exercise, lambda judge: {change: said(judge, change) for change in changes})
 
 
 def verdict_now(session: Session, out: Console) -> ExerciseVerdict:
@@ -118,18 +113,28 @@ def verdict_now(session: Session, out: Console) -> ExerciseVerdict:
     cache, exercise = session.verdicts(), session.exercise
     if not cache.stale(exercise, session.file):
         return cache.entries[exercise.id].verdict(exercise)
-    # torch is loaded only where something is judged.
+    # It loads torch.
     from harness.practice import saving
+
+    return judged(exercise, lambda judge: saving.judge_session(session, judge, out))
+
+
+def judged(exercise: Exercise, use: "Callable[[Judge], Made]") -> Made:
+    """What is made with a judge of an exercise; torch is loaded only here.
+
+    Raises:
+        SystemExit: whoever read the output has gone.
+    """
     from harness.runner import session as collecting
     from harness.runner.supervisor import Judge
 
-    verdicts: list[ExerciseVerdict] = []
+    made: list[Made] = []
 
-    def use(collected: "pytest.Session") -> int:
-        verdicts.append(saving.judge_session(session, Judge(collected.items), out))
+    def run(collected: "pytest.Session") -> int:
+        made.append(use(Judge(collected.items)))
         return 0
 
-    code = collecting.collected(use, exercise.id)
-    if not verdicts:  # Whoever read the output has gone.
+    code = collecting.collected(run, exercise.id)
+    if not made:
         raise SystemExit(code)
-    return verdicts[0]
+    return made[0]

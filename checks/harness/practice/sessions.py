@@ -15,9 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from harness.commands.history import write
 from harness.model.cache import VerdictCache, checks_version
 from harness.model.exercise import POINTS, Exercise, UsageError, exercises, within
-from harness.model.paths import BUILD, PRACTICE, shown, write_whole
+from harness.model.paths import BUILD, PRACTICE, shown
 from harness.model.submission import LoadError, read
 
 _NAME = re.compile(r"([a-z]+)-(ex\d\d)-(\d{1,6})")
@@ -198,18 +199,6 @@ def put(path: Path, text: str) -> None:
     """Writes a file of a session where there is none: nothing of the learner's is overwritten."""
     if not path.exists() and not path.is_symlink():
         write(path, text)
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file of a session.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise UsageError(f"{shown(path)}: cannot be written: {error.strerror}; make doctor says more") from None
 
 
 def notes(session: Session, name: str = "notes.md") -> str:

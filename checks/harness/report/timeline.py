@@ -1,5 +1,6 @@
 """Pictures of what happened over time: points as steps, and bars beside them; in the colours of the benches."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,6 +8,12 @@ from harness.report.charts import COLOURS
 
 # A name, and points at times.
 Steps = tuple[str, Sequence[float], Sequence[float]]
+
+
+def missing() -> str:
+    """Says that there can be no picture, and what to do; nothing where there can."""
+    there = importlib.util.find_spec("matplotlib") is not None
+    return "" if there else "no picture: matplotlib is not there yet; make .venv/bench installs it"
 
 
 def draw(path: Path, title: str, x: str, lines: Sequence[Steps], bars: tuple[str, Mapping[str, float]]) -> None:

@@ -1,6 +1,5 @@
 """What happened so far, for the learner alone: a table, and a picture where matplotlib is there."""
 
-import importlib.util
 import time
 from collections.abc import Mapping
 
@@ -31,8 +30,8 @@ def run() -> int:
     out.print(table(there, tracks))
     terminal.line(out, criteria(there, tracks))
     terminal.line(out, f"kept in {shown(history.FILE)}, on this machine alone")
-    if importlib.util.find_spec("matplotlib") is None:
-        terminal.line(out, "no picture: matplotlib is not there yet; make .venv/bench installs it")
+    if sentence := timeline.missing():
+        terminal.line(out, sentence)
         return 0
     draw(there, tracks)
     terminal.line(out, f"picture: {shown(PICTURE)}")

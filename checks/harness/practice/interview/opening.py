@@ -9,11 +9,12 @@ from harness.model.results import ExerciseVerdict
 from harness.practice import sessions
 from harness.practice.interview import clock, report
 from harness.practice.interview.statement import first_text
+from harness.practice.opening import judged
 from harness.practice.sessions import Session
 from harness.report import terminal
 
 if TYPE_CHECKING:
-    import pytest
+    from harness.runner.supervisor import Judge
 
 MINUTES, LONGEST = 45, 240
 
@@ -82,17 +83,10 @@ def _counting(session: Session) -> set[str]:
 
 def _whole_verdict(session: Session) -> ExerciseVerdict:
     """The verdict on all of the exercise, own test and style included, as the file is now."""
-    # torch is loaded only here.
-    from harness.commands.judge import judge_file
-    from harness.runner import session as collecting
-    from harness.runner.supervisor import Judge
 
-    verdicts: list[ExerciseVerdict] = []
+    def verdict(judge: "Judge") -> ExerciseVerdict:
+        from harness.commands.judge import judge_file
 
-    def use(collected: "pytest.Session") -> int:
-        entry = judge_file(session.exercise, session.folder, Judge(collected.items))
-        verdicts.append(entry.verdict(session.exercise))
-        return 0
+        return judge_file(session.exercise, session.folder, judge).verdict(session.exercise)
 
-    collecting.collected(use, session.exercise.id)
-    return verdicts[0]
+    return judged(session.exercise, verdict)

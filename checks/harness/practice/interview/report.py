@@ -1,6 +1,5 @@
 """The report at the end of an interview: Markdown beside the file, and a picture of the points over the minutes."""
 
-import importlib.util
 import time
 from collections.abc import Iterator
 
@@ -28,8 +27,8 @@ def summary(session: Session, verdict: ExerciseVerdict) -> list[str]:
         *(f"  {line}" for line in _scores(session, verdict)),
         f"report: {shown(session.folder / NAME)}; its questions are yours to answer",
     ]
-    if importlib.util.find_spec("matplotlib") is None:
-        return [*lines, "no picture: matplotlib is not there yet; make .venv/bench installs it"]
+    if sentence := timeline.missing():
+        return [*lines, sentence]
     times, points = _line(session)
     bars = ("% of what counts", {_WORDS[name]: 100 * n / of for name, n, of in scores(session, verdict) if of})
     timeline.draw(session.folder / PICTURE, session.name, "minutes", [("what counts", times, points)], bars)
