@@ -9,7 +9,7 @@ Steps
 2. Caches (25 min): 11.6
 3. Rounds (50 min): 11.3, 11.4, 11.5
 4. Ends, statistics, edges (30 min): 11.7, 11.8, 11.9
-5. Your own test, and style (60 min): 11.10, 11.11
+5. Your own test, and style (75 min): 11.10, 11.11
 
 Requirements
 11.1 (correctness) Turn logits into probabilities: in float64 from the start, for logits [..., V] of
@@ -130,11 +130,11 @@ Not defined
 
 Your own test (11.10) runs on other code, right and wrong, in place of your classes and functions.
 It may use these as this text has them, the given code, models of its own, torch, Python's library
-and helpers in this file. It sets its own seed and takes at most 1 s, not counting waits for a busy
-machine. It may not rely on which number of uniform decides what. How to see
-- a law: give uniform every sequence of the midpoints 1/8, 3/8, 5/8, 7/8, and count the outputs;
-  exact where all probabilities, p/q and residuals by their sum are multiples of 1/4
-- the caches: compare with `generate_alone`, for several prompts and a draft of other weights
+and helpers in this file. It sets its own seed and takes at most 1 s (one thread; imports and waits
+aside). It may not rely on which number of uniform decides what. How to see
+- a law: give uniform every sequence of the midpoints 1/8, 3/8, 5/8, 7/8, as long as it is asked for,
+  and count the outputs; exact where all probabilities, p/q and residuals by their sum are multiples of 1/4
+- the caches: compare with `generate_alone`, on weights whose answers vary, and a draft of others
 It has to fail (a hang counts) on code that has, in any of its functions, one of these slips:
 - always_accept: every proposed token is accepted
 - resample_from_p: after a rejection the token comes from p
