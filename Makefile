@@ -39,11 +39,11 @@ watch: .venv/ready ## judge each exercise when you save it: make watch [EX=1]
 
 .PHONY: check
 check: .venv/ready ## judge once: make check [EX=1] [SUBMISSION=folder] [DEVICE=cuda] [ALL=1]
-	@$(RUN) checks/harness/runner/client.py check --ex '$(EX)' --submission '$(SUBMISSION)' $(if $(DEVICE),--device='$(DEVICE)') $(if $(ALL),--all)
+	@$(RUN) checks/harness/runner/client.py check --ex '$(EX)' --submission '$(SUBMISSION)' $(if $(DEVICE),--device='$(DEVICE)') $(if $(filter-out 0 no,$(ALL)),--all)
 
 .PHONY: board
 board: .venv/ready ## the board, after judging what is not yet judged: make board [EX=1] [ALL=1]
-	@$(RUN) -m harness save --once --ex '$(EX)' $(if $(ALL),--all)
+	@$(RUN) -m harness save --once --ex '$(EX)' $(if $(filter-out 0 no,$(ALL)),--all)
 
 .PHONY: reset
 reset: .venv/ready ## start one over, your work is kept: make reset EX=1
@@ -63,11 +63,11 @@ progress: .venv/ready ## what happened so far, a table and a picture; yours alon
 
 .PHONY: answer
 answer: .venv/ready ## compare with the answer: make answer EX=1 [FORCE=1]
-	@$(RUN) -m harness answer --ex '$(EX)' $(if $(FORCE),--force)
+	@$(RUN) -m harness answer --ex '$(EX)' $(if $(filter-out 0 no,$(FORCE)),--force)
 
 .PHONY: bench
 bench: $(if $(EX),.venv/bench) ## measure your code beside the answer and others: make bench EX=3 [FULL=1]
-	@$(if $(EX),,echo 'make bench wants one exercise, as in: make bench EX=1'; exit 2;) $(RUN) -m harness bench --ex '$(EX)' $(if $(FULL),--full)
+	@$(if $(EX),,echo 'make bench wants one exercise, as in: make bench EX=1'; exit 2;) $(RUN) -m harness bench --ex '$(EX)' $(if $(filter-out 0 no,$(FULL)),--full)
 
 .PHONY: demo
 demo: .venv/demo ## let a language model write with your code: make demo EX=9 [PROMPT="Once"] [MODEL=folder]
@@ -76,14 +76,14 @@ demo: .venv/demo ## let a language model write with your code: make demo EX=9 [P
 
 ##@ Practice
 # What a session is opened and ended by.
-SESSION = --ex '$(EX)' --seed '$(SEED)' $(if $(FORCE),--force) $(if $(END),--end)
+SESSION = --ex '$(EX)' --seed '$(SEED)' $(if $(filter-out 0 no,$(FORCE)),--force) $(if $(filter-out 0 no,$(END)),--end)
 
 .PHONY: debug
 debug: .venv/ready ## mend the answer, in which bugs are planted: make debug EX=1 [BUGS=2] [SEED=7] [END=1] [FORCE=1]
 	@$(RUN) -m harness debug $(SESSION) --bugs '$(BUGS)'
 
 .PHONY: optimise
-optimise: $(if $(END),.venv/bench,.venv/ready) ## make right but wasteful code cheap: make optimise EX=1 [SEED=7] [END=1] [FORCE=1]
+optimise: $(if $(filter-out 0 no,$(END)),.venv/bench,.venv/ready) ## make right but wasteful code cheap: make optimise EX=1 [SEED=7] [END=1] [FORCE=1]
 	@$(RUN) -m harness optimise $(SESSION)
 
 .PHONY: review
@@ -92,7 +92,7 @@ review: .venv/ready ## review a change of the answer: make review EX=1 [SEED=7] 
 
 .PHONY: interview
 interview: .venv/ready ## a mock interview, with a clock and a report: make interview EX=1 [MINUTES=45] [SEED=7] [END=1]
-	@$(RUN) -m harness interview --ex '$(EX)' --minutes '$(MINUTES)' --seed '$(SEED)' $(if $(END),--end)
+	@$(RUN) -m harness interview --ex '$(EX)' --minutes '$(MINUTES)' --seed '$(SEED)' $(if $(filter-out 0 no,$(END)),--end)
 
 .PHONY: ask
 ask: .venv/ready ## what you may ask in the interview, or one answer: make ask [EX=1] [N=3]
@@ -106,7 +106,7 @@ practice: .venv/ready ## the practice sessions and how they stand: make practice
 .PHONY: grade
 grade: .venv/ready ## write the gradesheet: make grade [EX=1] [SUBMISSION=folder] [OUT=gradesheet.json] [GITHUB=1]
 	@CUDA_VISIBLE_DEVICES= $(RUN) -m harness grade --ex '$(EX)' --submission '$(SUBMISSION)' --out '$(OUT)' \
-		$(if $(GITHUB),--github) $(if $(FORGET_BANKS),--forget-banks)
+		$(if $(filter-out 0 no,$(GITHUB)),--github) $(if $(filter-out 0 no,$(FORGET_BANKS)),--forget-banks)
 
 ##@ Set up
 .PHONY: setup

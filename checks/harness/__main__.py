@@ -88,6 +88,7 @@ def _said(run: Callable[[], int]) -> int:
         print(error, flush=True)
         return 2
     except KeyboardInterrupt:
+        print("stopped", flush=True)
         return 130
 
 

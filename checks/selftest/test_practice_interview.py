@@ -52,7 +52,8 @@ def test_a_whole_interview(bare: Workspace) -> None:
     listed = bare.make("ask").stdout
     assert f"{NAME}: what you may ask\n  1. 42.1 Double, in full\n" in listed and "  4. a new tensor …\n" in listed
     assert listed.endswith("ask: make ask EX=42 N=1; clock: 0 of 20 minutes, 20 left\n")
-    assert bare.make("ask", "N=4").stdout.startswith("4. a new tensor …\na new tensor comes out\nclock: 0 of 20")
+    told = bare.make("ask", "N=4").stdout
+    assert told.startswith(f"4. a new tensor …\na new tensor comes out\n{NAME}: clock: 0 of 20"), told
     assert "  4. a new tensor … (asked)\n" in bare.make("ask", "EX=42").stdout
 
     kept = json.loads((folder / "session.json").read_text())

@@ -75,7 +75,7 @@ def test_what_a_given_up_hunt_tells(practice: Path) -> None:
     told = "\n".join(debug.report(session))
 
     assert told.startswith("debug-ex05-7: 0 of 2 bugs found, under a minute\n1. line "), told
-    assert ", changed, not mended: " in told and f"2. line {place}, not found: " in told, told
+    assert ", changed, not mended: " in told and f"2. line {place}, named, not mended: " in told, told
     assert f"   your note, line {place + 1}: it is this\n" in told and "on no bug" not in told, told
 
 
@@ -85,15 +85,36 @@ def test_notes_are_read_as_people_write_them(practice: Path) -> None:
     first, second = debug.bugs(session)
     sessions.begin(session, debug.first_text(session))
     one, two = (planted.line_of(EX05, bug.hunks[0], [first, second]) for bug in (first, second))
-    written = [f"* L{one - 1}: a", f"lines {one}-{one + 2} b", f"- Line {two}, c", "- 1: d", "somewhere", "-"]
+    written = [
+        f"* L{one - 1}: a",
+        f"lines {one}-{one + 2} b",
+        f"- Line {two}, c",
+        "- 1: d",
+        "- 5.3: e",
+        "somewhere",
+        "-",
+    ]
     sessions.write(session.folder / "notes.md", debug._form(session) + "\n".join(written))
 
     told = "\n".join(debug.report(session))
 
     assert re.findall(r"your note, line (\d+: \w)\n", told) == [f"{one - 1}: a", f"{one}: b", f"{two}: c"], told
     assert told.index(": b\n") < told.index("\n2. line ") < told.index(": c\n"), told
-    assert told.endswith("   on no bug: line 1: d\n   names no line: somewhere"), told
+    assert told.endswith("   on no bug: line 1: d\n   names no line: - 5.3: e\n   names no line: somewhere"), told
     assert [debug._nearest(line, [[10], [12, 20]]) for line in (8, 10, 11, 12, 23, 24)] == [0, 0, 0, 1, 1, None]
+
+
+def test_a_hunt_waits_for_its_notes(practice: Path) -> None:
+    session = sessions.new("debug", EX05, "7", bugs=1)
+    sessions.begin(session, debug.first_text(session))
+    done = verdict_of(EX05, [Result(one.id, one.id, "passed") for one in EX05.requirements], untouched=False)
+
+    waiting = debug.says(session, done)
+    sessions.write(session.folder / "notes.md", "- line 7: it is this")
+    ended = debug.says(session, done)
+
+    assert len(waiting) == 1 and waiting[0].startswith("all is mended; say what was wrong and why in "), waiting
+    assert ended[0].startswith("debug-ex05-7: ") and session.how == "done"
 
 
 def test_what_shows_at_a_glance_is_not_planted() -> None:

@@ -15,7 +15,7 @@ from harness.report import terminal
 
 MOST = 4
 # "- line 12: …", as the form has it, and what people make of it: "* L12-14 …", "lines 12: …".
-_NOTE = re.compile(r"^[-*\s]*(?:lines?|l)?\s*(\d+)(?:\s*[-–]\s*\d+)?\s*[:,.)]?\s*(\S.*)$", re.IGNORECASE)
+_NOTE = re.compile(r"^[-*\s]*(?:lines?|l)?\s*(\d+)(?![\d.]*\d)(?:\s*[-–]\s*\d+)?\s*[:,.)]?\s*(\S.*)$", re.IGNORECASE)
 # A note is on the bug that is nearest, if its line is as near as this.
 _NEAR = 3
 # A larger one is seen by its size.
@@ -26,13 +26,14 @@ def run(request: Request) -> int:
     """Opens a hunt, or ends it."""
     session, out = opened(request, first_text, _asked(request.bugs), bugs=1), terminal.console()
     if request.end and not session.ended:
-        if verdict_now(session, out).state == "does not import" and not request.force:
+        state = verdict_now(session, out).state
+        if state == "does not import" and not request.force:
             raise UsageError(
                 f"{shown(session.file)} does not import; mend that first, "
                 f"or give up all the same: {session.command} END=1 FORCE=1"
             )
         if not session.ended:  # A verdict that finds it done has ended it.
-            session.end("given up", lambda: report(session))
+            session.end("done" if state == "done" else "given up", lambda: report(session))
     if session.ended:
         return closed(session, out)
     sessions.put(session.folder / "notes.md", _form(session))
@@ -51,6 +52,9 @@ def says(session: Session, verdict: ExerciseVerdict) -> list[str]:
     """What follows from a verdict: the report once all is mended."""
     if verdict.state != "done":
         return [f"next: mend {shown(session.file)} and save; give up, and see: {session.command} END=1"]
+    if not _notes(session)[0]:
+        where = shown(session.folder / "notes.md")
+        return [f"all is mended; say what was wrong and why in {where}, then: {session.command} END=1"]
     return session.end("done", lambda: report(session))
 
 
@@ -88,6 +92,7 @@ def report(session: Session) -> list[str]:
     lines = [f"{session.name}: {mended.count('found')} of {_count(session)} found, {session.took}"]
     for number, (change, state) in enumerate(zip(there, mended, strict=True)):
         assert change.mistake is not None
+        state = "named, not mended" if state == "not found" and number in on else state
         name = change.mistake.name.replace("_", " ")
         requirements = ", ".join(change.mistake.requirements)
         lines.append(f"{number + 1}. line {places[number][0]}, {state}: {name} ({requirements})")

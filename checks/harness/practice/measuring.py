@@ -49,7 +49,7 @@ def figures(session: Session, before: str, out: Console) -> list[str]:
     drawn(picture, f"{exercise.title}: before and after", bench, measured, out)
     compared = [one for one in measured.series if not (measured.busy and timed(one.metric))]
     none = "the bench shows no difference: what was wasteful costs little at its sizes, or is not among what it counts"
-    return list(differences(compared)) or [none]
+    return list(differences(compared)) or ["the machine was busy: times are not compared" if measured.busy else none]
 
 
 def timed(metric: str) -> bool:

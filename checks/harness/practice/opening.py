@@ -102,7 +102,8 @@ def said_of(session: Session, changes: Sequence[Change]) -> dict[Change, str]:
         write_whole(folder / exercise.file_name, planted.file_text(exercise, [change]))
         failed = [one for one in judge.results(exercise, folder, ("code",)) if one.outcome != "passed"]
         first = next((one for one in failed if one.requirement in change.mistake.requirements), None)
-        lines = first.message.splitlines()[:_SAID_LINES] if first is not None else []
+        message = first.message.replace("your code", "the code") if first is not None else ""
+        lines = message.splitlines()[:_SAID_LINES]
         return "\n".join([f"{first.requirement} {lines[0]}", *lines[1:]]) if first and lines else ""
 
     return judged(exercise, lambda judge: {change: said(judge, change) for change in changes})

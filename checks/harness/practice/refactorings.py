@@ -37,10 +37,11 @@ def proposed(exercise: Exercise) -> Iterator[Refactoring]:
     answer, lines = bank.answer(exercise), planted.code(exercise)
     above = len(planted.parts(answer)[0])
     ours = functions(answer)
+    there = {*ours, *(node.name for node in ast.parse(answer).body if isinstance(node, ast.ClassDef))}
     for variant, path in exercise.variant_files.items():
         text = path.read_text(encoding="utf-8")
         for name, theirs in functions(text).items():
-            if name.startswith("test_") or name not in ours or not _replaces(theirs, ours[name], set(ours)):
+            if name.startswith("test_") or name not in ours or not _replaces(theirs, ours[name], there):
                 continue
             start, end = (number - above for number in _body(ours[name]))
             first, last = _body(theirs)
@@ -63,11 +64,11 @@ def right(exercise: Exercise) -> list[Refactoring]:
     return [one for one in proposed(exercise) if one.name in names]
 
 
-def _replaces(theirs: _Function, ours: _Function, functions_there: set[str]) -> bool:
-    """Whether a body can stand in another's place: its parameters are the same, and no function of the answer goes
-    idle, in which a fault would then be none.
+def _replaces(theirs: _Function, ours: _Function, definitions: set[str]) -> bool:
+    """Whether a body can stand in another's place: its parameters are the same, and no function or class of the answer
+    goes idle, in which a fault would then be none.
     """
-    there = {name.rpartition(".")[2] for name in functions_there}
+    there = {name.rpartition(".")[2] for name in definitions}
     return _parameters(theirs) == _parameters(ours) and _names(theirs) & there >= _names(ours) & there
 
 

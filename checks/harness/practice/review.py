@@ -79,6 +79,7 @@ def run(request: Request) -> int:
         out,
         [
             "",
+            f"the change again: {shown(session.folder / _DIFF)}",
             f"name each fault in {shown(session.folder / _FORM)}: line, requirement, why",
             f"then have it judged: {session.command} END=1",
         ],

@@ -10,13 +10,14 @@ from harness.model.cache import VerdictCache, checks_version
 from harness.model.exercise import selected
 from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict
+from harness.practice.interview import clock
 from harness.practice.modes import SAYS
 from harness.practice.sessions import Save, Session, sessions
 from harness.report import terminal
 from harness.report.saved import Saved
 from harness.runner.supervisor import Judge
 
-_MOMENT_SECONDS = 5.0
+_MOMENT_SECONDS, _RECENT_SECONDS = 5.0, 3600.0
 
 
 def save(request: Request, judge: Judge) -> int:
@@ -25,16 +26,29 @@ def save(request: Request, judge: Judge) -> int:
     changed = stale(request.ex)
     for session in changed:
         judge_session(session, judge, out, whole=len(changed) == 1)
-    if not changed:
-        for session in (one for one in sessions() if one.exercise in selected(request.ex)):
-            if not session.ended:
-                terminal.line(out, f"under way: {session.so_far}; {session.command} goes on")
-            elif _just_saved(session):
-                terminal.line(out, f"{session.name} has ended; {shown(session.folder / 'report.md')} says how")
-    if changed and not request.once and not judging.stale_in(selected(request.ex), VerdictCache(checks_version())):
+    recent = False
+    for session in (one for one in sessions() if not changed and one.exercise in selected(request.ex)):
+        if not session.ended:
+            recent = recent or time.time() - session.touched < _RECENT_SECONDS
+            terminal.line(out, f"under way: {standing(session)}; {session.command} goes on")
+        elif _just_saved(session):
+            terminal.line(out, f"{session.name} has ended; {shown(session.folder / 'report.md')} says how")
+    # Whoever practises does not look for the exercise's own board; make board shows it.
+    if (
+        (changed or recent)
+        and not request.once
+        and not judging.stale_in(selected(request.ex), VerdictCache(checks_version()))
+    ):
         judging.ended(out, [session.name for session in changed], started, once=False)
         return 0
     return judging.save(request, judge)
+
+
+def standing(session: Session) -> str:
+    """How a session stands, in a line: an interview by its clock."""
+    if session.mode == "interview":
+        return f"{session.name}: {session.points or 'no'} points, {clock.reading(session)}"
+    return session.so_far
 
 
 def _just_saved(session: Session) -> bool:

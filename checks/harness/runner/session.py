@@ -61,12 +61,15 @@ def collected(use: Callable[[pytest.Session], int], ex: str = "", device: str = 
 
     Raises:
         CollectionFailed: a check file has an error of its own.
+        KeyboardInterrupt: Ctrl-C.
     """
     handed_over = _HandedOver(use)
     options = ["-c", str(CHECKS / "pytest.ini"), "--rootdir", str(TOP), "--capture=no", f"--device={device}"]
     options += [f"-pno:{plugin}" for plugin in ("terminal", "faulthandler", "logging")]
     files = [str(file) for exercise in selected(ex) for file in exercise.check_files]
     code = pytest.main([*options, *files], plugins=[handed_over])
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
     # What fails in this process is a verdict, and no failure of the session.
     fine = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED, pytest.ExitCode.TESTS_FAILED)
     if handed_over.broken or code not in fine:

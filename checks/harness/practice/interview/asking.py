@@ -25,7 +25,7 @@ def run(ex: str, number: str) -> int:
     topic = there[int(number) - 1]
     terminal.line(out, f"{number.strip()}. {topic.name}")
     terminal.line(out, topic.text)
-    terminal.line(out, clock.reading(session))
+    terminal.line(out, f"{session.name}: {clock.reading(session)}")
     return 0
 
 

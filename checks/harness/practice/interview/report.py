@@ -49,6 +49,7 @@ def text(session: Session, verdict: ExerciseVerdict) -> str:
         *(changes(session) or ["Nothing yet."]),
         "\n## The success criteria\n",
         *(f"- {line}" for line in _scores(session, verdict)),
+        *_findings(verdict),
         "\n## Your own test\n",
         _own_test(session, own),
         "\n## What you asked\n",
@@ -92,7 +93,8 @@ def scores(session: Session, verdict: ExerciseVerdict) -> Iterator[tuple[str, in
     for name in CRITERIA:
         of_it = [one for one in verdict.requirements if one.requirement.criterion == name]
         of_it = [one for one in of_it if one.requirement.id in counting or name == READABILITY]
-        yield name, sum(one.passed == len(one.results) for one in of_it), len(of_it)
+        earned = sum(one.passed == len(one.results) for one in of_it)
+        yield name, earned if session.saves else 0, len(of_it)
 
 
 def _scores(session: Session, verdict: ExerciseVerdict) -> list[str]:
@@ -100,6 +102,12 @@ def _scores(session: Session, verdict: ExerciseVerdict) -> list[str]:
         f"{_WORDS[name]}: {f'{earned} of {_number(count)}' if count else 'nothing of it counts in this time'}"
         for name, earned, count in scores(session, verdict)
     ]
+
+
+def _findings(verdict: ExerciseVerdict) -> list[str]:
+    """Why it does not read well, where it does not."""
+    failed = [result for result in verdict.results() if result.name.startswith(("test_ruff", "test_mypy"))]
+    return [f"  {' '.join(one.message.split())}" for one in failed if one.outcome != "passed"]
 
 
 def _number(count: int) -> str:

@@ -107,7 +107,12 @@ def first_text(exercise: Exercise, scope: Exercise, minutes: int) -> str:
             cuts.append((_span(node), textwrap.indent(_in_short(docstring), " " * (node.col_offset + 4))))
     for (first, last), text in sorted(cuts, reverse=True):
         lines[first - 1 : last] = text.splitlines()
-    return "\n".join(line for line in lines if not todo_numbers(line)) + "\n"
+    kept: list[str] = []
+    told = False  # Whether the line before is a TODO's, which comments below it go on with.
+    for line in lines:
+        told = bool(todo_numbers(line)) or (told and line.lstrip().startswith("#"))
+        kept += [] if told else [line]
+    return "\n".join(kept) + "\n"
 
 
 def _in_short(docstring: str) -> str:
