@@ -58,6 +58,7 @@ def _help(request: Request) -> int:
 def _run_on_checks(request: Request) -> int:
     from harness.commands import devices, judge
     from harness.practice import saving
+    from harness.practice.interview import clock
     from harness.runner import server, session, supervisor
 
     def judged(asked: Request, one: supervisor.Judge) -> int:
@@ -74,7 +75,7 @@ def _run_on_checks(request: Request) -> int:
         return _said(run)
 
     if request.command == "serve":
-        return session.collected(lambda collected: server.serve(collected, set(request.owner), answer))
+        return session.collected(lambda collected: server.serve(collected, set(request.owner), answer, clock.bell()))
     if request.device != "cpu":
         return devices.check(request)
     return session.collected(lambda collected: judged(request, supervisor.Judge(collected.items)), request.ex)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from devtools.workspace import Workspace
+from devtools.workspace import READY, Terminal, Workspace, quiet
 from harness.model.exercise import exercises, within
 from harness.model.source import public_names
 from harness.practice.interview.statement import discussion, first_text, topics
@@ -89,6 +89,22 @@ def test_a_whole_interview(bare: Workspace) -> None:
     again = bare.make("interview", "EX=42", "SEED=7").stdout
     assert again == f"{NAME} has ended: practice/{NAME}/report.md\n" and own.read_text() == STARTER
     assert (folder / "report.md").read_text().endswith("my answer")
+
+
+def test_the_watch_says_the_time_though_nothing_is_saved(bare: Workspace) -> None:
+    watch = Terminal(bare.make_command("watch", "EX=42"), bare.top)
+    watch.until(READY, 120)
+    bare.make("interview", "EX=42", "SEED=7", "MINUTES=1")
+    watch.until(READY)
+
+    said = watch.until(READY)
+
+    assert f"under way: {NAME}: 0/5 points, clock: 0 of 1 minutes, " in said, said
+    flat = " ".join(said.split())
+    assert f"say aloud what you are about to try, and why, or note it in practice/{NAME}/notes.md" in flat, said
+    assert "judging" not in said and "judged nothing new" in said, said
+    watch.interrupt()
+    assert watch.ended() and quiet(bare)
 
 
 def test_time_is_over_and_what_cannot_be_done(bare: Workspace) -> None:

@@ -31,6 +31,8 @@ def save(request: Request, judge: Judge) -> int:
         if not session.ended:
             recent = recent or time.time() - session.touched < _RECENT_SECONDS
             terminal.line(out, f"under way: {standing(session)}; {session.command} goes on")
+            for sentence in clock.prompts(session):
+                terminal.line(out, sentence)
         elif _just_saved(session):
             terminal.line(out, f"{session.name} has ended; {shown(session.folder / 'report.md')} says how")
     # Whoever practises does not look for the exercise's own board; make board shows it.

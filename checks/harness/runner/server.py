@@ -29,12 +29,13 @@ RESTART = "restart"
 Run = Callable[[list[str], Judge], int]
 
 
-def serve(session: pytest.Session, owners: set[int], run: Run) -> int:
+def serve(session: pytest.Session, owners: set[int], run: Run, idle: Callable[[], None]) -> int:
     """Serves requests until no owner lives or the checks have changed.
 
     Args:
         owners: processes for which it serves.
         run: what a request's arguments are handed to, in a fork.
+        idle: called about every second while nobody asks.
     """
     known = fingerprint()
     # Remembered, so that no fork has to read all files again.
@@ -63,6 +64,8 @@ def serve(session: pytest.Session, owners: set[int], run: Run) -> int:
                             break
                         for owner in _answer(connection, session, run, listener) - owners:
                             parents[owner] = lineage(owner)
+                else:
+                    idle()
             if _inode(SOCKET) == identity:
                 SOCKET.unlink()
     finally:

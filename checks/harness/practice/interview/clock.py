@@ -1,10 +1,12 @@
 """The clock of an interview, and what it asks for at set minutes."""
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
-from harness.model.paths import shown
+from harness.model.paths import PRACTICE, shown, write_whole
 from harness.model.results import ExerciseVerdict
-from harness.practice.sessions import Session
+from harness.practice.sessions import Session, sessions
 
 # Parts of the time after which the learner is asked to think aloud.
 _PROMPTS = (0.1, 0.35, 0.7)
@@ -41,15 +43,39 @@ def reading(session: Session) -> str:
 
 def says(session: Session, verdict: ExerciseVerdict) -> list[str]:
     """What an interviewer says after a save: the time; at set minutes, that thoughts are to be said or noted."""
-    lines = [reading(session)]
-    due = sum(minute(session) >= part * length(session) for part in _PROMPTS)
-    if is_on(session) and due > session.options.get("prompts", 0):
-        session.options["prompts"] = due
-        session.store()
-        lines.append(
-            f"say aloud what you are about to try, and why, or note it in {shown(session.folder / 'notes.md')}"
-        )
+    lines = [reading(session), *prompts(session)]
     if verdict.state == "done" and is_on(session):
         ends = f"make interview EX={session.exercise.number} SEED={session.seed} END=1"
         lines.append(f"all that counts is earned; test more, or end it: {ends}")
     return lines
+
+
+def prompts(session: Session) -> list[str]:
+    """Asks, at set minutes, to think aloud; once each."""
+    due = _passed(session)
+    if not is_on(session) or due <= session.options.get("prompts", 0):
+        return []
+    session.options["prompts"] = due
+    session.store()
+    return [f"say aloud what you are about to try, and why, or note it in {shown(session.folder / 'notes.md')}"]
+
+
+def bell() -> Callable[[], None]:
+    """What has the watch say the time, at set minutes and at the end, to somebody who saves nothing: the watch runs
+    when a Python file changes, and this one is nobody's work.
+    """
+    passed: dict[str, int] = {}
+
+    def ring() -> None:
+        with suppress(OSError):
+            for session in (one for one in sessions() if one.mode == "interview" and not one.ended):
+                before, passed[session.name] = passed.get(session.name), _passed(session)
+                if before is not None and passed[session.name] > before:
+                    write_whole(PRACTICE / "clock.py", f"# {reading(session)}\n")
+
+    return ring
+
+
+def _passed(session: Session) -> int:
+    """How many of the set minutes have passed, the end among them."""
+    return sum(minute(session) >= part * length(session) for part in (*_PROMPTS, 1.0))
