@@ -132,8 +132,8 @@ Your own test (11.10) runs on other code, right and wrong, in place of your clas
 It may use these as this text has them, the given code, models of its own, torch, Python's library
 and helpers in this file. It sets its own seed and takes at most 1 s (one thread; imports and waits
 aside). It may not rely on which number of uniform decides what. How to see
-- a law: give uniform every sequence of the midpoints 1/8, 3/8, 5/8, 7/8, as long as it is asked for,
-  and count the outputs; exact where all probabilities, p/q and residuals by their sum are multiples of 1/4
+- a law: give uniform every sequence of the midpoints 1/8, 3/8, 5/8, 7/8, as many as are asked for;
+  counts are exact where probabilities, p/q and residuals by their sum are multiples of 1/4
 - the caches: compare with `generate_alone`, on weights whose answers vary, and a draft of others
 It has to fail (a hang counts) on code that has, in any of its functions, one of these slips:
 - always_accept: every proposed token is accepted

@@ -52,8 +52,7 @@ def says(session: Session, verdict: ExerciseVerdict) -> list[str]:
 
 def prompts(session: Session) -> list[str]:
     """Asks, at set minutes, to think aloud; once each."""
-    due = _passed(session)
-    if not is_on(session) or due <= session.options.get("prompts", 0):
+    if not is_on(session) or (due := _passed(session)) <= session.options.get("prompts", 0):
         return []
     session.options["prompts"] = due
     session.store()
