@@ -66,14 +66,21 @@ def right(exercise: Exercise) -> list[Refactoring]:
 
 def _replaces(theirs: _Function, ours: _Function, definitions: set[str]) -> bool:
     """Whether a body can stand in another's place: its parameters are the same, and no function or class of the answer
-    goes idle, in which a fault would then be none.
+    goes idle, nor what looks at an attribute that is set: a fault in it would then be none.
     """
     there = {name.rpartition(".")[2] for name in definitions}
-    return _parameters(theirs) == _parameters(ours) and _names(theirs) & there >= _names(ours) & there
+    same = _parameters(theirs) == _parameters(ours)
+    return same and _names(theirs) & there >= _names(ours) & there and _stored(theirs) >= _stored(ours)
 
 
 def _parameters(function: _Function) -> list[str]:
     return [node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+
+
+def _stored(function: _Function) -> set[str]:
+    """The attributes that a function sets."""
+    nodes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in nodes if isinstance(node.ctx, ast.Store)}
 
 
 def _names(function: _Function) -> set[str]:
