@@ -298,6 +298,8 @@ class _Calls(TorchFunctionMode):
         if isinstance(result, Tensor):
             self.operations += 1
             self.of[func.__name__] += result.numel()
+        elif func is Tensor.__setitem__:
+            self.operations += 1
         return result
 
 

@@ -46,7 +46,7 @@ Requirements
       times the bytes of (Q, K, V, output, logsumexp): no float32 copies.
     - For N and M above Dh and block_size no tensor has N·M elements; the peak grows as in 3.1.
 3.7 (robustness) Work in bfloat16 and float16: you cast Q, K and V, in blocks or whole, to float32,
-    then scale and multiply. Scores, maximum, sum and accumulator are float32, in backward too.
+    then scale and multiply. Scores, maximum, sum and accumulator are float32, backward's sums too.
     - On random Q, K and V (scores up to about 10, 20 blocks of keys, with a mask or without) the
       output's largest error against float64 is at most twice F.scaled_dot_product_attention's, and
       the logsumexp's at most 1e-4.
@@ -106,16 +106,16 @@ Conventions
   float32 or better: float64 for a float64 Q.
 - block_size is any number >= 1, also larger than N and M. The 8·block_size² of 3.1 have room for
   2·block_size queries by 4·block_size keys.
-- Inputs are never written to, not even to be restored.
+- Inputs are never written to, not even to be restored; nor are results, by backward.
 - Inputs and masks have any strides: transposed, expanded, overlapping. K and V may be one tensor,
   or all three.
 - Between calls a module keeps nothing but its parameters and what this text names; no input, no
   mask, no result. Beside the module nothing that grows with N or M stays alive either (3.1).
 - Weights may change between calls, in place, by loading or by a cast; the next call uses the new
-  ones, edits of `.data`, a new nn.Linear as k_proj and a mask changed in place too.
+  ones, edits of `.data`, a new nn.Linear as k_proj, and a mask changed in place or by `.data`.
 - A first call in another dtype, under no_grad or in inference_mode does no harm to later ones.
 - Tensors that you make are on the inputs' device. Positions are whole numbers: bfloat16 counts to
-  256 only, float16 to 2048.
+  256 only, float16 to 2048, int16 to 32767.
 - A submission is one file on torch and the standard library.
 - How near: a result may be off by this times (1 + |right value|). In
   brackets: what 3.7 asks for. Large scores are those of 3.2.

@@ -289,8 +289,9 @@ def test_forward_reaches_no_prebuilt_attention(subject: Subject, close: Close, r
 
     def attends(hidden: Tensor | None = None, causal: bool = False, n: int = N, m: int = N) -> None:
         sized = build(subject, 1) if 1 in (n, m) else attention.train()
-        with torch.no_grad():
-            agree(close, sized, inputs(rng, n, m), hidden, causal, tolerance=ABOUT)
+        given = inputs(rng, n, m)
+        with torch.no_grad() if (n, m) == (N, N) else torch.inference_mode():
+            agree(close, sized, given, hidden, causal, tolerance=ABOUT)
 
     def whole(training: bool, mode: Callable[[], Any] = torch.no_grad) -> None:
         attention.train(training)
@@ -303,8 +304,9 @@ def test_forward_reaches_no_prebuilt_attention(subject: Subject, close: Close, r
         f"{CALL} ({how}, no mask, causal = True)": partial(attends, causal=True),
         f"{CALL} ({how}, with a mask, causal = False)": partial(attends, mask),
     }
-    for n, m in ((1, 1), (1, N), (N, 1), (4, 20), (20, 4)):
-        stages[f"{CALL} ({how}, N = {n}, M = {m})"] = partial(attends, n=n, m=m)
+    for n, m in ((1, 1), (1, N), (N, 1), (4, 20), (20, 4)):  # As in decoding, which asks for no gradients.
+        words = f"float64, under inference_mode, in training, N = {n}, M = {m}"
+        stages[f"{CALL} ({words})"] = partial(attends, n=n, m=m)
     stages[f"forward ({how})"] = partial(whole, True)
     stages["forward (float64, under no_grad, in eval)"] = partial(whole, False)
     stages["forward (float64, under inference_mode, in eval)"] = partial(whole, False, torch.inference_mode)

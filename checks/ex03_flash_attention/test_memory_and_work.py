@@ -1,5 +1,6 @@
 """Memory (3.1): no tensor of all pairs, a peak that grows linearly; work (3.5): exponentials and operations counted."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -125,6 +126,29 @@ def test_the_peak_grows_linearly(subject: Subject, close: Close, rng: torch.Gene
 
 
 @requirement("3.1")
+def test_small_tensors_count_together(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """With blocks of one pair, nothing is kept of a pair, nor is a mask of one row converted whole."""
+    peaks = []
+    for n in (1, 2):
+        attention, given = wide(subject, rng, n, 11 * n, 1, 1)
+        mask = (torch.arange(11 * n) % 3 != 1).view(1, 1, 1, -1).int()
+        with torch.no_grad(), Trace() as seen:
+            output, _ = attend(attention, given, mask)
+        close(output, reference(given, mask)[0].float(), f"{CALL}: output", tolerance=ABOUT)
+        peaks.append(seen.peak_bytes)
+        assert n == 2 or seen.largest <= 8, (
+            f"{CALL}, N = 1, M = 11, block_size = 1: a tensor of {seen.largest} elements came, at most 8 were wanted\n"
+            f"{quietly(partial(whole, attention, given, mask, False, 8))}"
+        )
+
+    assert peaks[1] < 2.2 * peaks[0], (
+        f"{CALL} with a mask, block_size = 1: at most {peaks[0]} bytes are alive for N = 1, M = 11 and {peaks[1]} for "
+        f"N = 2, M = 22, {peaks[1] / peaks[0]:.2f} times as many; less than 2.2 times are asked for\n"
+        "small tensors count together: keep nothing of a pair of blocks, no maximum and no factor"
+    )
+
+
+@requirement("3.1")
 def test_nothing_outlives_a_call(subject: Subject, rng: torch.Generator) -> None:
     """Nor does anything that grows with M outlive causal or masked calls of few queries, or their backward."""
     left = []
@@ -211,22 +235,28 @@ def test_causal_leaves_out_as_much_with_any_mask(subject: Subject, close: Close,
 def test_operations_grow_with_block_pairs(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """A larger block takes no more operations; twice the blocks on both sides take about four times as many."""
 
-    def operations(n: int, block: int, m: int = 0) -> int:
+    def operations(n: int, block: int, m: int = 0, mask: Tensor | None = None) -> int:
         attention, given = wide(subject, rng, n, m or n, block)
         if m:  # Scores rise from key to key.
             given[0][..., 0] = 20
             given[1][..., 0] = torch.arange(m)
-        expected = reference(given)[0].float()
+        expected = reference(given, mask, mask is not None)[0].float()
         with torch.no_grad(), _Calls() as seen:
-            output, _ = attend(attention, given)
-        if n % block == 0 and not m:  # Else 3.3 or 3.2 judges the output.
+            output, _ = attend(attention, given, mask, mask is not None)
+        if n % block == 0 and not m and mask is None:  # Else 3.3, 3.2 or 3.4 judges the output.
             close(output, expected, f"{CALL}: output", tolerance=ABOUT)
         return seen.operations
 
-    small, large = operations(4, 4), operations(16, 16)
+    small, large = operations(4, 4), operations(64, 64)
     assert large <= 1.5 * small, (
-        f"{CALL}: {small} operations for N = M = block_size = 4, {large} for N = M = block_size = 16, one block each\n"
+        f"{CALL}: {small} operations for N = M = block_size = 4, {large} for N = M = block_size = 64, one block each\n"
         "about as many were wanted: compute a block by operations on the whole block, not by a loop over its rows"
+    )
+    small, large = (operations(n, n, mask=(torch.arange(n) > 1).view(1, 1, n, 1)) for n in (4, 64))
+    assert large <= 1.5 * small, (
+        f"{CALL}, causal, with a mask that leaves two rows nothing: {small} operations for N = M = block_size = 4, "
+        f"{large} for 64\nabout as many were wanted: hide what is not seen, and treat rows that see nothing, by "
+        "operations on the whole block, not row by row"
     )
     few, many = operations(2 * WIDE, WIDE), operations(4 * WIDE - 1, WIDE)
     assert many <= 5 * few, (

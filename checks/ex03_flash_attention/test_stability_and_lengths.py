@@ -176,10 +176,11 @@ def test_gradients_of_rows_that_may_attend_to_nothing(subject: Subject, rng: tor
     if mask is not None:
         mask[0, 0, 3] = mask[1, 0, :BLOCK] = mask[..., 5:] = False
 
-    output, _ = attend(build(subject), given, mask, kind == "causal")
-    if not output.requires_grad:
+    results = attend(build(subject), given, mask, kind == "causal")
+    if not results[0].requires_grad:
         return  # 3.6 says so.
-    grads = torch.autograd.grad(output.square().sum() + output.sum(), given, allow_unused=True)
+    kept = [x.detach().clone() for x in results]
+    grads = torch.autograd.grad(results[0].square().sum() + results[0].sum(), given, allow_unused=True)
 
     rows = {"some_rows": "some rows that the mask leaves", "all_rows": "all rows, which the mask leaves"}
     what = f"backward, {rows.get(kind, f'N = {n}, M = {m}, rows that causal leaves')} no key"
@@ -188,6 +189,11 @@ def test_gradients_of_rows_that_may_attend_to_nothing(subject: Subject, rng: tor
         assert grad.isfinite().all(), (
             f"{what}: the gradient of {name} is not finite\n"
             "such a row has logsumexp = -inf: exp(S - logsumexp) is NaN there; count it 0"
+        )
+    for name, x, before in zip(("output", "logsumexp"), results, kept, strict=True):
+        assert torch.equal(x.detach(), before), (
+            f"{what}: backward changes the {name} that the call gave\n"
+            "what is saved for backward is what the caller holds: change a copy of it"
         )
     if mask is not None:
         hidden = ~mask.any(-1).expand(B, H, N)
@@ -198,22 +204,35 @@ def test_gradients_of_rows_that_may_attend_to_nothing(subject: Subject, rng: tor
 
 @requirement("3.2")
 def test_gradients_of_large_scores_are_finite(subject: Subject, rng: torch.Generator) -> None:
-    """Scores around 2000 overflow nothing in backward."""
+    """Scores around 900000 overflow nothing in backward, and the gradient of V is as right as their size allows."""
     attention = build(subject)
 
-    for offset in (-2000.0, 2000.0):
+    for offset in (0.0, -9e5, 9e5):
         given = [x.requires_grad_() for x in towards(rng, torch.full((N,), offset))]
+        wanted = torch.autograd.grad(20 * reference(given)[0].sum(), given)
         with unwritten(given):
             output, _ = attend(attention, given)
             if not output.requires_grad:
                 return  # 3.6 says so.
-            grads = torch.autograd.grad(output.square().sum(), given, allow_unused=True)
+            grads = torch.autograd.grad(20 * output.sum(), given, allow_unused=True)
+            off = [name for name, x, y in zip("QKV", grads, wanted, strict=True) if x is None or not near(x, y)]
+            if off and not offset:
+                return  # They are wrong near 0 too; 3.6 says so.
             for name, grad in zip("QKV", grads, strict=True):
                 what = f"backward, scores about {offset:g}"
                 assert grad is not None, f"{what}: {name} gets no gradient (None came, a tensor was wanted)"
                 assert grad.isfinite().all(), (
                     f"{what}: the gradient of {name} is not finite\nP = exp(S - logsumexp), in one step"
                 )
+            assert "V" not in off, (  # What rounding leaves is much more in dQ and dK; how much, 3.7 judges.
+                f"{what}: the gradient of V is wrong, which is right for scores about 0\n"
+                "P = exp(S - logsumexp) sums to 1 in each row wherever the scores lie: bound the logsumexp nowhere"
+            )
+
+
+def near(came: Tensor, wanted: Tensor) -> bool:
+    """Whether a gradient is what large scores leave of it."""
+    return came.shape == wanted.shape and torch.allclose(came.double(), wanted, 0.5, 0.5)
 
 
 @requirement("3.2")
@@ -291,6 +310,19 @@ def test_causal_aligns_the_last_query_with_the_last_key(subject: Subject, close:
     for n, m in ((3, 7), (8, 12), (1, 6), (5, 18)):
         hint = f"N = {n}, M = {m}: query i sees the keys j <= i + M - N, so the last query sees all"
         agree(close, attention, inputs(rng, n, m), causal=True, hint=hint)
+
+
+@requirement("3.3")
+def test_causal_with_many_keys(subject: Subject, close: Close) -> None:
+    """Beyond 32768 keys too, the first of two queries does not see the last key."""
+    m = 33000
+    q, k, v = torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, m, 1), torch.zeros(1, 1, m, 1)
+    v[:, :, -1] = m  # All weights are equal.
+
+    output, _ = attend(subject.FlashAttention(1, 1, m), [q, k, v], causal=True)
+
+    close(output, torch.tensor([0.0, 1.0]).view(1, 1, 2, 1), f"{CALL}, causal, N = 2, M = {m}: output",
+          hint="positions are whole numbers, and int16 counts to 32767 only", tolerance=NEAR)  # fmt: skip
 
 
 @requirement("3.3")

@@ -115,6 +115,20 @@ def test_every_mask_shape(subject: Subject, close: Close, rng: torch.Generator) 
 
 
 @requirement("3.4")
+def test_a_mask_that_changes_counts_at_once(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A call after a mask has changed in place, or through .data, uses what it holds then."""
+    given, attention = inputs(rng, BLOCK), build(subject)
+    mask = torch.ones(B, 1, BLOCK, N, dtype=torch.bool)
+
+    agree(close, attention, given, mask, hint="a mask that allows all")
+    mask.data.copy_(some_mask((B, 1, BLOCK, N), rng))
+    hint = "the same mask has allowed all in the call before, and was changed through .data: keep nothing of a mask"
+    agree(close, attention, given, mask, hint=hint)
+    mask.logical_not_()
+    agree(close, attention, given, mask, hint="the same mask was changed in place since the call before")
+
+
+@requirement("3.4")
 def test_a_mask_with_causal(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """With both, a query sees what both allow."""
     given, attention = inputs(rng), build(subject)

@@ -220,7 +220,8 @@ def test_little_stays_alive_after_forward(
     causal = dtype == torch.bfloat16
     n, width = 4 * WIDE, 1 if causal else SLIM
     attention, given = wide(subject, rng, n, n, n // 2, width)
-    given = [x.to(dtype).requires_grad_() for x in given]
+    # In half precision with strides, which no conversion keeps.
+    given = [(x.to(dtype).repeat_interleave(2, -1)[..., ::2] if causal else x).requires_grad_() for x in given]
     mask = (torch.arange(n * n) % 3 != 1).view(1, 1, n, n).float() if causal else None
     expected = reference(given, mask, causal)[0].detach().float()
 
@@ -342,6 +343,40 @@ def test_gradients_in_half_precision(subject: Subject, close: Close, rng: torch.
     )
     for index, name in enumerate("QKV"):
         close(came[index], expected[index], f"backward in {dtype}: gradient of {name}", tolerance=5e-2)
+
+
+@requirement("3.7")
+@pytest.mark.parametrize("over", ["queries", "keys"])
+def test_gradients_add_up_in_float32(subject: Subject, close: Close, over: str) -> None:
+    """What 20 blocks add to dQ, dK and dV in bfloat16 is not lost, though one adds far more than the others."""
+    parts = torch.full((40,), 0.115)
+    parts[:2] = torch.tensor([64.0, 0.0]) if over == "queries" else 32.5
+    sign = torch.tensor([1.0, -1.0])
+    if over == "queries":  # All scores are 0. dK and dV are sums of dO.
+        q, k, v, probe = torch.ones(40, 1), torch.zeros(2, 1), 2 * sign[:, None], parts[:, None]
+    else:  # All scores are 0. dQ is the sum of the second features of K.
+        rest = torch.zeros(40)
+        q, v = torch.tensor([[1.0, 0.0]] * 2), torch.stack([sign.repeat(20), rest], -1)
+        k, probe = torch.stack([rest, 1.4 * parts * sign.repeat(20)], -1), 40 * q
+    given = [x[None, None].bfloat16() for x in (q, k, v, probe)]
+
+    def backward(dtype: torch.dtype) -> list[Tensor | None]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in given[:3]]
+        output, _ = attend(subject.FlashAttention(q.size(-1), 1, 2).to(dtype), leaves)
+        ours = output.requires_grad
+        return [*torch.autograd.grad(output, leaves, given[3].to(dtype), allow_unused=True)] if ours else [None] * 3
+
+    exact = [x.double().requires_grad_() for x in given[:3]]
+    wanted = torch.autograd.grad(reference(exact)[0], exact, given[3].double())
+    came = backward(torch.bfloat16)
+    if all(x is not None and worst(x, y) < 0.5 for x, y in zip(came, wanted, strict=True)):
+        return
+    in_float32 = backward(torch.float32)
+    if not all(x is not None and worst(x, y) < 0.5 for x, y in zip(in_float32, wanted, strict=True)):
+        return  # They are wrong in float32 too; 3.6 says so.
+    for name, x, y in zip("QKV", came, wanted, strict=True):
+        close(x, y.bfloat16(), f"backward in torch.bfloat16, 20 blocks of {over}: gradient of {name}", tolerance=5e-2,
+              hint="what blocks add to dQ, dK and dV is summed in float32, and converted at the end")  # fmt: skip
 
 
 @requirement("3.7")

@@ -119,13 +119,13 @@ def bad_mask(drawn: "Drawn") -> None:
 
 
 def edit_mask(drawn: "Drawn") -> None:
-    """A call with the same mask, which then changes in place."""
+    """A call with the same mask, which then changes in place, and no version tells of it."""
     if drawn.mask is not None and 0 not in drawn.mask.stride():
         kept = drawn.mask.clone()
         drawn.mask.fill_(1)
         with torch.no_grad():
             drawn.call(drawn.given())
-        drawn.mask.copy_(kept)
+        drawn.mask.data.copy_(kept)
 
 
 # What is drawn. A mask's shape is that of [B, H, N, M] with 1 where these words have a 1.

@@ -61,6 +61,20 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "kernel_for_one_query_at_inference",
+        "3.9",
+        "under inference_mode, in training, N = 1",
+        (
+            APPLY,
+            """\
+        if torch.is_inference_mode_enabled() and Q.size(2) == 1 and mask is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(Q, K, V)
+"""
+            + APPLY,
+        ),
+        only=True,
+    ),
     # 3.10: reads well
     Mistake(
         "unused_import",

@@ -250,4 +250,39 @@ MISTAKES = [
             + APPLY,
         ),
     ),
+    Mistake(
+        "positions_in_int16",
+        "3.3",
+        "int16 counts to 32767 only",
+        (
+            "            scores.add_(scores.new_full(scores.shape[1:], -math.inf).triu_(above))\n",
+            """\
+            keys = torch.arange(columns.start, columns.stop, device=scores.device).to(torch.int16)
+            queries = torch.arange(rows.start, rows.stop, device=scores.device) + self.diagonal
+            scores.masked_fill_(keys > queries[:, None], -math.inf)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "logsumexp_bounded_in_backward",
+        "3.2",
+        "sums to 1 in each row",
+        ("logsumexp[:, rows].nan_to_num(neginf=0.0)", "logsumexp[:, rows].clamp(min=-1e6)"),
+        only=True,
+    ),
+    Mistake(
+        "logsumexp_written_in_backward",
+        "3.2",
+        "backward changes the logsumexp",
+        (
+            "        ctx.mark_non_differentiable(natural)\n",
+            "        ctx.mark_non_differentiable(natural)\n        ctx.natural = natural\n",
+        ),
+        (
+            "        work = logsumexp.dtype\n",
+            "        work = logsumexp.dtype\n        ctx.natural.nan_to_num_(neginf=0.0)\n",
+        ),
+        only=True,
+    ),
 ]

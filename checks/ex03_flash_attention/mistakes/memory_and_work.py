@@ -5,6 +5,9 @@ from harness.model.bank import Mistake
 APPLY = "        return _BlockwiseAttention.apply(Q, K, V, mask, causal, self.scale, self.block_size)\n"
 OUTPUT = "        output = torch.zeros_like(q, dtype=work)  # [BH, N, Dh]\n"
 LOWEST = "            maximum = torch.full_like(total, torch.finfo(work).min)\n"
+TOTAL = "                total.mul_(rescale).add_(weights.sum(-1, keepdim=True))\n"
+DIVIDE = "            accumulator.div_(total.masked_fill(total == 0, 1))\n"
+LOGSUMEXP = "            logsumexp[:, rows] = maximum + total.log2()\n"
 WEIGHTS = "                weights = scores.sub_(new_maximum).exp2_()\n"
 DIAGONAL = "        self.diagonal = self.m - self.n if causal else None\n"
 EXPANDED = "        self.mask = None if mask is None else mask.expand(*self.leading, self.n, self.m)\n"
@@ -218,6 +221,65 @@ MISTAKES = [
         whole = self.n // self.size * self.size if self.n > self.size else self.n
         tail = (slice(start, start + 1) for start in range(whole, self.n))
         return iter([*self._slices(whole), *tail])
+""",
+        ),
+        wasteful=True,
+    ),
+    Mistake(
+        "factors_of_every_pair_kept",
+        "3.1",
+        "small tensors count together",
+        (OUTPUT, OUTPUT + "        factors = []\n"),
+        (TOTAL, "                factors.append(rescale)\n" + TOTAL),
+        wasteful=True,
+    ),
+    Mistake(
+        "factors_of_every_pair_kept_with_a_mask",
+        "3.1",
+        "small tensors count together",
+        (OUTPUT, OUTPUT + "        factors = []\n"),
+        (TOTAL, "                factors += [rescale] if mask is not None else []\n" + TOTAL),
+        wasteful=True,
+    ),
+    Mistake(
+        "integer_mask_of_keys_converted_whole",
+        "3.1",
+        "of torch.int32: cut and convert a mask block by block",
+        (
+            EXPANDED,
+            """\
+        if mask is not None and mask.size(2) == 1 and not mask.is_floating_point():
+            mask = mask.bool()
+"""
+            + EXPANDED,
+        ),
+        wasteful=True,
+    ),
+    Mistake(
+        "rows_that_see_nothing_one_by_one",
+        "3.5",
+        "treat rows that see nothing",
+        (
+            DIVIDE + LOGSUMEXP,
+            """\
+            for row in range(total.size(1)) if (total == 0).any() else ():
+                total[:, row].masked_fill_(total[:, row] == 0, 1)
+            logsumexp[:, rows] = maximum + total.log2()
+            accumulator.div_(total)
+            logsumexp[:, rows].masked_fill_(accumulator.eq(0).all(-1, keepdim=True), -math.inf)
+""",
+        ),
+        wasteful=True,
+    ),
+    Mistake(
+        "diagonal_hidden_row_by_row",
+        "3.5",
+        "hide what is not seen",
+        (
+            "            scores.add_(scores.new_full(scores.shape[1:], -math.inf).triu_(above))\n",
+            """\
+            for row in range(scores.size(1)):
+                scores[:, row, max(0, row + above) :] = -math.inf
 """,
         ),
         wasteful=True,

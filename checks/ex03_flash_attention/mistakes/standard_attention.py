@@ -251,4 +251,22 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "a_mask_that_hid_nothing_until_its_version_changes",
+        "3.4",
+        "changed through .data",
+        (
+            APPLY,
+            """\
+        if mask is not None and not mask.is_inference():
+            seen, version = getattr(self, "_open", (None, 0))
+            if seen is mask and version == mask._version:
+                mask = None
+            elif mask.all():
+                self._open = mask, mask._version
+"""
+            + APPLY,
+        ),
+        only=True,
+    ),
 ]

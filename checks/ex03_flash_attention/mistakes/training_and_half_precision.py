@@ -15,6 +15,7 @@ SAVE = "        ctx.save_for_backward(Q, K, V, mask, result, logsumexp)\n"
 ROW_SUM = "            row_sum = (grad_rows * output[:, rows]).sum(-1, keepdim=True)  # [BH, n, 1]\n"
 AGAIN = "                weights = scores.exp2_()\n"
 GRAD_Q = "                grad_q[:, rows].baddbmm_(grad_scores, k_columns, alpha=scale)\n"
+GRAD_V = "                grad_v[:, columns].baddbmm_(weights.mT, grad_rows)\n"
 GRAD_K = "                grad_k[:, columns].baddbmm_(grad_scores.mT, q_rows, alpha=1 / _LOG2_E)\n"
 GRADS = "        return *(gradient.to(x.dtype).view(x.shape) for gradient, x in given), None, None, None, None\n"
 ATTEND = "        output, _ = self.flash_attention_forward(Q, K, V, mask, causal)  # [B, H, N, Dh]\n"
@@ -231,10 +232,41 @@ MISTAKES = [
         "float32_copies_kept",
         "3.6",
         "bfloat16",
-        (SAVE, SAVE + "        ctx.copies = [x.to(work, copy=True) for x in (Q, K, V, result)]\n"),
+        (SAVE, SAVE + "        ctx.copies = [x.to(work) for x in (Q, K, V, result)]\n"),
         wasteful=True,
     ),
+    Mistake(
+        "float32_copies_of_strided_inputs_kept",
+        "3.6",
+        "bfloat16",
+        (
+            SAVE,
+            """\
+        kind = Q.dtype
+        if kind != work and not Q.is_contiguous():
+            Q, K, V = (x.contiguous().to(work) for x in (Q, K, V))
+"""
+            + SAVE,
+        ),
+        ("ctx.options = causal, scale, block_size", "ctx.options = causal, scale, block_size, kind"),
+        ("causal, scale, block_size = ctx.options", "causal, scale, block_size, kind = ctx.options"),
+        (GRADS, GRADS.replace("x.dtype", "kind")),
+    ),
     # 3.7: half precision
+    *(
+        Mistake(
+            f"gradient_of_{name}_in_half_precision",
+            "3.7",
+            f"blocks of {over}: gradient of {name[0].upper()}",
+            (line, line + f"                grad_{name[0]}.copy_(grad_{name[0]}.to(Q.dtype))\n"),
+            only=True,
+        )
+        for name, line, over in (
+            ("queries", GRAD_Q, "keys"),
+            ("keys", GRAD_K, "queries"),
+            ("values", GRAD_V, "queries"),
+        )
+    ),
     Mistake(
         "computes_in_half_precision",
         "3.7",

@@ -101,7 +101,7 @@ MISTAKES = [
     Mistake(
         "mask_remembered_by_identity",
         "3.4",
-        "a mask [",
+        "the same mask",
         (
             APPLY,
             """\

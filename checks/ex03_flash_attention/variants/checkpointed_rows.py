@@ -98,6 +98,14 @@ class FlashAttention(nn.Module):
         if mask is not None:
             _check_mask(mask, (*Q.shape[:3], K.shape[2]))
         n, m, dtype = Q.shape[2], K.shape[2], _work_dtype(Q.dtype)
+        if Q.dtype != dtype:  # Around the casts, a checkpoint too: gradients of K and V then add up in float32.
+
+            def whole(*given: Tensor) -> tuple[Tensor, Tensor]:
+                Q, K, V = (x.to(dtype) for x in given)
+                return self.flash_attention_forward(Q, K, V, mask, causal)
+
+            output, logsumexp = checkpoint(whole, Q, K, V, use_reentrant=False)
+            return output.to(Q.dtype), logsumexp
         shift = m - n if causal else None
 
         def block(q0: Tensor, K: Tensor, V: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
