@@ -20,7 +20,7 @@ threading.Thread(target=threading.Event().wait).start()
 
 
 def graded(workspace: Workspace, *arguments: str) -> dict[str, Any]:
-    done = workspace.make("grade", *arguments)
+    done = workspace.make("grade", *arguments, seconds=300)
     assert done.returncode == 0, done.stdout
     found: dict[str, Any] = json.loads((workspace.top / "gradesheet.json").read_text())
     return found
@@ -113,6 +113,6 @@ def test_what_cannot_be_graded_leaves_no_sheet(workspace: Workspace) -> None:
         (("EX=99",), "no such exercise"),
         (("OUT=checks",), "a file name such as gradesheet.json is wanted"),
     ):
-        done = workspace.make("grade", *arguments)
+        done = workspace.make("grade", *arguments, seconds=300)
         assert done.returncode == 2 and says in done.stdout, done.stdout
     assert not list(Path(workspace.top).glob("gradesheet*"))

@@ -32,15 +32,15 @@ def test_check_watch_and_grade_agree(workspace: Workspace) -> None:
         path = workspace.top / "exercises" / exercise.file_name
         path.write_text(text(exercise, KINDS[number % len(KINDS)]))
 
-    workspace.make("check")
+    workspace.make("check", seconds=300)
     checked = outcomes(workspace)
     (workspace.top / "build" / "verdicts.json").unlink()
     watch = Terminal(workspace.make_command("watch"), workspace.top)
-    watch.until(READY, 120)
+    watch.until(READY, 300)
     watch.interrupt()
     assert watch.ended() and quiet(workspace)
     watched = outcomes(workspace)
-    assert workspace.make("grade").returncode == 0
+    assert workspace.make("grade", seconds=300).returncode == 0
     sheet = json.loads((workspace.top / "gradesheet.json").read_text())
     graded = {
         exercise["id"]: {
