@@ -41,14 +41,14 @@ def run(ex: str, *, full: bool = False) -> int:
     minutes = "some minutes" if len(chosen) > sum(not case.long for case in cases) else f"about {bench.SECONDS} s"
     out.print(f"measuring; it takes {minutes}, Ctrl-C ends it with what is there", soft_wrap=True)
     measured = shown_beside(chosen, bench, out)
-    if measured.done == measured.asked:
+    if measured.whole:
         for sentence in bench.conclude(measured.series):
             out.print(sentence, markup=False, soft_wrap=True)
     if len(chosen) < len(cases):
         left = f"{len(cases) - len(chosen)} of {len(cases)} cases, which take minutes, are left out"
         out.print(f"{left}: make bench EX={exercise.number} FULL=1 measures them too", soft_wrap=True)
     drawn(BUILD / "bench" / f"{exercise.id}.png", exercise.title, bench, measured, out)
-    return 0 if measured.done == measured.asked else _INTERRUPTED
+    return 0 if measured.whole else _INTERRUPTED
 
 
 def shown_beside(cases: Sequence[Case], bench: Bench, out: Console) -> Measured:
@@ -59,7 +59,7 @@ def shown_beside(cases: Sequence[Case], bench: Bench, out: Console) -> Measured:
     if measured.series:
         out.print()
         out.print(figures.legend(bench), markup=False, soft_wrap=True)
-    if measured.done < measured.asked:
+    if not measured.whole:
         out.print(f"{measured.done} of {measured.asked} cases were measured")
     if measured.busy:
         out.print("the machine was busy with other work: times above are not to be compared", style="yellow")

@@ -19,6 +19,7 @@ from pathlib import Path
 from harness.model.exercise import exercises
 from harness.model.limits import FILE_BYTES
 from harness.model.paths import TOP
+from harness.model.submission import near
 from harness.report import github
 
 WORKFLOW = ".github/workflows/classroom.yml"
@@ -52,7 +53,7 @@ def copy(student: Path, submission: Path) -> list[str]:
     for path in sorted(folder.glob("*.py")):
         name, status = f"exercises/{path.name}", path.lstat()
         if path.name not in wanted:
-            meant = next((one for one in sorted(wanted) if path.name.lower().startswith(one[: len("exNN")])), "")
+            meant = next((one for one in sorted(wanted) if near(path.name, one)), "")
             left.append(f"{name}: is no exercise{f', rename it to {meant}' if meant else ''}; not copied")
         elif stat.S_ISLNK(status.st_mode):
             left.append(f"{name}: is a link; not copied")

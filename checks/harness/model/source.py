@@ -39,6 +39,12 @@ def functions(text: str) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
     return found
 
 
+def lines_of(node: ast.stmt) -> range:
+    """The lines of a statement, its decorators too."""
+    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+    return range(first, (node.end_lineno or first) + 1)
+
+
 def place_of(requirement: str, message: str, text: str, starter: str) -> int:
     """The line of a learner's `text` to look at: the definition that the message begins with ("forward: …" or
     "Layer.forward: …") if a TODO of the requirement stands in it in the starter; else such a TODO that is left; else

@@ -2,6 +2,8 @@
 
 import ast
 
+from harness.model.source import lines_of
+
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -38,8 +40,8 @@ def _names(node: ast.stmt) -> set[str]:
 
 
 def _source(text: str, node: ast.stmt) -> str:
-    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-    return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+    lines = lines_of(node)
+    return "\n".join(text.splitlines()[lines.start - 1 : lines.stop - 1])
 
 
 def _imports(nodes: list[ast.stmt], used: set[str]) -> list[str]:

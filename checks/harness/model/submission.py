@@ -47,10 +47,14 @@ def read(path: Path) -> str:
         raise LoadError(f"is not UTF-8 text (byte {error.start})", data[: error.start].count(b"\n") + 1) from None
 
 
+def near(name: str, wanted: str) -> bool:
+    """Whether a file's name may mean another one: "Ex01_….py" or "ex01_… (1).py" that of exercise 1."""
+    return name.lower().startswith(wanted[: len("exNN")])
+
+
 def _near(path: Path) -> str:
     """Names a file that was meant, perhaps: "Ex01_….py", "ex01_… (1).py"."""
-    number = path.name[: len("exNN")]
-    found = sorted(one.name for one in path.parent.glob("*.py") if one.name.lower().startswith(number))
+    found = sorted(one.name for one in path.parent.glob("*.py") if near(one.name, path.name))
     return f" of this name; {found[0]} is there, rename it" if found else ""
 
 

@@ -43,7 +43,7 @@ def figures(session: Session, before: str, out: Console) -> list[str]:
     settle()
     out.print(f"measuring; it takes about {2 * bench.SECONDS} s, Ctrl-C leaves the session open", soft_wrap=True)
     measured = shown_beside(bounded(case for case in bench.cases(modules) if not case.long), bench, out)
-    if measured.done < measured.asked:
+    if not measured.whole:
         raise UsageError(f"{session.name} stays as it is; {session.command} END=1 measures again")
     picture = session.folder / "before-and-after.png"
     drawn(picture, f"{exercise.title}: before and after", bench, measured, out)

@@ -1,6 +1,7 @@
 """What a save does where there are practice sessions: theirs are judged by the same checks, on the same board."""
 
 import time
+from collections.abc import Iterable
 
 from rich.console import Console
 
@@ -23,11 +24,13 @@ _MOMENT_SECONDS, _RECENT_SECONDS = 5.0, 3600.0
 def save(request: Request, judge: Judge) -> int:
     """Judges the sessions whose files have no verdict of their present state, then the exercises as ever."""
     out, started = terminal.console(), time.perf_counter()
-    changed = stale(request.ex)
+    wanted = selected(request.ex)
+    there = [session for session in sessions() if session.exercise in wanted]
+    changed = stale(there)
     for session in changed:
         judge_session(session, judge, out, whole=len(changed) == 1)
     recent = False
-    for session in (one for one in sessions() if not changed and one.exercise in selected(request.ex)):
+    for session in there if not changed else ():
         if not session.ended:
             recent = recent or time.time() - session.touched < _RECENT_SECONDS
             terminal.line(out, f"under way: {standing(session)}; {session.command} goes on")
@@ -36,11 +39,7 @@ def save(request: Request, judge: Judge) -> int:
         elif _just_saved(session):
             terminal.line(out, f"{session.name} has ended; {shown(session.folder / 'report.md')} says how")
     # Whoever practises does not look for the exercise's own board; make board shows it.
-    if (
-        (changed or recent)
-        and not request.once
-        and not judging.stale_in(selected(request.ex), VerdictCache(checks_version()))
-    ):
+    if (changed or recent) and not request.once and not judging.stale_in(wanted, VerdictCache(checks_version())):
         judging.ended(out, [session.name for session in changed], started, once=False)
         return 0
     return judging.save(request, judge)
@@ -62,10 +61,9 @@ def _just_saved(session: Session) -> bool:
     return saved > session.ended and time.time() - saved < _MOMENT_SECONDS
 
 
-def stale(ex: str) -> list[Session]:
-    """The sessions under way whose files have no verdict of their present state."""
-    wanted = selected(ex)
-    under_way = (one for one in sessions() if not one.ended and one.mode in SAYS and one.exercise in wanted)
+def stale(there: Iterable[Session]) -> list[Session]:
+    """Those under way whose files have no verdict of their present state."""
+    under_way = (one for one in there if not one.ended and one.mode in SAYS)
     return [one for one in under_way if one.file.exists() and one.verdicts().stale(one.exercise, one.file)]
 
 

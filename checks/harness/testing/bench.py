@@ -64,6 +64,11 @@ class Measured:
     asked: int
     busy: bool
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing: Ctrl-C ends it early."""
+        return self.done == self.asked
+
 
 class Bench(Protocol):
     """What an exercise's bench.py defines."""

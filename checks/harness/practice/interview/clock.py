@@ -35,9 +35,8 @@ def is_on(session: Session) -> bool:
 def reading(session: Session) -> str:
     """The clock in words."""
     gone, whole = minute(session), length(session)
-    ends = f"make interview EX={session.exercise.number} SEED={session.seed} END=1"
     if gone >= whole:
-        return f"clock: time is over ({whole} minutes); {ends} writes the report"
+        return f"clock: time is over ({whole} minutes); {session.command} END=1 writes the report"
     return f"clock: {gone:.0f} of {whole} minutes, {whole - gone:.0f} left"
 
 
@@ -45,8 +44,7 @@ def says(session: Session, verdict: ExerciseVerdict) -> list[str]:
     """What an interviewer says after a save: the time; at set minutes, that thoughts are to be said or noted."""
     lines = [reading(session), *prompts(session)]
     if verdict.state == "done" and is_on(session):
-        ends = f"make interview EX={session.exercise.number} SEED={session.seed} END=1"
-        lines.append(f"all that counts is earned; test more, or end it: {ends}")
+        lines.append(f"all that counts is earned; test more, or end it: {session.command} END=1")
     return lines
 
 

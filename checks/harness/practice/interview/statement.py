@@ -7,73 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from harness.model.exercise import Exercise
-from harness.model.source import todo_numbers
+from harness.model.source import lines_of, todo_numbers
 
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 # A convention begins with what it is about; without one of these, so many words tell it.
 _WORDS_OF_A_TOPIC, _MOST_WORDS = 3, 8
-_VERBS = frozenset(
-    [
-        "add",
-        "adds",
-        "appears",
-        "apply",
-        "asks",
-        "averages",
-        "carry",
-        "carries",
-        "change",
-        "changes",
-        "continues",
-        "copy",
-        "counts",
-        "depends",
-        "draws",
-        "fits",
-        "get",
-        "gets",
-        "give",
-        "gives",
-        "go",
-        "has",
-        "have",
-        "hold",
-        "holds",
-        "is",
-        "are",
-        "keep",
-        "keeps",
-        "lies",
-        "look",
-        "makes",
-        "match",
-        "matches",
-        "may",
-        "mean",
-        "means",
-        "must",
-        "need",
-        "put",
-        "puts",
-        "read",
-        "reads",
-        "returns",
-        "says",
-        "see",
-        "stay",
-        "stays",
-        "stand",
-        "stands",
-        "take",
-        "takes",
-        "times",
-        "turns",
-        "use",
-        "work",
-        "works",
-        "write",
-    ]
+_VERB = re.compile(
+    r"adds?|appears|apply|asks|averages|carry|carries|changes?|continues|copy|counts|depends|draws|fits|gets?|gives?|go|has"
+    r"|have|holds?|is|are|keeps?|lies|look|makes|match|matches|may|means?|must|need|puts?|reads?|returns|says|see|stays?"
+    r"|stands?|takes?|times|turns|use|works?|write"
 )
 
 
@@ -126,7 +69,7 @@ def without(starter: str, counting: set[str]) -> str:
     without the imports that they alone need. A class is whole or gone: its checks call what is to be written later.
     """
     lines, tree = starter.splitlines(), ast.parse(starter)
-    gone = [_lines(node) for node in _idle(tree.body, lines, counting)]
+    gone = [lines_of(node) for node in _idle(tree.body, lines, counting)]
     left = [line for number, line in enumerate(lines, start=1) if not any(number in one for one in gone)]
     text = re.sub(r"\n{4,}", "\n\n\n", "\n".join(left)).rstrip() + "\n"
     return _without_imports(text, _names(tree) - _names(ast.parse(text)))
@@ -136,14 +79,9 @@ def _idle(body: list[ast.stmt], lines: list[str], counting: set[str]) -> Iterato
     for node in body:
         if not isinstance(node, _DOCUMENTED):
             continue
-        numbers = {number for place in _lines(node) for number in todo_numbers(lines[place - 1])}
+        numbers = {number for place in lines_of(node) for number in todo_numbers(lines[place - 1])}
         if numbers and not numbers & counting:
             yield node
-
-
-def _lines(node: _Documented) -> range:
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return range(first, (node.end_lineno or first) + 1)
 
 
 def _names(tree: ast.Module) -> set[str]:
@@ -216,6 +154,8 @@ def _bullets(text: str) -> list[str]:
 def _topic(text: str) -> str:
     """What a convention is about, up to its first verb, without what it says of it."""
     words = text.replace("`", "").split()
-    end = next((place for place, word in enumerate(words) if word.strip(",:;.") in _VERBS), _WORDS_OF_A_TOPIC - 1)
+    end = next(
+        (place for place, word in enumerate(words) if _VERB.fullmatch(word.strip(",:;."))), _WORDS_OF_A_TOPIC - 1
+    )
     shown = words[: min(max(end + 1, 2), _MOST_WORDS)]
     return " ".join(shown).rstrip(",:;.") + " …" * (len(words) > len(shown))
