@@ -2,12 +2,12 @@
 later.
 
 Usage:
-    python -P -m devtools.same_verdicts store FILE [EX …]             judges everything twice; what differs is left out
-    python -P -m devtools.same_verdicts compare FILE [--sample N] [--seed S] [EX …]
+    python -P -m devtools.same_verdicts (store|compare) FILE [--sample N] [--seed S] [EX …]
 
 A text is the starter, the answer, a variant or a mistake. Of each are kept its score, its state, and the outcome and
-message of every check that did not pass, with line numbers and addresses masked. `compare` names every text whose
-verdict is another one now, and every text that has come or gone; `--sample` judges N mistakes per exercise only.
+message of every check that did not pass, with line numbers and addresses masked. `store` judges everything twice and
+leaves out what differs. `compare` names every text whose
+verdict is another one now, and every text that has come or gone; `--sample` takes N mistakes per exercise only.
 """
 
 import argparse
@@ -41,13 +41,14 @@ _MASKED = (
 )
 
 
-def texts(exercise: Exercise) -> dict[str, str]:
-    """Every text of an exercise's bank by name; the answer's comes first."""
+def texts(exercise: Exercise, sample: int, seed: int) -> dict[str, str]:
+    """The texts of an exercise's bank by name, the answer's first: all of them, or `sample` of its mistakes only."""
     answer = bank.answer(exercise)
     found = {"answer": answer, "starter": exercise.starter}
     found |= {f"variant {name}": bank.right_code(exercise, name) for name in exercise.variant_files}
-    found |= {f"mistake {name}": mistake.applied_to(answer) for name, mistake in bank.mistakes(exercise).items()}
-    return found
+    mistakes = bank.mistakes(exercise)
+    drawn = random.Random(seed).sample(sorted(mistakes), min(sample or len(mistakes), len(mistakes)))
+    return found | {f"mistake {name}": mistakes[name].applied_to(answer) for name in drawn}
 
 
 def judged(judge: Judge, exercise: Exercise, chosen: dict[str, str]) -> Iterator[tuple[str, Verdict]]:
@@ -79,11 +80,11 @@ def _masked(message: str) -> str:
     return message
 
 
-def store(judge: Judge, chosen: list[Exercise], file: Path) -> int:
+def store(judge: Judge, chosen: list[Exercise], file: Path, sample: int, seed: int) -> int:
     """Judges every text twice and writes what both times said."""
     stored: dict[str, dict[str, Verdict]] = {}
     for exercise in chosen:
-        one, two = (dict(judged(judge, exercise, texts(exercise))) for _ in range(2))
+        one, two = (dict(judged(judge, exercise, texts(exercise, sample, seed))) for _ in range(2))
         stored[exercise.id] = {name: verdict for name, verdict in one.items() if two[name] == verdict}
         for name in one:
             if name not in stored[exercise.id]:
@@ -98,22 +99,17 @@ def compare(judge: Judge, chosen: list[Exercise], file: Path, sample: int, seed:
     stored = json.loads(file.read_text(encoding="utf-8"))
     problems = 0
     for exercise in chosen:
-        before, there = stored[exercise.id], texts(exercise)
-        for name in sorted(before.keys() - there.keys()):
+        before, there = stored[exercise.id], texts(exercise, sample, seed)
+        for name in sorted(before.keys() - texts(exercise, 0, seed).keys()):
             problems += 1
             print(f"{exercise.id} {name}: is gone")
-        mistakes = [name for name in there if name.startswith("mistake ")]
-        left_out = set(mistakes) - set(
-            random.Random(seed).sample(mistakes, min(sample or len(mistakes), len(mistakes)))
-        )
-        wanted = {name: text for name, text in there.items() if name not in left_out}
-        for name, verdict in judged(judge, exercise, wanted):
+        for name, verdict in judged(judge, exercise, there):
             if name not in before:
                 print(f"{exercise.id} {name}: has no stored verdict")
             elif verdict != before[name]:
                 problems += 1
                 print(f"{exercise.id} {name}: {_difference(before[name], verdict)}")
-        print(f"{exercise.id}: {len(wanted)} of {len(there)} texts compared", flush=True)
+        print(f"{exercise.id}: {len(there)} texts compared", flush=True)
     print(f"{problems} differ")
     return 1 if problems else 0
 
@@ -143,7 +139,7 @@ def main(arguments: list[str]) -> int:
     def use(collected: pytest.Session) -> int:
         judge = Judge(collected.items)
         if options.command == "store":
-            return store(judge, chosen, options.file)
+            return store(judge, chosen, options.file, options.sample, options.seed)
         return compare(judge, chosen, options.file, options.sample, options.seed)
 
     try:
