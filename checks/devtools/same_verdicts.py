@@ -6,8 +6,8 @@ Usage:
 
 A text is the starter, the answer, a variant or a mistake. Of each are kept its score, its state, and the outcome and
 message of every check that did not pass, with line numbers and addresses masked. `store` judges everything twice and
-leaves out what differs. `compare` names every text whose
-verdict is another one now, and every text that has come or gone; `--sample` takes N mistakes per exercise only.
+leaves out what differs. `compare` names every text whose verdict is another one now, and every text that has gone;
+`--sample` takes N mistakes per exercise only.
 """
 
 import argparse
