@@ -7,7 +7,7 @@ from devtools import check_exercise, kill_matrix, new, patterns
 from harness.model.bank import BankError, BanksAbsent, mistakes
 from harness.model.exercise import SpecificationError, UsageError, selected
 from harness.runner import session
-from harness.runner.supervisor import Judge
+from harness.runner.judge import Judge
 
 
 def main(arguments: list[str]) -> int:
@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> int:
             mistakes(exercise)  # Before the checks are collected, which read them too.
         if asked.command == "patterns":
             return session.collected(
-                lambda one: patterns.run(Judge(one.items, halves=False), chosen, asked.only), asked.ex
+                lambda checks: patterns.run(Judge(checks, halves=False), chosen, asked.only), asked.ex
             )
-        return session.collected(lambda one: kill_matrix.run(one.items, chosen, asked.only, full), asked.ex)
+        return session.collected(lambda checks: kill_matrix.run(checks, chosen, asked.only, full), asked.ex)
     except (UsageError, SpecificationError, BanksAbsent, BankError) as error:
         print(error)
         return 2

@@ -1,13 +1,12 @@
 """What `make test` asks of one exercise: its files filled, their form, its bank. One line for each thing to do."""
 
-import pytest
-
 from devtools import kill_matrix, patterns, practised, rules
 from harness.commands.request import one_exercise
 from harness.model import bank
 from harness.report import terminal
 from harness.runner import session
-from harness.runner.supervisor import Judge
+from harness.runner.judge import Judge
+from harness.testing.check import Check
 
 
 def run(ex: str) -> int:
@@ -28,8 +27,8 @@ def run(ex: str) -> int:
 
     bank.mistakes(exercise)  # Before the checks are collected, which read it too: what it cannot hold is one line.
 
-    def judge(collected: pytest.Session) -> int:
-        judging = Judge(collected.items, halves=False)
+    def judge(checks: list[Check]) -> int:
+        judging = Judge(checks, halves=False)
         matrix = kill_matrix.build(judging, exercise)
         if not matrix.problems:
             matrix.problems += [*practised.renew(judging, exercise), *practised.problems(judging, exercise, full=False)]

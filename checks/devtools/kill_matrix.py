@@ -1,11 +1,10 @@
 """Judges the judge: runs an exercise's whole bank through its checks and names what does not hold."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from devtools import patterns, practised
@@ -15,9 +14,9 @@ from harness.model.exercise import Exercise
 from harness.model.patterns import Pattern, pattern
 from harness.model.results import READABILITY, ExerciseVerdict, Result, verdict_of
 from harness.report import terminal
-from harness.runner import plugin
-from harness.runner.supervisor import KINDS, Judge
+from harness.runner.judge import Judge
 from harness.sandbox.hugepages import use_huge_pages
+from harness.testing.check import KINDS, Check, Kind
 
 # About so many mistakes of an exercise `make test` tries; `make bank` tries all.
 QUICK = 60
@@ -37,9 +36,9 @@ class Matrix:
     patterns: dict[str, Pattern] = field(default_factory=dict)
 
 
-def run(items: list[pytest.Item], chosen: list[Exercise], only: str, full: bool) -> int:
+def run(checks: list[Check], chosen: list[Exercise], only: str, full: bool) -> int:
     """Prints the kill matrix of each exercise; 1 if anything does not hold."""
-    judge, problems, shares = Judge(items, halves=False), 0, patterns.Shares()
+    judge, problems, shares = Judge(checks, halves=False), 0, patterns.Shares()
     use_huge_pages()
     for exercise in chosen:
         matrix = build(judge, exercise, only, full)
@@ -158,19 +157,19 @@ def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool, proof: bo
     except bank.BankError as error:
         matrix.problems.append(str(error))
         return
-    items = judge.items(exercise)
+    checks = judge.checks(exercise)
 
-    def kinds(requirements: tuple[str, ...]) -> set[str]:
-        return {plugin.kind_of(item) for item in items if plugin.requirement_of(item) in requirements}
+    def kinds(*requirements: str) -> set[Kind]:
+        return {check.kind for check in checks if check.requirement in requirements}
 
     results: list[Result] = []
     if full:
-        _, results = _judged(judge, exercise, text, ("code", *kinds(mistake.requirements)))
+        _, results = _judged(judge, exercise, text, ("code", *kinds(*mistake.requirements)))
         of_the_code = judge.names(exercise, "code")
         matrix.patterns[mistake.name] = pattern(one for one in results if one.name in of_the_code)
     else:
         for number in mistake.requirements:
-            results += _judged(judge, exercise, text, tuple(kinds((number,))), number, at_first=True)[1]
+            results += _judged(judge, exercise, text, tuple(kinds(number)), number, at_first=True)[1]
         if proof:
             ids = [requirement.id for requirement in exercise.requirements]
             rest = [number for number in ids if number not in mistake.requirements]
@@ -198,7 +197,7 @@ def _wrong(judge: Judge, matrix: Matrix, mistake: Mistake, full: bool, proof: bo
 
 
 def _judged(
-    judge: Judge, exercise: Exercise, text: str, kinds: tuple[str, ...], *requirements: str, at_first: bool = False
+    judge: Judge, exercise: Exercise, text: str, kinds: Sequence[Kind], *requirements: str, at_first: bool = False
 ) -> tuple[ExerciseVerdict, list[Result]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / exercise.file_name

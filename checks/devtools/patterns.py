@@ -14,7 +14,7 @@ from harness.model.exercise import Exercise
 from harness.model.paths import shown, write_whole
 from harness.model.patterns import Pattern
 from harness.model.results import Result
-from harness.runner.supervisor import Judge
+from harness.runner.judge import Judge
 
 # How many mistakes of an exercise `make test` judges again, and how many re-made ones `make bank` does at most.
 SAMPLE, REMADE = 3, 60
@@ -51,7 +51,7 @@ def run(judge: Judge, chosen: list[Exercise], only: str) -> int:
     shares = Shares()
     for exercise in chosen:
         checks, known = patterns.load(exercise)
-        known = known if only and checks == set(code_checks(judge, exercise)) else {}
+        known = known if only and checks == set(judge.names(exercise, "code")) else {}
         for mistake in bank.mistakes(exercise).values():
             if only in mistake.name:
                 known[mistake.name] = _judged(judge, exercise, mistake.applied_to(bank.answer(exercise)))
@@ -65,14 +65,8 @@ def run(judge: Judge, chosen: list[Exercise], only: str) -> int:
 
 def write(judge: Judge, exercise: Exercise, known: dict[str, Pattern]) -> str:
     """Writes an exercise's file, and says so."""
-    write_whole(exercise.patterns_file, patterns.text(code_checks(judge, exercise), known))
+    write_whole(exercise.patterns_file, patterns.text(judge.names(exercise, "code"), known))
     return f"{shown(exercise.patterns_file)}: {sum(map(bool, known.values()))} mistakes"
-
-
-def code_checks(judge: Judge, exercise: Exercise) -> list[str]:
-    """The names of the checks of the code, in order."""
-    names = judge.names(exercise, "code")
-    return [name for _, name in judge.expected(exercise) if name in names]
 
 
 def stale(judge: Judge, exercise: Exercise) -> Iterator[str]:
@@ -82,7 +76,7 @@ def stale(judge: Judge, exercise: Exercise) -> Iterator[str]:
     writes = f"make bank EX={exercise.number} writes it"
     checks, known = patterns.load(exercise)
     mistakes = bank.mistakes(exercise)
-    if checks != set(code_checks(judge, exercise)):
+    if checks != set(judge.names(exercise, "code")):
         yield f"{shown(exercise.patterns_file)} is stale: its checks are others; {writes}"
         return
     if gone := sorted(known.keys() - mistakes.keys()):

@@ -1,7 +1,7 @@
 """What practice makes of an exercise's bank: hunts fail and are mended, right changes of a review pass, faults fail."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.model.exercise import Exercise, UsageError
@@ -9,7 +9,8 @@ from harness.model.paths import shown, write_whole
 from harness.practice import debug, planted, refactorings, review
 from harness.practice.planted import Change
 from harness.practice.sessions import new
-from harness.runner.supervisor import Judge
+from harness.runner.judge import Judge
+from harness.testing.check import Kind
 
 # How many hunts, of which the last mends are tried too, and reviews `make bank` makes; and `make test`.
 MANY, FEW_HUNTS = 50, 3
@@ -79,7 +80,7 @@ def _of(changes: list[Change]) -> list[str]:
 
 
 def _failures(
-    judge: Judge, exercise: Exercise, changes: list[Change], *requirements: str, kinds: tuple[str, ...] = ("code",)
+    judge: Judge, exercise: Exercise, changes: list[Change], *requirements: str, kinds: Sequence[Kind] = ("code",)
 ) -> list[str]:
     """The first failing check of the code with some changes, if any."""
     with tempfile.TemporaryDirectory() as folder:

@@ -21,16 +21,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from rich.progress import track
 
-from harness.commands.judge import judge_file
 from harness.model import bank
 from harness.model.cache import Entry, OwnTests
 from harness.model.exercise import Exercise, selected
 from harness.runner import session
-from harness.runner.supervisor import Judge
+from harness.runner.judge import Judge
 from harness.testing import lint
+from harness.testing.check import Check
 
 Verdict = dict[str, Any]
 _MASKED = (
@@ -57,7 +56,7 @@ def judged(judge: Judge, exercise: Exercise, chosen: dict[str, str]) -> Iterator
     for name, text in track(chosen.items(), exercise.id, transient=True):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / exercise.file_name).write_text(text, encoding="utf-8")
-            entry = judge_file(exercise, Path(folder), judge, own_tests)
+            entry = judge.judge(exercise, Path(folder), own_tests)
         yield name, _verdict(exercise, entry)
 
 
@@ -136,8 +135,8 @@ def main(arguments: list[str]) -> int:
     os.environ["EXERCISES_MYPY_DAEMON"] = "1"
     lint.start_mypy_daemon()
 
-    def use(collected: pytest.Session) -> int:
-        judge = Judge(collected.items)
+    def use(checks: list[Check]) -> int:
+        judge = Judge(checks)
         if options.command == "store":
             return store(judge, chosen, options.file, options.sample, options.seed)
         return compare(judge, chosen, options.file, options.sample, options.seed)

@@ -59,12 +59,13 @@ def _run_on_checks(request: Request) -> int:
     from harness.commands import devices, judge
     from harness.practice import saving
     from harness.practice.interview import clock
-    from harness.runner import server, session, supervisor
+    from harness.runner import server, session
+    from harness.runner.judge import Judge
 
-    def judged(asked: Request, one: supervisor.Judge) -> int:
+    def judged(asked: Request, one: Judge) -> int:
         return saving.save(asked, one) if asked.command == "save" else judge.run(asked, one)
 
-    def answer(arguments: list[str], one: supervisor.Judge) -> int:
+    def answer(arguments: list[str], one: Judge) -> int:
         """What the fork server does with a client's command line."""
 
         def run() -> int:
@@ -75,10 +76,10 @@ def _run_on_checks(request: Request) -> int:
         return _said(run)
 
     if request.command == "serve":
-        return session.collected(lambda collected: server.serve(collected, set(request.owner), answer, clock.bell()))
+        return session.collected(lambda checks: server.serve(checks, set(request.owner), answer, clock.bell()))
     if request.device != "cpu":
         return devices.check(request)
-    return session.collected(lambda collected: judged(request, supervisor.Judge(collected.items)), request.ex)
+    return session.collected(lambda checks: judged(request, Judge(checks)), request.ex)
 
 
 def _said(run: Callable[[], int]) -> int:

@@ -14,13 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from harness.model.exercise import Exercise, exercises
 from harness.model.results import verdict_of
 from harness.runner import session
-from harness.runner.supervisor import Judge, graded
+from harness.runner.judge import Judge, graded
 from harness.sandbox.hugepages import use_huge_pages
+from harness.testing.check import Check
 
 
 @contextmanager
@@ -45,8 +44,8 @@ def judge_all(judge: Judge, exercise: Exercise, request: dict[str, Any]) -> dict
     return given
 
 
-def use(collected: pytest.Session) -> int:
-    judge, exercise = Judge(collected.items), exercises()[sys.argv[1]]
+def use(checks: list[Check]) -> int:
+    judge, exercise = Judge(checks), exercises()[sys.argv[1]]
     judge.read_banks()
     use_huge_pages()
     for line in sys.stdin:

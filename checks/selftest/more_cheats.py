@@ -249,6 +249,11 @@ ON_IMPORT = {
     "kind.__init__ = passed",
     "the result's outcome": _SUBCLASSES
     + "find('Result').outcome = property(lambda self: 'passed', lambda self, value: None)",
+    "what a check says of itself": _SUBCLASSES + "kind = find('Check')\nreal = kind.result\n\n\n"
+    "def passed(self, outcome, *rest, **more):\n    return real(self, 'passed')\n\n\nkind.result = passed",
+    "another requirement for a check": "import gc\n"
+    "for one in [one for one in gc.get_objects() if type(one).__name__ == 'Check']:\n"
+    "    object.__setattr__(one, 'requirement', '1.2')",
     "pytest's stash": "import _pytest.stash\nreal = _pytest.stash.Stash.get\n\n\n"
     "def get(self, key, default):\n    found = real(self, key, default)\n"
     "    return found if callable(found) else default\n\n\n_pytest.stash.Stash.get = get",

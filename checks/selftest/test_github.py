@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.model.exercise import Exercise, Requirement, Step
-from harness.model.results import ExerciseVerdict, Result, verdict_of
+from harness.model.results import Cause, ExerciseVerdict, Result, verdict_of
 from harness.report import github, gradesheet
 
 STARTER = "def one():\n    # TODO(7.1): …\n    ...\n\n\ndef two():\n    # TODO(7.2): …\n    ...\n"
@@ -28,7 +28,7 @@ def verdict(of: Exercise, *results: Result) -> ExerciseVerdict:
     return verdict_of(of, [*results, *earned], untouched=False)
 
 
-def failed(requirement: str, message: str = "why", line: int = 3, kind: str = "") -> Result:
+def failed(requirement: str, message: str = "why", line: int = 3, kind: Cause = "") -> Result:
     return Result(requirement, f"test_{requirement}", "failed", message, line, kind)
 
 
@@ -117,8 +117,8 @@ def test_the_result_has_one_weight_and_one_total() -> None:
     assert github.classroom(verdicts[1:], Path())["status"] == "pass"
 
 
-def graded(verdicts: list[ExerciseVerdict]) -> dict[str, object]:
-    return gradesheet.sheet(verdicts, "v", "2.13.0")
+def graded(verdicts: list[ExerciseVerdict]) -> gradesheet.Sheet:
+    return gradesheet.sheet(verdicts, "v", "2.13.0", {})
 
 
 def test_publish_replaces_what_a_learner_wrote(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from devtools.workspace import Workspace
-from harness.commands import history
-from harness.commands.history import Change, Track, judged
+from harness.model import history
 from harness.model.exercise import UsageError, exercises
-from harness.model.results import ExerciseVerdict, Result, verdict_of
+from harness.model.history import Change, Track, judged
+from harness.model.results import ExerciseVerdict, Outcome, Result, verdict_of
 from harness.practice.help import attempts, progress
 from selftest.toys import ANSWER, FILE, STARTER, plant
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_done_is_said_in_one_line(small: Workspace) -> None:
 def test_what_is_earned_and_lost_is_noted_with_its_time_and_pauses_do_not_count() -> None:
     exercise, track = exercises()["ex01"], Track()
 
-    def verdict(outcome: str) -> ExerciseVerdict:
+    def verdict(outcome: Outcome) -> ExerciseVerdict:
         results = [Result(one.id, f"test {one.id}", outcome) for one in exercise.requirements]
         return verdict_of(exercise, results, untouched=False)
 

@@ -107,14 +107,15 @@ for name, code in json.load(sys.stdin).items():
 """
 LATE = """
 import sys, pytest
-from harness.runner import plugin, session
+from harness.runner import session
 from harness.model.paths import TOP
-def use(collected):
-    collected.config.option.submission = str(TOP / "answers")
+def use(checks):
+    config = checks[0].item.config
+    config.option.submission = str(TOP / "answers")
     before = set(sys.modules)
-    for item in collected.items:
-        if plugin.kind_of(item) == "code":
-            collected.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+    for check in checks:
+        if check.kind == "code":
+            config.hook.pytest_runtest_protocol(item=check.item, nextitem=None)
     late = sorted(name for name in set(sys.modules) - before if name.startswith(("torch.", "sympy")))
     assert len(late) < 30, late
     return 0

@@ -3,7 +3,7 @@
 import pytest
 
 from harness.model.exercise import Exercise, Requirement, Step
-from harness.model.results import Result, verdict_of
+from harness.model.results import Cause, Outcome, Result, verdict_of
 
 EXERCISE = Exercise(
     "ex07",
@@ -23,7 +23,7 @@ PASSED, FAILED, TODO = ("passed", ""), ("failed", ""), ("failed", "not implement
 UNJUDGED, BROKEN, GONE = ("missing", "unjudged"), ("error", "load"), ("error", "no file")
 
 
-def results(**outcomes: list[tuple[str, str]]) -> list[Result]:
+def results(**outcomes: list[tuple[Outcome, Cause]]) -> list[Result]:
     return [
         Result(f"7.{number[1:]}", f"test_{i}", outcome, "why", kind=kind)
         for number, of_one in outcomes.items()
@@ -49,7 +49,7 @@ def results(**outcomes: list[tuple[str, str]]) -> list[Result]:
     ],
 )
 def test_points_and_state(
-    outcomes: dict[str, list[tuple[str, str]]], untouched: bool, state: str, scores: list[int]
+    outcomes: dict[str, list[tuple[Outcome, Cause]]], untouched: bool, state: str, scores: list[int]
 ) -> None:
     verdict = verdict_of(EXERCISE, results(**outcomes), untouched=untouched)
 

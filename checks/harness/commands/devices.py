@@ -6,7 +6,6 @@ Its own process stays without CUDA, so that the children that it forks can use i
 import os
 import sys
 
-import pytest
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -16,9 +15,10 @@ from harness.commands.request import Request, submission_folder
 from harness.model.exercise import UsageError, selected
 from harness.model.results import Result, verdict_of
 from harness.report import terminal
-from harness.runner import plugin, session
-from harness.runner.supervisor import Judge
+from harness.runner import session
+from harness.runner.judge import Judge
 from harness.sandbox.processes import CAN_FORK
+from harness.testing.check import Check
 from harness.testing.compare import ELSEWHERE
 
 
@@ -35,11 +35,10 @@ def check(request: Request) -> int:
         fact = f"torch {torch.__version__} finds no GPU here"
         raise UsageError(f"DEVICE=cuda: {fact}; make check judges on the CPU, make doctor says more")
 
-    def use(collected: pytest.Session) -> int:
-        earning = [item for item in collected.items if plugin.earns(item)]
-        shown = [item for item in collected.items if not plugin.earns(item)]
-        code = judge.run(request, Judge(earning))
-        _show(terminal.console(), request, Judge(shown, halves=False))
+    def use(checks: list[Check]) -> int:
+        code = judge.run(request, Judge(check for check in checks if check.counts))
+        shown = Judge((check for check in checks if not check.counts), halves=False)
+        _show(terminal.console(), request, shown)
         return code
 
     return session.collected(use, device=device)

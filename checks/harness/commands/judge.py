@@ -4,7 +4,6 @@ fork of the server.
 
 import os
 import time
-from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,66 +11,17 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from harness.commands import history
 from harness.commands.request import Request, folder_to_grade, no_exercise_in, out_path, submission_folder
-from harness.model import bank
-from harness.model.cache import Entry, OwnTests, VerdictCache, checks_version, stamp
+from harness.model import bank, history
+from harness.model.cache import VerdictCache, checks_version
 from harness.model.exercise import Exercise, UsageError, selected
 from harness.model.paths import EXERCISES, shown
-from harness.model.results import ExerciseVerdict, Result
-from harness.model.submission import LoadError, isolated, read
+from harness.model.results import ExerciseVerdict
+from harness.model.submission import isolated
 from harness.report import github, gradesheet, terminal
 from harness.report.saved import Saved
-from harness.runner.supervisor import KINDS, Judge, graded
+from harness.runner.judge import Judge, graded
 from harness.sandbox import landlock
-
-
-def judge_file(
-    exercise: Exercise,
-    folder: Path,
-    judge: Judge,
-    own_tests: OwnTests | None = None,
-    room: Path | None = None,
-    saved: Saved | None = None,
-) -> Entry:
-    """Judges a submission's file now.
-
-    Args:
-        own_tests: what is known of own tests: one that is among them is not run again.
-        room: for grading: the one folder that the submission may write to.
-        saved: shows the verdict on the code as soon as it is there.
-    """
-    path = folder / exercise.file_name
-    at, start = stamp(path), time.perf_counter()
-    try:
-        text = read(path)
-    except LoadError as error:
-        if saved is None:  # What no check can read needs no process that says so.
-            return Entry(at, False, time.perf_counter() - start, tuple(_unread(judge.expected(exercise), error)))
-        text = ""
-    digest, line = judge.own_test_in(exercise, text)
-    kept = {result.name: result for result in own_tests.find(digest, line)} if own_tests is not None else {}
-
-    def entry(results: Iterable[Result]) -> Entry:
-        found = {result.name: result for result in results} | kept
-        ordered = tuple(found[name] for _, name in judge.expected(exercise) if name in found)
-        return Entry(at, text == exercise.starter, time.perf_counter() - start, ordered)
-
-    kinds = tuple(kind for kind in KINDS if not (kept and kind == "own test"))
-    if saved is None:
-        results = judge.results(exercise, folder, kinds, room=room)
-    else:
-        results = judge.results(exercise, folder, kinds, first=lambda some: saved.first(entry(some)), slow=saved.slow)
-    if own_tests is not None and not kept:
-        names = judge.names(exercise, "own test")
-        own_tests.keep(digest, line, [result for result in results if result.name in names])
-    return entry(results)
-
-
-def _unread(expected: Iterable[tuple[str, str]], error: LoadError) -> Iterator[Result]:
-    """What every check says of a file that cannot be read."""
-    kind = "no file" if error.missing else "load"
-    return (Result(number, name, "error", error.fact, error.line, kind) for number, name in expected)
 
 
 def check(request: Request, judge: Judge) -> int:
@@ -81,7 +31,7 @@ def check(request: Request, judge: Judge) -> int:
     cache = VerdictCache(checks_version()) if folder == EXERCISES else None
     verdicts, trouble = [], ""
     for exercise in chosen:
-        entry = judge_file(exercise, folder, judge, cache.own_tests[exercise.id] if cache is not None else None)
+        entry = judge.judge(exercise, folder, cache.own_tests[exercise.id] if cache is not None else None)
         verdicts.append(entry.verdict(exercise))
         if cache is not None:
             trouble = cache.store(exercise, entry) or history.note(verdicts[-1], entry.stamp) or trouble
@@ -108,12 +58,12 @@ def grade(request: Request, judge: Judge) -> int:
     for exercise in track(chosen, "grading", console=out, transient=True, disable=not out.is_terminal):
         with graded() as (alone, room):
             copied = isolated(folder / exercise.file_name, alone)
-            verdict = judge_file(exercise, copied, judge, room=room).verdict(exercise)
+            verdict = judge.judge(exercise, copied, room=room).verdict(exercise)
         verdicts.append(verdict)
         reason = f" ({github.plain(verdict.reason)})" if verdict.reason else ""
         line = f"{exercise.id} {verdict.score}/{verdict.max_score} {verdict.state}{reason}, {verdict.seconds:.1f} s"
         out.print(line, markup=False, soft_wrap=True)
-    origin = github.origin(os.environ, datetime.now(UTC)) if request.github else None
+    origin = github.origin(os.environ, datetime.now(UTC)) if request.github else {}
     sheet = gradesheet.sheet(verdicts, version, torch.__version__.partition("+")[0], origin)
     try:
         beside = gradesheet.write(sheet, path, gradesheet.places(verdicts, folder))
@@ -138,8 +88,8 @@ def save(request: Request, judge: Judge) -> int:
     for exercise in stale:
         terminal.begin(out, exercise, folder)
         if len(stale) == 1 and not request.once:
-            one = Saved(out, exercise, folder, judge.expected(exercise), cache.entries.get(exercise.id))
-        entry = judge_file(exercise, folder, judge, cache.own_tests[exercise.id], saved=one)
+            one = Saved(out, exercise, folder, cache.entries.get(exercise.id))
+        entry = judge.judge(exercise, folder, cache.own_tests[exercise.id], display=one)
         trouble = cache.store(exercise, entry) or history.note(entry.verdict(exercise), entry.stamp) or trouble
     verdicts = [cache.entries[exercise.id].verdict(exercise) for exercise in chosen]
     saved = [verdict for verdict in verdicts if verdict.exercise in stale]

@@ -2,9 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from harness.model.exercise import POINTS, Exercise, Requirement
 
+Outcome = Literal["passed", "failed", "error", "timeout", "missing"]
+# Why a check did not pass, where that decides more than the check.
+Cause = Literal["", "not implemented", "load", "no file", "unjudged"]
+State = Literal["not started", "does not import", "in progress", "done"]
 READABILITY = "readability"
 NOT_RUN = "not run after the hang"
 
@@ -20,19 +25,18 @@ class Result:
     Args:
         requirement: the requirement it decides, "1.5".
         name: the check's function name with its parameters in brackets.
-        outcome: "passed", "failed", "error", "timeout" or "missing".
         message: why, in words; empty if it passed.
         line: the line of the learner's file to look at, 0 if none.
-        kind: "" or, where the reason decides the exercise's state: "not implemented", "load", "no file", "unjudged".
+        kind: why, where that decides more than the check.
         printed: what the learner's code printed during the check, last lines.
     """
 
     requirement: str
     name: str
-    outcome: str
+    outcome: Outcome
     message: str = ""
     line: int = 0
-    kind: str = ""
+    kind: Cause = ""
     printed: str = ""
 
 
@@ -70,7 +74,7 @@ class ExerciseVerdict:
     """All that is known of one exercise of a submission."""
 
     exercise: Exercise = field(repr=False)
-    state: str
+    state: State
     reason: str
     requirements: tuple[RequirementVerdict, ...]
     seconds: float = 0.0
@@ -133,7 +137,7 @@ def _readability_allowed(exercise: Exercise, results: dict[str, list[Result]], e
     return 2 * sum(earned[number] for number in others) >= len(others) > 0
 
 
-def _state(verdicts: list[RequirementVerdict], untouched: bool) -> tuple[str, str]:
+def _state(verdicts: list[RequirementVerdict], untouched: bool) -> tuple[State, str]:
     results = [result for verdict in verdicts for result in verdict.results]
     if (gone := next((r for r in results if r.kind == "no file"), None)) is not None:
         return "not started", gone.message

@@ -15,9 +15,8 @@ from harness.practice.planted import Change
 from harness.practice.sessions import Session, digest
 
 if TYPE_CHECKING:
-    import pytest
-
-    from harness.runner.supervisor import Judge
+    from harness.runner.judge import Judge
+    from harness.testing.check import Check
 
 Made = TypeVar("Made")
 Text = Callable[[Session], str]
@@ -127,12 +126,12 @@ def judged(exercise: Exercise, use: "Callable[[Judge], Made]") -> Made:
         SystemExit: whoever read the output has gone.
     """
     from harness.runner import session as collecting
-    from harness.runner.supervisor import Judge
+    from harness.runner.judge import Judge
 
     made: list[Made] = []
 
-    def run(collected: "pytest.Session") -> int:
-        made.append(use(Judge(collected.items)))
+    def run(checks: "list[Check]") -> int:
+        made.append(use(Judge(checks)))
         return 0
 
     code = collecting.collected(run, exercise.id)

@@ -16,7 +16,7 @@ from harness.practice.modes import SAYS
 from harness.practice.sessions import Save, Session, sessions
 from harness.report import terminal
 from harness.report.saved import Saved
-from harness.runner.supervisor import Judge
+from harness.runner.judge import Judge
 
 _MOMENT_SECONDS, _RECENT_SECONDS = 5.0, 3600.0
 
@@ -72,8 +72,8 @@ def judge_session(session: Session, judge: Judge, out: Console, *, whole: bool =
     exercise, cache = session.scope, session.verdicts()
     terminal.begin(out, exercise, session.folder)
     last = cache.entries.get(exercise.id)
-    display = Saved(out, exercise, session.folder, judge.expected(exercise), last) if whole else None
-    entry = judging.judge_file(exercise, session.folder, judge, cache.own_tests[exercise.id], saved=display)
+    display = Saved(out, exercise, session.folder, last) if whole else None
+    entry = judge.judge(exercise, session.folder, cache.own_tests[exercise.id], display=display)
     trouble, verdict = cache.store(exercise, entry), entry.verdict(exercise)
     if display is not None:
         display.rest(verdict)

@@ -15,9 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from harness.commands.history import write
 from harness.model.cache import VerdictCache, checks_version
 from harness.model.exercise import POINTS, Exercise, UsageError, exercises, within
+from harness.model.history import write
 from harness.model.paths import BUILD, PRACTICE, shown
 from harness.model.submission import LoadError, read
 

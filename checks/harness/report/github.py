@@ -17,6 +17,7 @@ from typing import Any
 from harness.model.exercise import POINTS
 from harness.model.results import ExerciseVerdict, RequirementVerdict, Result
 from harness.report import gradesheet
+from harness.report.gradesheet import Origin, Points, Sheet
 from harness.sandbox.output import printable
 
 ANNOTATIONS = 10  # GitHub shows no more of a kind per step.
@@ -36,14 +37,14 @@ def mute() -> str:
     return token
 
 
-def origin(environment: Mapping[str, str], now: datetime) -> dict[str, str]:
+def origin(environment: Mapping[str, str], now: datetime) -> Origin:
     """Where the submission comes from, as the gradesheet says it."""
     date = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    named = {"repository": "GITHUB_REPOSITORY", "commit": "GITHUB_SHA"}
-    return {name: environment.get(variable, "") for name, variable in named.items()} | {"date": date}
+    repository, commit = environment.get("GITHUB_REPOSITORY", ""), environment.get("GITHUB_SHA", "")
+    return {"repository": repository, "commit": commit, "date": date}
 
 
-def publish(verdicts: Sequence[ExerciseVerdict], graded: dict[str, Any], folder: Path, token: str) -> None:
+def publish(verdicts: Sequence[ExerciseVerdict], graded: Sheet, folder: Path, token: str) -> None:
     """Prints the annotations and notices, and writes the step's result and summary.
 
     Args:
@@ -71,7 +72,7 @@ def annotations(verdicts: Sequence[ExerciseVerdict], folder: Path) -> list[str]:
     return list(islice(in_turn, ANNOTATIONS))
 
 
-def notices(graded: Mapping[str, Any]) -> list[str]:
+def notices(graded: Points) -> list[str]:
     """The two lines that classroom tools read the points from."""
     report = json.dumps({"totalPoints": graded["score"], "maxPoints": graded["max_score"]}, separators=(",", ":"))
     points = f"Points {graded['score']}/{graded['max_score']}"
@@ -105,7 +106,7 @@ def classroom(verdicts: Sequence[ExerciseVerdict], folder: Path) -> dict[str, An
     return {"version": 1, "status": status, "max_score": POINTS * len(tests), "tests": tests}
 
 
-def summary(graded: dict[str, Any], places: gradesheet.Places) -> str:
+def summary(graded: Sheet, places: gradesheet.Places) -> str:
     """The gradesheet as Markdown, within what GitHub takes."""
     text = gradesheet.markdown(graded, places)
     if len(text.encode()) <= SUMMARY_BYTES:

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from harness.model.exercise import CRITERIA, POINTS
 from harness.model.paths import write_whole
-from harness.model.results import ExerciseVerdict, RequirementVerdict, Result
+from harness.model.results import ExerciseVerdict, Outcome, RequirementVerdict, Result, State
 from harness.model.source import place_of
 from harness.model.submission import LoadError, read
 from harness.sandbox.output import printable
@@ -19,23 +19,67 @@ NOT_COUNTED = "counts once half of the exercise's other requirements are earned"
 _SHOWN_CHARACTERS = 1000
 
 
-def sheet(
-    verdicts: Sequence[ExerciseVerdict],
-    checks_version: str,
-    torch_version: str,
-    origin: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """The gradesheet of some exercises, of schema 1: scores by criterion, exercise, requirement and check.
+class Points(TypedDict):
+    """Points out of how many."""
 
-    Args:
-        origin: where the submission comes from, where that is known: repository, commit, date.
-    """
+    score: int
+    max_score: int
+
+
+class CheckRow(TypedDict):
+    """What one check said."""
+
+    name: str
+    outcome: Outcome
+    message: str
+
+
+class RequirementRow(Points):
+    """A requirement and its checks."""
+
+    id: str
+    title: str
+    criterion: str
+    checks: list[CheckRow]
+
+
+class ExerciseRow(Points):
+    """An exercise and its requirements; the reason is empty where the state says all."""
+
+    id: str
+    title: str
+    state: State
+    reason: str
+    seconds: float
+    requirements: list[RequirementRow]
+
+
+class Origin(TypedDict, total=False):
+    """Where a submission comes from, where that is known; the date is UTC's, as ISO 8601 writes it."""
+
+    repository: str
+    commit: str
+    date: str
+
+
+class Sheet(Points, Origin):
+    """A gradesheet, of schema 1: scores by criterion, exercise, requirement and check."""
+
+    schema: int
+    checks_version: str
+    torch: str
+    criteria: dict[str, Points]
+    exercises: list[ExerciseRow]
+
+
+def sheet(verdicts: Sequence[ExerciseVerdict], checks_version: str, torch_version: str, origin: Origin) -> Sheet:
+    """The gradesheet of some exercises."""
     requirements = [one for verdict in verdicts for one in verdict.requirements]
     return {
         "schema": SCHEMA,
         "checks_version": checks_version,
         "torch": torch_version,
-        **(origin or {}),
+        **origin,
         "score": sum(verdict.score for verdict in verdicts),
         "max_score": sum(verdict.max_score for verdict in verdicts),
         "criteria": {criterion: _criterion(criterion, requirements) for criterion in CRITERIA},
@@ -43,7 +87,7 @@ def sheet(
     }
 
 
-def markdown(graded: Mapping[str, Any], places: Places) -> str:
+def markdown(graded: Sheet, places: Places) -> str:
     """The same for people: the exercises, the criteria, and, folded, each exercise that was begun: for a requirement
     that failed how many of its checks pass, and of the first that does not the place and the message.
     """
@@ -63,7 +107,7 @@ def markdown(graded: Mapping[str, Any], places: Places) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _details(one: Mapping[str, Any], places: Places) -> list[str]:
+def _details(one: ExerciseRow, places: Places) -> list[str]:
     checks = [check for requirement in one["requirements"] for check in requirement["checks"]]
     points = f"{one['score']} of {one['max_score']} points, {_passed(checks)}"
     lines = ["<details>", f"<summary>{one['id']} {one['title']}: {points}</summary>", ""]
@@ -82,7 +126,7 @@ def _details(one: Mapping[str, Any], places: Places) -> list[str]:
     return [*lines, "", "</details>"]
 
 
-def _passed(checks: Sequence[Mapping[str, Any]]) -> str:
+def _passed(checks: Sequence[CheckRow]) -> str:
     return f"{sum(check['outcome'] == 'passed' for check in checks)} of {len(checks)} checks"
 
 
@@ -111,7 +155,7 @@ def line_of(verdict: ExerciseVerdict, result: Result, folder: Path) -> int:
         return 1
 
 
-def write(graded: Mapping[str, Any], out: Path, places: Places) -> Path:
+def write(graded: Sheet, out: Path, places: Places) -> Path:
     """Writes the JSON and, beside it with the same stem, the Markdown; each as a whole. Returns the Markdown's path."""
     beside = out.with_suffix(".md")
     write_whole(out, json.dumps(graded, indent=2, ensure_ascii=False) + "\n")
@@ -119,12 +163,12 @@ def write(graded: Mapping[str, Any], out: Path, places: Places) -> Path:
     return beside
 
 
-def _criterion(criterion: str, requirements: Sequence[RequirementVerdict]) -> dict[str, int]:
+def _criterion(criterion: str, requirements: Sequence[RequirementVerdict]) -> Points:
     of_it = [one for one in requirements if one.requirement.criterion == criterion]
     return {"score": sum(one.score for one in of_it), "max_score": POINTS * len(of_it)}
 
 
-def _exercise(verdict: ExerciseVerdict) -> dict[str, Any]:
+def _exercise(verdict: ExerciseVerdict) -> ExerciseRow:
     return {
         "id": verdict.exercise.id,
         "title": verdict.exercise.title,
@@ -137,7 +181,7 @@ def _exercise(verdict: ExerciseVerdict) -> dict[str, Any]:
     }
 
 
-def _requirement(one: RequirementVerdict) -> dict[str, Any]:
+def _requirement(one: RequirementVerdict) -> RequirementRow:
     return {
         "id": one.requirement.id,
         "title": one.requirement.title,

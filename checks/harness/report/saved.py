@@ -16,14 +16,11 @@ class Saved:
     """Shows the verdict on a save in two steps: on a terminal in place, in a log as lines.
 
     Args:
-        expected: requirement and name of every check.
         last: the verdict on the save before; its marks stand until new ones are there.
     """
 
-    def __init__(
-        self, out: Console, exercise: Exercise, folder: Path, expected: Sequence[tuple[str, str]], last: Entry | None
-    ) -> None:
-        self._out, self._exercise, self._folder, self._expected = out, exercise, folder, expected
+    def __init__(self, out: Console, exercise: Exercise, folder: Path, last: Entry | None) -> None:
+        self._out, self._exercise, self._folder = out, exercise, folder
         self._known = {result.name: result for result in last.results} if last is not None else {}
         self.before = last.verdict(exercise) if last is not None else None
         self._late: frozenset[str] = frozenset()
@@ -33,14 +30,9 @@ class Saved:
         """Says that a check takes long, so that nobody takes a loop for a standstill."""
         self._out.print(f"  {name} still runs; a save ends it", markup=False, soft_wrap=True)
 
-    def first(self, entry: Entry) -> None:
-        """Shows the verdict on the code."""
-        there = {result.name for result in entry.results}
-        rest = [
-            self._known.get(name) or Result(number, name, "missing", kind="unjudged")
-            for number, name in self._expected
-            if name not in there
-        ]
+    def first(self, entry: Entry, later: Sequence[Result]) -> None:
+        """Shows the verdict on the code. `later` stands for the checks that still run."""
+        rest = [self._known.get(result.name, result) for result in later]
         self._late = frozenset(result.requirement for result in rest)
         verdict = verdict_of(self._exercise, [*entry.results, *rest], untouched=entry.untouched)
         with self._out.capture() as shown:

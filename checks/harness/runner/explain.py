@@ -8,11 +8,11 @@ from types import FrameType
 import pytest
 import torch
 
-from harness.model.exercise import Exercise
 from harness.model.limits import LINE_CHARACTERS, MESSAGE_LINES
 from harness.model.results import NOT_RUN, Hang, Result
 from harness.model.source import place_of
 from harness.model.submission import LoadError, bounded, describe, line_in, read
+from harness.testing.check import Check
 from harness.testing.own_test import NotJudged, OwnTestNotWritten
 
 
@@ -20,36 +20,29 @@ class NotRun(Exception):
     """The check was not run, since an earlier one of its exercise hung."""
 
 
-def explain(error: BaseException, requirement: str, name: str, path: Path, exercise: Exercise) -> Result:
-    """The result of a check that ended in `error`; `path` is the learner's file."""
+def explain(error: BaseException, check: Check) -> Result:
+    """The result of a check that ended in `error`."""
     if isinstance(error, LoadError):
-        return Result(requirement, name, "error", error.fact, error.line, "no file" if error.missing else "load")
+        return check.result("error", error.fact, error.line, "no file" if error.missing else "load")
     if isinstance(error, NotJudged):
-        return Result(requirement, name, "missing", str(error), kind="unjudged")
+        return check.result("missing", str(error), kind="unjudged")
     if isinstance(error, NotRun):
-        return Result(requirement, name, "missing", NOT_RUN)
+        return check.result("missing", NOT_RUN)
+    path, plainly = check.file, describe_plainly(error)
     raised_at = getattr(error, "line", 0) or line_in(error, path) or line_in(error.__context__, path)
-    line = raised_at or place_of(requirement, describe_plainly(error), read(path), exercise.starter)
+    line = raised_at or place_of(check.requirement, plainly, read(path), check.exercise.starter)
     if isinstance(error, Hang):
-        return Result(requirement, name, "timeout", describe_plainly(error), line)
+        return check.result("timeout", plainly, line)
     if isinstance(error, NotImplementedError) and (raised_at or isinstance(error, OwnTestNotWritten)):
-        return Result(requirement, name, "failed", describe_plainly(error), line, "not implemented")
+        return check.result("failed", plainly, line, "not implemented")
     if isinstance(error, pytest.skip.Exception | pytest.xfail.Exception | pytest.exit.Exception):
-        return Result(
-            requirement, name, "failed", f"your code ends the check by pytest.{type(error).__name__.lower()}", line
-        )
+        return check.result("failed", f"your code ends the check by pytest.{type(error).__name__.lower()}", line)
     quoted = _quoted(error, path, raised_at)
     if isinstance(error, AssertionError):
         theirs = line_in(error, path) and not hasattr(error, "line")
-        message = describe(error) if theirs else describe_plainly(error)
-        return Result(requirement, name, "failed", message + quoted, line, printed=getattr(error, "printed", ""))
-    return Result(
-        requirement,
-        name,
-        "failed",
-        f"your code raises {describe(error)}{quoted}" if raised_at else describe(error),
-        line,
-    )
+        message = describe(error) if theirs else plainly
+        return check.result("failed", message + quoted, line, printed=getattr(error, "printed", ""))
+    return check.result("failed", f"your code raises {describe(error)}{quoted}" if raised_at else describe(error), line)
 
 
 def shorten(error: BaseException) -> None:

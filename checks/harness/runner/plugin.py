@@ -1,9 +1,8 @@
-"""The pytest hooks and fixtures that tie the harness to check files; thin."""
+"""The pytest hooks that tie the harness to check files; thin."""
 
 import importlib
 import os
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,21 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from harness.model.exercise import exercise_of
 from harness.model.limits import DEVICE_SECONDS
-from harness.model.paths import TOP
+from harness.model.paths import TOP, shown
 from harness.model.results import Result
 from harness.model.submission import bounded
 from harness.runner.explain import NotRun, explain, shorten
-from harness.testing import lint as linters
-from harness.testing.compare import CPU, ELSEWHERE, Close, Where
+from harness.testing.check import check_of, end_trials, start_trials
+from harness.testing.compare import CPU, ELSEWHERE
 from harness.testing.forbid import prebuilt_attention
-from harness.testing.own_test_process import Trials
-from harness.testing.subject import Subject, neutral_state
+from harness.testing.subject import neutral_state
 
 SINK = pytest.StashKey[Callable[[Result], None]]()
 FOLDER = pytest.StashKey[Path]()
-_TRIALS = pytest.StashKey[Trials]()
 _RESULT = pytest.StashKey[Result]()
 _HUNG = pytest.StashKey[set[Path]]()
 
@@ -58,22 +54,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Checks run in the order of the requirements, however they are spread over files."""
-    places = {item: _place(item) for item in items}
+    """Checks run in the order of the requirements, however they are spread over files; walks come last."""
+    places: dict[pytest.Item, tuple[str, bool, int]] = {}
+    for item in items:
+        check = check_of(item)
+        ids = [requirement.id for requirement in check.exercise.requirements]
+        place = ids.index(check.requirement) if check.requirement in ids else len(ids)
+        places[item] = check.exercise.id, check.walk, place
     items.sort(key=places.__getitem__)
-
-
-def _place(item: pytest.Item) -> tuple[str, bool, int]:
-    """Walks come last: they are for what no other check finds."""
-    exercise, number = exercise_of(item.path), requirement_of(item)
-    ids = [requirement.id for requirement in exercise.requirements]
-    walk = item.get_closest_marker("walk") is not None
-    return exercise.id, walk, ids.index(number) if number in ids else len(ids)
 
 
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Starts the helper of own tests before the first check."""
-    if any("trials" in _fixtures(item) for item in session.items):
+    if any(check_of(item).kind == "own test" for item in session.items):
         load_late_modules()
         start_trials(session.config)
 
@@ -87,21 +80,8 @@ def load_late_modules() -> None:
         importlib.import_module("torch._dynamo")
 
 
-def start_trials(config: pytest.Config) -> None:
-    """Starts the helper process of own tests where none runs; only before any tensor work in this process."""
-    if _TRIALS not in config.stash:
-        config.stash[_TRIALS] = Trials()
-
-
 def pytest_unconfigure(config: pytest.Config) -> None:
     end_trials(config)
-
-
-def end_trials(config: pytest.Config) -> None:
-    """Ends the helper process of own tests, where one runs."""
-    if (trials := config.stash.get(_TRIALS, None)) is not None:
-        trials.close()
-        del config.stash[_TRIALS]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -109,83 +89,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         raise NotRun
     os.chdir(item.config.stash.get(FOLDER, TOP))
     neutral_state()
-
-
-@pytest.fixture
-def subject(request: pytest.FixtureRequest) -> Subject:
-    """The learner's module, loaded at the first use of one of its names."""
-    return Subject(submission_path(request.node))
-
-
-@pytest.fixture
-def submission_file(request: pytest.FixtureRequest) -> Path:
-    """The learner's file of the exercise that this check belongs to."""
-    return submission_path(request.node)
-
-
-@pytest.fixture
-def close(request: pytest.FixtureRequest) -> Close:
-    """The one comparison; its tolerance is that of `on`, where the check asks for `on`."""
-    place: Where = request.getfixturevalue("on") if "on" in request.fixturenames else CPU
-    return Close(place.tolerance)
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> torch.Generator:
-    """A CPU generator of this check's own, seeded by its name."""
-    return torch.Generator().manual_seed(zlib.crc32(request.node.name.encode()))
-
-
-@pytest.fixture
-def trials(request: pytest.FixtureRequest) -> Trials:
-    """The helper process that runs own tests."""
-    return request.config.stash[_TRIALS]
-
-
-@pytest.fixture
-def ruff(request: pytest.FixtureRequest, submission_file: Path) -> Callable[[], None]:
-    """Runs ruff on the learner's file and fails on findings."""
-    return lambda: linters.ruff(submission_file, exercise_of(request.node.path))
-
-
-@pytest.fixture
-def mypy(submission_file: Path) -> Callable[[], None]:
-    """Runs mypy on the learner's file and fails on findings."""
-    return lambda: linters.mypy(submission_file)
-
-
-def submission_path(item: pytest.Item, folder: Path | None = None) -> Path:
-    """The learner's file of an item's exercise: in a folder, or in the one that the options name."""
-    folder = folder or item.config.getoption("--submission", "exercises")
-    return Path(TOP, folder, exercise_of(item.path).file_name)
-
-
-def requirement_of(item: pytest.Item) -> str:
-    """The requirement that an item decides."""
-    mark = item.get_closest_marker("requirement")
-    if mark is None:
-        raise pytest.UsageError(f"{item.nodeid}: no @requirement")
-    return str(mark.args[0])
-
-
-def earns(item: pytest.Item) -> bool:
-    """Whether an item counts: what runs elsewhere than on the CPU in float64 is shown only."""
-    return "on" not in _fixtures(item) or _parameter(item, "on") == CPU
-
-
-def _parameter(item: pytest.Item, name: str) -> object:
-    assert isinstance(item, pytest.Function)
-    return item.callspec.params[name]
-
-
-def kind_of(item: pytest.Item) -> str:
-    """Which process runs an item: "code" (the learner's), "own test", "ruff" and "mypy" do not share one."""
-    fixtures = _fixtures(item)
-    return "own test" if "trials" in fixtures else next((tool for tool in ("ruff", "mypy") if tool in fixtures), "code")
-
-
-def _fixtures(item: pytest.Item) -> list[str]:
-    return getattr(item, "fixturenames", [])
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -198,21 +101,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     outcome: Any = yield
     call.excinfo = excinfo
     report: pytest.TestReport = outcome.get_result()
+    check = check_of(item)
     if excinfo is not None:
         shorten(excinfo.value)
-        path = submission_path(item)
-        result = explain(excinfo.value, requirement_of(item), item.name, path, exercise_of(item.path))
+        result = explain(excinfo.value, check)
         result = replace(result, message=bounded(result.message))
         item.stash.setdefault(_RESULT, result)
         if result.outcome == "timeout":
             item.config.stash[_HUNG].add(item.path.parent)
-        report.outcome, report.longrepr = "failed", f"{result.requirement}: {result.message}\n{_location(path, result)}"
+        place = f"{shown(check.file)}:{result.line}" if result.line else shown(check.file)
+        report.outcome, report.longrepr = "failed", f"{result.requirement}: {result.message}\n{place}"
         if result.kind == "unjudged":
             report.outcome, report.longrepr = "skipped", (str(item.path), 0, result.message)
     if call.when == "teardown" and (sink := item.config.stash.get(SINK, None)) is not None:
-        sink(item.stash.get(_RESULT, Result(requirement_of(item), item.name, "passed")))
-
-
-def _location(path: Path, result: Result) -> str:
-    shown = path.relative_to(TOP) if path.is_relative_to(TOP) else path
-    return f"{shown}:{result.line}" if result.line else str(shown)
+        sink(item.stash.get(_RESULT, check.result("passed")))

@@ -13,23 +13,35 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from harness.model.cache import checks_version, fingerprint
-from harness.runner.supervisor import Abandoned, Judge
+from harness.runner.judge import Judge
+from harness.runner.supervisor import Abandoned
 from harness.sandbox.hugepages import use_huge_pages
 from harness.sandbox.processes import alive, lineage
 from harness.testing import lint
+from harness.testing.check import Check
 
 SOCKET = Path("build") / "warm.sock"
 RESTART = "restart"
 Run = Callable[[list[str], Judge], int]
 
 
-def serve(session: pytest.Session, owners: set[int], run: Run, idle: Callable[[], None]) -> int:
+@dataclass(frozen=True)
+class Asked:
+    """What a client sends: its command line, the processes for which the server is to live, its terminal's encoding and
+    the variables that its output depends on.
+    """
+
+    arguments: list[str]
+    owners: list[int]
+    encoding: str
+    environment: dict[str, str]
+
+
+def serve(checks: list[Check], owners: set[int], run: Run, idle: Callable[[], None]) -> int:
     """Serves requests until no owner lives or the checks have changed.
 
     Args:
@@ -40,7 +52,7 @@ def serve(session: pytest.Session, owners: set[int], run: Run, idle: Callable[[]
     known = fingerprint()
     # Remembered, so that no fork has to read all files again.
     checks_version()
-    Judge(session.items).read_banks()
+    Judge(checks).read_banks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lint.start_mypy_daemon()
     use_huge_pages()
@@ -62,7 +74,7 @@ def serve(session: pytest.Session, owners: set[int], run: Run, idle: Callable[[]
                         if fingerprint() != known:
                             connection.sendall(RESTART.encode())
                             break
-                        for owner in _answer(connection, session, run, listener) - owners:
+                        for owner in _answer(connection, checks, run, listener) - owners:
                             parents[owner] = lineage(owner)
                 else:
                     idle()
@@ -92,36 +104,34 @@ def _inode(path: Path) -> int:
     return path.stat().st_ino if path.exists() else 0
 
 
-def _answer(connection: socket.socket, session: pytest.Session, run: Run, listener: socket.socket) -> set[int]:
+def _answer(connection: socket.socket, checks: list[Check], run: Run, listener: socket.socket) -> set[int]:
     """Forks a process that runs one request on the client's own terminal; returns the client's owners."""
     connection.settimeout(5)
     try:
         message, descriptors, _, _ = socket.recv_fds(connection, 65536, 3)
-        request = json.loads(message)
-    except (OSError, ValueError):
+        asked = Asked(**json.loads(message))
+    except (OSError, ValueError, TypeError):
         return set()
     connection.settimeout(None)
     if os.fork() == 0:
         listener.close()
-        _run_request(connection, session, run, request, descriptors)
+        _run_request(connection, checks, run, asked, descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
-    return set(request["owners"])
+    return set(asked.owners)
 
 
 def _run_request(
-    connection: socket.socket, session: pytest.Session, run: Run, request: dict[str, Any], descriptors: list[int]
+    connection: socket.socket, checks: list[Check], run: Run, asked: Asked, descriptors: list[int]
 ) -> None:
     """In the fork: runs the command on the client's own terminal, tells the client the exit code, and ends."""
     status = 70
     try:
         for target, descriptor in enumerate(descriptors):
             os.dup2(descriptor, target)
-        sys.stdout = sys.stderr = open(
-            1, "w", closefd=False, encoding=request["encoding"], errors="replace", buffering=1
-        )
-        os.environ.update(request["environment"], EXERCISES_MYPY_DAEMON="1")
-        status = run(request["arguments"], Judge(session.items, connection.fileno()))
+        sys.stdout = sys.stderr = open(1, "w", closefd=False, encoding=asked.encoding, errors="replace", buffering=1)
+        os.environ.update(asked.environment, EXERCISES_MYPY_DAEMON="1")
+        status = run(asked.arguments, Judge(checks, connection.fileno()))
     except (Abandoned, BrokenPipeError):
         pass
     except BaseException:

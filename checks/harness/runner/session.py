@@ -13,6 +13,7 @@ from harness.model.paths import CHECKS, TOP
 from harness.runner import plugin, worker
 from harness.sandbox import audit
 from harness.sandbox.processes import CAN_FORK
+from harness.testing.check import Check, check_of
 
 
 class CollectionFailed(UsageError):
@@ -22,7 +23,7 @@ class CollectionFailed(UsageError):
 class _HandedOver:
     """A pytest plugin whose run loop hands the collected session over instead of running it."""
 
-    def __init__(self, use: Callable[[pytest.Session], int]) -> None:
+    def __init__(self, use: Callable[[list[Check]], int]) -> None:
         self._use = use
         self.code = 0
         self.broken: list[str] = []
@@ -30,10 +31,11 @@ class _HandedOver:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if not self.broken:
+            checks = [check_of(item) for item in session.items]
             if CAN_FORK:
-                _prepare(session)
+                _prepare(checks)
             try:
-                self.code = self._use(session)
+                self.code = self._use(checks)
             except SystemExit:  # rich's, when whoever read the output has gone: `make check | head`.
                 self.code = 1
         return True
@@ -43,21 +45,21 @@ class _HandedOver:
             self.broken.append(str(report.longrepr))
 
 
-def _prepare(session: pytest.Session) -> None:
+def _prepare(checks: list[Check]) -> None:
     """Does once what every fork would do: loads modules, and looks up what reports say of each check."""
     plugin.load_late_modules()
     worker.list_own_modules()
     audit.loaded()
-    for item in session.items:
-        _ = item.location
+    for check in checks:
+        _ = check.item.location
     # What is there now is there to stay: forks neither walk nor copy it when they collect garbage.
     linecache.clearcache()
     gc.freeze()
 
 
-def collected(use: Callable[[pytest.Session], int], ex: str = "", device: str = "cpu") -> int:
+def collected(use: Callable[[list[Check]], int], ex: str = "", device: str = "cpu") -> int:
     """Collects all checks (or those of the exercise `ex`), some of them for `device` too, then returns what `use`
-    returns on the session.
+    returns on them.
 
     Raises:
         CollectionFailed: a check file has an error of its own.
@@ -83,11 +85,9 @@ def main(exercise: str, kind: str, folder: str, writing: str, room: str, device:
     """
     token = sys.stdin.readline().strip()
 
-    def use(session: pytest.Session) -> int:
-        items = [
-            item for item in session.items if plugin.kind_of(item) == kind and plugin.earns(item) == (device == "cpu")
-        ]
-        work = worker.Work(items, Path(folder), Path(room) if room else None)
+    def use(checks: list[Check]) -> int:
+        wanted = [check for check in checks if check.kind == kind and check.counts == (device == "cpu")]
+        work = worker.Work(wanted, Path(folder), Path(room) if room else None)
         worker.run(work, int(writing), token)
         return 0
 

@@ -7,23 +7,22 @@ import time
 from dataclasses import dataclass
 from typing import IO
 
-import pytest
-
-from harness.model.limits import HANG_SECONDS, KIND_SECONDS
-from harness.model.results import NOT_RUN, Result
-from harness.runner import plugin, worker
+from harness.model.limits import HANG_SECONDS
+from harness.model.results import NOT_RUN, Outcome, Result
+from harness.runner import worker
 from harness.sandbox.processes import Lines, Stopwatch
+from harness.testing.check import Check
 
 
 @dataclass
 class Shard:
     """One worker and the checks that it has to report, in their order.
 
-    `stopped` is empty, or why what follows its last result is not run. `limit` is for all of its checks together.
-    `watch` measures the check that runs; `moved` says that it is another one since the watch was set.
+    `results` go by the names of checks. `stopped` is empty, or why what follows its last result is not run. `limit` is
+    for all of its checks together. `watch` measures the check that runs; `moved` says that it is another one since the
+    watch was set.
     """
 
-    kind: str
     pid: int
     lines: Lines
     token: str
@@ -39,16 +38,20 @@ class Shard:
     ended: bool = False
 
     @property
-    def running(self) -> pytest.Item | None:
+    def kind(self) -> str:
+        return self.work.checks[0].kind
+
+    @property
+    def running(self) -> Check | None:
         """The check that runs: the first without a result."""
-        return self.work.items[len(self.results)] if self.begun and not self.complete else None
+        return self.work.checks[len(self.results)] if self.begun and not self.complete else None
 
     @property
     def complete(self) -> bool:
-        return len(self.results) == len(self.work.items)
+        return len(self.results) == len(self.work.checks)
 
-    def waiting(self) -> list[pytest.Item]:
-        return [item for item in self.work.items if item.name not in self.results]
+    def waiting(self) -> list[Check]:
+        return [check for check in self.work.checks if check.name not in self.results]
 
 
 def not_run_after_a_stop(shards: list[Shard]) -> None:
@@ -56,12 +59,8 @@ def not_run_after_a_stop(shards: list[Shard]) -> None:
     stopped = ""
     for shard in shards:
         if stopped:
-            shard.results = {item.name: _missing(item, stopped) for item in shard.work.items}
+            shard.results = {check.name: check.result("missing", stopped) for check in shard.work.checks}
         stopped = stopped or shard.stopped
-
-
-def _missing(item: pytest.Item, why: str) -> Result:
-    return Result(plugin.requirement_of(item), item.name, "missing", why)
 
 
 def note(shard: Shard, line: str) -> None:
@@ -75,8 +74,8 @@ def note(shard: Shard, line: str) -> None:
     shard.moved = True
     if report == worker.BEGUN:
         shard.begun = True
-    elif report["name"] not in shard.results:
-        shard.results[report["name"]] = Result(**report)
+    elif (check := shard.running) is not None and report["name"] == check.name:
+        shard.results[check.name] = Result(**{**report, "requirement": check.requirement})
         if report["outcome"] == "timeout":
             shard.stopped = NOT_RUN
 
@@ -116,18 +115,15 @@ def give_up(shard: Shard) -> None:
     _end_at(shard, missing, "timeout", f"{text}\nit was in line {line}" if line else text, line)
 
 
-def _end_at(shard: Shard, missing: list[pytest.Item], outcome: str, message: str, line: int = 0) -> None:
+def _end_at(shard: Shard, missing: list[Check], outcome: Outcome, message: str, line: int = 0) -> None:
     """The first of the missing checks is the one that ended the shard; the others were not run."""
     first, *others = missing
-    shard.results[first.name] = Result(plugin.requirement_of(first), first.name, outcome, message, line)
-    shard.results |= {item.name: _missing(item, shard.stopped) for item in others}
+    shard.results[first.name] = first.result(outcome, message, line)
+    shard.results |= {check.name: check.result("missing", shard.stopped) for check in others}
 
 
 def limit_of(shard: Shard) -> float:
-    item = shard.running
+    """Seconds that the check which runs may take."""
     if shard.work.walk_steps:
         return shard.limit
-    mark = item.get_closest_marker("limit") if item is not None else None
-    if mark is not None:
-        return float(mark.args[0])
-    return KIND_SECONDS[plugin.kind_of(item)] if item is not None else HANG_SECONDS
+    return shard.running.limit if shard.running is not None else HANG_SECONDS

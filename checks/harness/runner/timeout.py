@@ -14,10 +14,11 @@ from types import FrameType
 
 import pytest
 
-from harness.model.limits import GRACE_SECONDS, HANG_SECONDS
+from harness.model.limits import GRACE_SECONDS
 from harness.model.results import Hang
-from harness.runner.plugin import SINK, kind_of
+from harness.runner.plugin import SINK
 from harness.sandbox.processes import Stopwatch
+from harness.testing.check import check_of
 
 _STDERR = pytest.StashKey[int]()
 
@@ -40,12 +41,11 @@ def pytest_enter_pdb() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Limits a check of the learner's code, unless a supervisor does so or a debugger is attached."""
-    supervised = SINK in item.config.stash or kind_of(item) != "code" or not hasattr(signal, "setitimer")
+    check = check_of(item)
+    supervised = SINK in item.config.stash or check.kind != "code" or not hasattr(signal, "setitimer")
     if supervised or debugged():
         return (yield)
-    mark = item.get_closest_marker("limit")
-    limit = float(mark.args[0]) if mark is not None else HANG_SECONDS
-    watch, last_words = Stopwatch(os.getpid()), item.config.stash[_STDERR]
+    limit, watch, last_words = check.limit, Stopwatch(os.getpid()), item.config.stash[_STDERR]
 
     def arm(seconds: float) -> None:
         # Again every second: the code may catch what is raised.

@@ -18,7 +18,6 @@ from typing import IO
 
 import pytest
 
-from harness.model.exercise import exercise_of
 from harness.model.limits import LATER, MEMORY_BYTES, OUTPUT_BYTES
 from harness.model.paths import CHECKS
 from harness.model.results import Result
@@ -30,6 +29,7 @@ from harness.sandbox.landlock import confine
 from harness.sandbox.output import Output
 from harness.sandbox.processes import CAN_FORK, die_with_parent
 from harness.testing import compare
+from harness.testing.check import Check, check_of, start_trials
 
 _LIMITS = ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, OUTPUT_BYTES), (resource.RLIMIT_CORE, 0))
 # What a hosting service tells its jobs, files to write to among it, is not for submissions.
@@ -44,14 +44,14 @@ class Work:
     """What a worker is told to do.
 
     Args:
-        items: the checks, all of one kind, in their order.
+        checks: all of one kind, in their order.
         folder: the submission.
         room: for grading: the one folder that the submission may write to; what it replaces is looked for too.
         at_first_failure: end with the first check that fails.
         walk_steps: calls of a walk, in place of as many as its check says.
     """
 
-    items: list[pytest.Item]
+    checks: list[Check]
     folder: Path
     room: Path | None = None
     at_first_failure: bool = False
@@ -80,10 +80,10 @@ def here(work: Work) -> dict[str, Result]:
     process of its own. Where forking is not safe a worker would cost seconds.
     """
     found: list[Result] = []
-    config = work.items[0].config
+    items, config = [check.item for check in work.checks], work.checks[0].item.config
     config.option.submission, config.stash[plugin.SINK] = str(work.folder), found.append
-    for item, following in zip(work.items, [*work.items[1:], None], strict=True):
-        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        config.hook.pytest_runtest_protocol(item=item, nextitem=following)
     return {result.name: result for result in found}
 
 
@@ -94,7 +94,8 @@ def where(pid: int, stack: IO[bytes], work: Work) -> int:
     os.kill(pid, signal.SIGUSR1)
     time.sleep(0.1)
     said = os.pread(stack.fileno(), 100_000, 0).decode(errors="replace")
-    found = re.search(rf'"{re.escape(str(plugin.submission_path(work.items[0], work.folder)))}", line (\d+)', said)
+    path = work.folder / work.checks[0].exercise.file_name
+    found = re.search(rf'"{re.escape(str(path))}", line (\d+)', said)
     return int(found[1]) if found else 0
 
 
@@ -115,7 +116,7 @@ def _fork(work: Work, writing: int, token: str, stack: IO[bytes]) -> int:
 
 
 def _spawn(work: Work, writing: int, token: str) -> int:
-    first = work.items[0]
+    first = work.checks[0]
     command = [
         sys.executable,
         "-P",
@@ -123,12 +124,12 @@ def _spawn(work: Work, writing: int, token: str) -> int:
         "ignore",
         "-m",
         "harness.runner.session",
-        exercise_of(first.path).id,
-        plugin.kind_of(first),
+        first.exercise.id,
+        first.kind,
         str(work.folder),
         str(writing),
         str(work.room or ""),
-        "cpu" if plugin.earns(first) else str(first.config.getoption("--device")),
+        "cpu" if first.counts else str(first.item.config.getoption("--device")),
     ]
     process = subprocess.Popen(command, pass_fds=[writing], start_new_session=True, stdin=subprocess.PIPE, text=True)
     assert process.stdin is not None
@@ -139,18 +140,18 @@ def _spawn(work: Work, writing: int, token: str) -> int:
 
 def run(work: Work, writing: int, token: str) -> None:
     """In the worker: runs the checks and reports that it begins, then the result of each that ends."""
-    items, room, ended = work.items, work.room, False
+    checks, room, ended = work.checks, work.room, False
+    first, config = checks[0], checks[0].item.config
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    if plugin.kind_of(items[0]) in ("mypy", "own test"):
+    if first.kind in ("mypy", "own test"):
         os.nice(LATER)  # People wait for the verdict on the code.
     for kind, limit in _LIMITS:
-        if kind == resource.RLIMIT_AS and not plugin.earns(items[0]):
+        if kind == resource.RLIMIT_AS and not first.counts:
             continue  # CUDA reserves addresses for all memory that it might ever use.
         with suppress(ValueError, OSError):
             resource.setrlimit(kind, (limit, limit))
     output = Output()
-    config = items[0].config
     config.option.submission, config.option.walk_steps = str(work.folder), work.walk_steps
 
     # Bound before a submission is loaded, and in C: what it replaces changes no word on the way out.
@@ -161,30 +162,31 @@ def run(work: Work, writing: int, token: str) -> None:
 
     results: list[Result] = []
     sink = results.append
-    integrity = before_submissions() if room is not None and plugin.kind_of(items[0]) == "code" else None
+    integrity = before_submissions() if room is not None and first.kind == "code" else None
     look, changes = (integrity.look, integrity.changes) if integrity is not None else (None, None)
-    voids = [_void(item, items[0]) for item in items]
+    voids = [_void(check) for check in checks]
 
     config.stash[plugin.SINK] = sink
     sys.breakpointhook = _no_debugger
-    if plugin.kind_of(items[0]) == "code":
-        audit.watch(plugin.submission_path(items[0]), graded=room is not None)
+    if first.kind == "code":
+        audit.watch(first.file, graded=room is not None)
     if room is not None:
-        _guard(config, items[0], room, work.folder)
+        _guard(first, room, work.folder)
     _hide()
-    if plugin.kind_of(items[0]) == "own test":
-        plugin.start_trials(config)
+    if first.kind == "own test":
+        start_trials(config)
     report(BEGUN)
-    for item, following, void in zip(items, [*items[1:], None], voids, strict=True):
+    items = [check.item for check in checks]
+    for check, following, void in zip(checks, [*items[1:], None], voids, strict=True):
         if ended:
             break
         output.redirect()
         results.clear()
         try:
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            config.hook.pytest_runtest_protocol(item=check.item, nextitem=following)
         except BaseException as error:
             results.clear()
-            sink(Result(plugin.requirement_of(item), item.name, "failed", f"your code raises {describe(error)}"))
+            sink(check.result("failed", f"your code raises {describe(error)}"))
         # What is replaced of ours is seen first, by what nothing replaced can reach; nothing of ours is asked then.
         if integrity is not None and look and changes and (replaced := look() or ", ".join(changes()[:3])):
             integrity.restore()
@@ -201,34 +203,32 @@ def _no_debugger(*_: object, **__: object) -> None:
     raise RuntimeError("breakpoint() stops nobody here; VS Code's Test Explorer debugs a check (Debug Test)")
 
 
-def _guard(config: pytest.Config, first: pytest.Item, room: Path, folder: Path) -> None:
+def _guard(first: Check, room: Path, folder: Path) -> None:
     """What only grading does, since it costs time: the submission's code changes nothing that judges it."""
-    kind = plugin.kind_of(first)
-    if kind == "code":
+    if first.kind == "code":
         compare.looks[:] = [before_submissions().look]
-        _forget_banks(first.session)
-    if kind in ("code", "own test"):
-        config.stash[plugin.FOLDER] = room
+        _forget_banks(first.item.session)
+    if first.kind in ("code", "own test"):
+        first.item.config.stash[plugin.FOLDER] = room
         os.environ["TMPDIR"] = str(room)
         tempfile.tempdir = None
         os.chdir(room)
         # pytest reads the packages around a check when it comes to it.
-        confine(room, folder, *(path / "__init__.py" for path in first.path.parents if CHECKS in (path, path.parent)))
-    if kind == "code":
+        packages = (path for path in first.item.path.parents if CHECKS in (path, path.parent))
+        confine(room, folder, *(path / "__init__.py" for path in packages))
+    if first.kind == "code":
         seccomp.alone()
 
 
-def _void(item: pytest.Item, first: pytest.Item) -> dict[str, str]:
+def _void(check: Check) -> dict[str, str]:
     """The report of a check during which something was replaced; made before any submission is loaded."""
-    file = plugin.submission_path(first).name
-    why = f"{file} replaces {{}}; a check that runs with it proves nothing"
-    return {"requirement": plugin.requirement_of(item), "name": item.name, "outcome": "failed", "message": why}
+    why = f"{check.exercise.file_name} replaces {{}}; a check that runs with it proves nothing"
+    return {"requirement": check.requirement, "name": check.name, "outcome": "failed", "message": why}
 
 
 def _forget_banks(session: pytest.Session) -> None:
     """Takes the texts of answers and mistakes out of this process's memory."""
-    for item in session.items:
-        own = getattr(getattr(item, "module", None), "OWN_TEST", None)
+    for own in {check_of(item).own_test for item in session.items}:
         for name in ("texts", "unusual"):
             vars(own).pop(name, None) if own is not None else None
 

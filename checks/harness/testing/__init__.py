@@ -10,10 +10,9 @@ from harness.model.submission import describe
 from harness.testing.bench import Case, Run, Series
 from harness.testing.compare import Close, Where, also, is_tensor, refuses, untouched
 from harness.testing.forbid import Prebuilt, forbid, prebuilt_attention
-from harness.testing.layers import fill, plain
 from harness.testing.own_test import OwnTest
 from harness.testing.stock import own_test_checks, style_checks, walk_check
-from harness.testing.subject import Subject, seed
+from harness.testing.subject import Subject, fill, plain, seed
 from harness.testing.trace import DispatchMode, Trace, calls
 from harness.testing.walk import Aspect, Step, Walk
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harness.model.limits import LOAD_SECONDS, OWN_TEST_SECONDS
 from harness.model.submission import LoadError, describe, line_in, read
@@ -29,6 +29,9 @@ from harness.testing.subject import execute, neutral_state
 _PROCESSORS = min(2, os.cpu_count() or 1)
 _MOST = 16
 _LOOK_SECONDS = 0.1
+
+
+How = Literal["returned", "raised", "not written", "hung", "died", "unloadable", "not tried"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a trial ended: "returned", "raised", "not written", "hung", "died" or "unloadable", with what there is to
-    say.
-    """
+    """How a trial ended, with what there is to say."""
 
-    how: str
+    how: How
     text: str = ""
     line: int = 0
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""Loads one file of a submission, late and under its own name."""
+"""Loads one file of a submission, late and under its own name; and the layers in it that an exercise gives."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from harness.model.submission import LoadError, describe, line_in, read
 
@@ -115,3 +116,42 @@ def neutral_state() -> None:
 def seed(number: int) -> None:
     """Seeds torch's CPU stream: torch.manual_seed without its slow notes to devices that are not there."""
     torch.default_generator.manual_seed(number)
+
+
+def fill(*layers: nn.Linear) -> None:
+    """Gives layers of a submission weights of the check's choosing, whatever they were initialised with.
+
+    Raises:
+        AssertionError: one is no plain nn.Linear.
+    """
+    rng = torch.Generator().manual_seed(1)
+    for layer in layers:
+        for parameter in _parameters(layer):
+            bound = layer.in_features**-0.5
+            values = (torch.rand(parameter.shape, generator=rng, dtype=torch.float64) * 2 - 1) * bound
+            with torch.no_grad():
+                parameter.copy_(values)
+
+
+def plain(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a given layer in float64, as its parameters hold them.
+
+    Raises:
+        AssertionError: it is another kind of layer, its parameters are not what is read, or weights have vanished.
+    """
+    weight, bias = (parameter.detach().double() for parameter in _parameters(layer))
+    assert weight.norm(dim=1).min() > 1e-3, f"a given layer's weights came to nothing: {layer}"
+    return weight, bias
+
+
+def _parameters(layer: nn.Linear) -> list[nn.Parameter]:
+    kind = type(layer)
+    assert kind is nn.Linear, f"a {kind.__name__} came where a given nn.Linear was wanted"
+    held = [vars(layer)["_parameters"].get(name) for name in ("weight", "bias")]
+    for name, parameter in zip(("weight", "bias"), held, strict=True):
+        assert type(parameter) is nn.Parameter and name not in vars(layer), (
+            f"a given layer's {name} is no plain nn.Parameter of its own"
+        )
+    hooks = [name for name, value in vars(layer).items() if name.endswith("hooks") and value]
+    assert not hooks, f"a given layer has hooks: {', '.join(hooks)}"
+    return held

@@ -2,8 +2,8 @@
 
 import re
 
-from harness.commands import history
 from harness.commands.request import one_exercise
+from harness.model import history
 from harness.model.cache import VerdictCache, checks_version
 from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import shown

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from harness.commands import history
-from harness.commands.history import Track
+from harness.model import history
 from harness.model.exercise import CRITERIA, POINTS, Exercise, exercises
+from harness.model.history import Track
 from harness.model.paths import PRACTICE, shown
 from harness.practice.help import attempts
 from harness.practice.sessions import sessions

@@ -14,7 +14,7 @@ from harness.practice.sessions import Session
 from harness.report import terminal
 
 if TYPE_CHECKING:
-    from harness.runner.supervisor import Judge
+    from harness.runner.judge import Judge
 
 MINUTES, LONGEST = 45, 240
 
@@ -85,8 +85,6 @@ def _whole_verdict(session: Session) -> ExerciseVerdict:
     """The verdict on all of the exercise, own test and style included, as the file is now."""
 
     def verdict(judge: "Judge") -> ExerciseVerdict:
-        from harness.commands.judge import judge_file
-
-        return judge_file(session.exercise, session.folder, judge).verdict(session.exercise)
+        return judge.judge(session.exercise, session.folder).verdict(session.exercise)
 
     return judged(session.exercise, verdict)
