@@ -62,7 +62,7 @@ def ruff(path: Path, exercise: Exercise) -> None:
     """
     text = read(path)
     findings = [
-        f"{number}: {blanket[0].strip()} silences more than it names; name the one rule on the one line"
+        (number, f"{blanket[0].strip()} silences more than it names; name the one rule on the one line")
         for number, line in enumerate(text.splitlines(), start=1)
         if (blanket := _BLANKET.search(line))
     ]
@@ -71,7 +71,7 @@ def ruff(path: Path, exercise: Exercise) -> None:
     if "noqa" in text:
         found = _ruff(path, _RULES) + _ruff(path, "F", "--ignore-noqa")
     findings += [
-        f"{row}: {code} {message}"
+        (row, f"{code} {message}")
         for row, code, message in found
         if not (code in _DOCSTRING_CODES and _name_at(text, row) in given)
     ]
@@ -85,12 +85,11 @@ def mypy(path: Path) -> None:
     if found is None:
         found = _run([sys.executable, "-P", "-m", "mypy", *options(PLAIN_CACHE), str(path)])
     code, output = found
-    if code not in (0, 1):
-        raise RuntimeError(f"mypy itself failed: {output.strip()[-500:]}")
-    pattern = re.compile(rf"^(?:.*{re.escape(path.name)}):(\d+): error: (.*)$")
-    findings = [f"{row[1]}: {row[2]}" for line in output.splitlines() if (row := pattern.match(line))]
-    if code == 1 and not findings:
-        raise RuntimeError(f"mypy found errors elsewhere: {output.strip()[-500:]}")
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    found_here = [row for row in rows if row["severity"] == "error" and Path(row["file"]).name == path.name]
+    findings = [(row["line"], f"{row['message']}  [{row['code'] or 'error'}]") for row in found_here]
+    if code and not findings:
+        raise RuntimeError(f"mypy failed, or found errors elsewhere: {output.strip()[-500:]}")
     _fail_on(findings, path, "mypy")
 
 
@@ -160,7 +159,8 @@ def stop_mypy_daemon(pid: int = 0) -> None:
 
 def options(cache: Path) -> list[str]:
     """mypy's command line for exercises."""
-    return ["--config-file", str(SETTINGS), "--cache-dir", str(cache), "--no-error-summary", "--hide-error-context"]
+    shown = ["--output", "json", "--no-error-summary", "--hide-error-context"]
+    return ["--config-file", str(SETTINGS), "--cache-dir", str(cache), *shown]
 
 
 def _mypy_daemon(path: Path) -> tuple[int, str] | None:
@@ -207,15 +207,15 @@ def _name_at(text: str, row: int) -> str:
     return next((node.name for node in ast.parse(text).body if isinstance(node, kinds) and node.lineno == row), "")
 
 
-def _fail_on(findings: list[str], path: Path, tool: str) -> None:
+def _fail_on(findings: list[tuple[int, str]], path: Path, tool: str) -> None:
     if not findings:
         return
-    findings.sort(key=lambda finding: int(finding.split(":")[0]))
-    shown = [f"line {finding}" for finding in findings[:5]]
-    shown += [f"  {way}" for found, way in _WAYS_OUT if any(found.search(finding) for finding in findings)]
+    findings.sort(key=lambda finding: finding[0])
+    shown = [f"line {line}: {fact}" for line, fact in findings[:5]]
+    shown += [f"  {way}" for found, way in _WAYS_OUT if any(found.search(fact) for _, fact in findings)]
     rest = [f"and {len(findings) - 5} more"] if len(findings) > 5 else []
     count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
-    raise LintError("\n".join([f"{tool}: {count} in {path.name}", *shown, *rest]), int(findings[0].split(":")[0]))
+    raise LintError("\n".join([f"{tool}: {count} in {path.name}", *shown, *rest]), findings[0][0])
 
 
 def main(arguments: list[str]) -> int:
