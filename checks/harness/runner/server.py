@@ -16,11 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from harness.model.cache import checks_version, fingerprint
 from harness.runner.judge import Judge
 from harness.runner.supervisor import Abandoned
 from harness.sandbox.hugepages import use_huge_pages
-from harness.sandbox.processes import alive, lineage
+from harness.sandbox.processes import lineage
 from harness.testing import lint
 from harness.testing.check import Check
 
@@ -88,7 +90,7 @@ def serve(checks: list[Check], owners: set[int], run: Run, idle: Callable[[], No
 def _still_wanted(parents: dict[int, tuple[int, ...]]) -> set[int]:
     """The watches that run. One whose terminal, or whatever started it, has gone is ended: nobody sees it any more."""
     for owner, before in list(parents.items()):
-        if not alive(owner):
+        if not psutil.pid_exists(owner):
             del parents[owner]
         elif lineage(owner) != before:
             with suppress(ProcessLookupError, PermissionError):

@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 # On macOS forks of a process that has loaded system frameworks may crash; EXERCISES_COLD=1 asks for the same elsewhere.
 CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin" and not os.environ.get("EXERCISES_COLD")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -22,12 +24,12 @@ def waited(pid: int) -> float:
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """Seconds that a process has computed, where the system tells."""
+    """Seconds that a process has computed; None if it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
         return None
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return times.user + times.system
 
 
 class Stopwatch:
@@ -95,24 +97,13 @@ def _children() -> list[int]:
         return []
 
 
-def alive(pid: int) -> bool:
-    """Whether a process of this user runs under the number."""
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
-
-
 def lineage(pid: int) -> tuple[int, ...]:
-    """A process's parent and that one's parent, where the system tells."""
+    """A process's parent and that one's parent; less where they are gone."""
     found: list[int] = []
-    for _ in range(2):
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):
-            break
-        found.append(pid)
+    with suppress(psutil.Error):
+        for _ in range(2):
+            pid = psutil.Process(pid).ppid()
+            found.append(pid)
     return tuple(found)
 
 
