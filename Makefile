@@ -156,7 +156,7 @@ bench-loop: .venv/bench ## measure save -> board: build/bench/loop.png
 	@$(RUN) -m devtools.bench_loop
 
 .PHONY: picture
-picture: .venv/ready ## render README's picture of the watch
+picture: .venv/bench ## render README's picture of the watch
 	@$(RUN) -m devtools.screenshot
 
 .venv/bench: requirements-bench.txt .venv/ready

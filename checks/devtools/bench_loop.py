@@ -9,7 +9,6 @@ first exercise among more and more.
 """
 
 import ast
-import os
 import random
 import shutil
 import statistics
@@ -22,10 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 from rich.progress import track
 from rich.table import Table
 
-from devtools.workspace import READY, Terminal, Workspace, processes, quiet
+from devtools.terminal import Terminal
+from devtools.workspace import READY, Workspace, processes, quiet
 from harness.model import bank
 from harness.model.exercise import Exercise, exercises, selected
 from harness.model.paths import BUILD, shown
@@ -165,8 +166,7 @@ def import_torch() -> float:
 
 def resident_megabytes(workspace: Workspace) -> float:
     """Memory of all Python processes of a watch, pages shared between forks counted in each."""
-    sizes = (Path(f"/proc/{pid}/statm").read_text().split()[1] for pid in processes(workspace, "python"))
-    return sum(map(int, sizes)) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return sum(psutil.Process(pid).memory_info().rss for pid in processes(workspace, "python")) / 1e6
 
 
 def _waited(workspace: Workspace) -> float:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from devtools.workspace import READY, Terminal, Workspace, quiet
+from devtools.terminal import Terminal
+from devtools.workspace import READY, Workspace, quiet
 from harness.model.paths import TOP
 
 PICTURE = TOP / ".github" / "watch.svg"

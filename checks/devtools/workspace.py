@@ -1,14 +1,13 @@
 """Copies of the workspace in which its commands run for real, for tests and benches."""
 
 import os
-import pty
-import select
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from harness.model.exercise import exercises
 from harness.model.paths import TOP
@@ -89,43 +88,6 @@ class Workspace:
 READY = "waiting for the next save"
 
 
-class Terminal:
-    """A command in a terminal of its own, 80 columns wide."""
-
-    def __init__(self, command: list[str], folder: Path, kind: str = "dumb") -> None:
-        self.pid, self._screen = pty.fork()
-        if self.pid == 0:
-            os.chdir(folder)
-            os.execvpe(command[0], command, {**os.environ, "TERM": kind, "COLUMNS": "80", "LINES": "60"})
-
-    def until(self, text: str, seconds: float = 60) -> str:
-        """What is printed until `text` has come."""
-        seen, deadline = b"", time.monotonic() + seconds
-        while text.encode() not in seen:
-            assert time.monotonic() < deadline, f"no {text!r} in: {seen.decode(errors='replace')}"
-            if select.select([self._screen], [], [], 0.1)[0]:
-                try:
-                    seen += os.read(self._screen, 65536)
-                except OSError:
-                    raise AssertionError(f"ended before {text!r}: {seen.decode(errors='replace')}") from None
-        return seen.decode(errors="replace").replace("\r\n", "\n")
-
-    def interrupt(self) -> None:
-        """Ctrl-C."""
-        os.write(self._screen, b"\x03")
-
-    def ended(self, seconds: float = 15) -> bool:
-        """Whether the command has ended, at the latest after `seconds`."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if select.select([self._screen], [], [], 0.1)[0]:
-                with suppress(OSError):
-                    os.read(self._screen, 65536)
-            if os.waitpid(self.pid, os.WNOHANG)[0]:
-                return True
-        return False
-
-
 def quiet(workspace: Workspace, seconds: float = 30) -> bool:
     """Waits until nothing runs in a copy any more: a folder that is removed before leaves its processes behind."""
     deadline = time.monotonic() + seconds
@@ -138,13 +100,8 @@ def quiet(workspace: Workspace, seconds: float = 30) -> bool:
 
 def processes(workspace: Workspace, what: str) -> list[int]:
     """Processes of this copy of the workspace: their working directory tells."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if what in command and os.readlink(entry / "cwd") == str(workspace.top):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
+    return [
+        one.pid
+        for one in psutil.process_iter(["cmdline", "cwd"])
+        if what in " ".join(one.info["cmdline"] or ()) and one.info["cwd"] == str(workspace.top)
+    ]

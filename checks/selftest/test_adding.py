@@ -9,7 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from devtools.workspace import READY, Terminal, Workspace, processes, quiet
+from devtools.terminal import Terminal
+from devtools.workspace import READY, Workspace, processes, quiet
 from selftest.toys import ANSWER, DOUBLE, FILE, plant
 
 

@@ -12,7 +12,8 @@ from contextlib import suppress
 
 import pytest
 
-from devtools.workspace import READY, Terminal, Workspace, processes, quiet
+from devtools.terminal import Terminal
+from devtools.workspace import READY, Workspace, processes, quiet
 from harness.model.exercise import exercises
 from harness.model.paths import CHECKS
 

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from devtools.workspace import READY, Terminal, Workspace, quiet
+from devtools.terminal import Terminal
+from devtools.workspace import READY, Workspace, quiet
 from harness.model.exercise import exercises, within
 from harness.model.source import public_names
 from harness.practice.interview.statement import discussion, first_text, topics

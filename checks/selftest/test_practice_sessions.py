@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from devtools.workspace import READY, Terminal, Workspace, quiet
+from devtools.terminal import Terminal
+from devtools.workspace import READY, Workspace, quiet
 from harness.model.exercise import exercises
 from harness.practice.planted import file_text
 

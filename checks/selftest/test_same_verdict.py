@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from devtools.workspace import READY, Terminal, Workspace, quiet
+from devtools.terminal import Terminal
+from devtools.workspace import READY, Workspace, quiet
 from harness.model import bank
 from harness.model.exercise import Exercise, exercises
 

@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from devtools.workspace import READY, Terminal, Workspace, processes, quiet
+from devtools.terminal import Terminal
+from devtools.workspace import READY, Workspace, processes, quiet
 
 FILE = "ex01_multi_head_attention.py"
 
