@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from harness.testing import Subject, Trace, seed
 
 IN, OUT, RANK, ALPHA = 11, 7, 3, 5.0
+MATMULS = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "matmul", "linear", "_addmm_activation")
 
 
 @dataclass
@@ -143,7 +144,7 @@ def no_copy(seen: Trace, model: nn.Module, what: str, copies: int = 0) -> None:
     alive = seen.alive_bytes if seen.alive_bytes < allowed + weight // 2 else seen.alive_after_collection()
     counted = f" ({copies} more of W's size counted)" if copies else ""
     assert alive < allowed + weight // 2, (
-        f"{what}: {alive} bytes are alive; W, A and B have {allowed}{counted}\nis a copy of W, or B A, kept somewhere?"
+        f"{what}: {alive} bytes are alive; W, A and B have {allowed}{counted}\nis a copy of W, B A, or something of a call kept somewhere?"
     )
 
 

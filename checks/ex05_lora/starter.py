@@ -17,24 +17,24 @@ Requirements
     - A's rows all differ, also where rank > in, and span min(rank, in) dimensions.
     - x, A and B get the formula's gradients, in training and in eval. The first step of gradient
       descent moves B, the second moves every row of A.
-    - Weights may change between calls, in place, by loading or by a cast; the next call uses the
-      new ones, edits of `.data` too.
+    - Weights may change between calls, in place, by loading (assign=True too) or by a cast; the
+      next call uses the new ones, edits of `.data` too.
     - A rank below 1 raises ValueError, from `apply_lora_to_model` at the latest.
 5.2 (correctness) Adapt any linear layer: an `nn.Linear`, subclasses too, with or without bias.
     - Exactly the layers that match a target are adapted, at any depth, as the config says.
-    - Where nothing matches, ValueError names the targets and some of the model's linear layers.
+    - If nothing matches, as by [], ValueError names the targets and some linear layers, if any.
     - x is [..., in], of any strides, with many rows or none.
       Inputs are never written to, not even to be restored.
     - A layer that its parent reads and never calls works, or TypeError says that it cannot.
 5.3 (correctness) Keep the original weights frozen: after `apply_lora_to_model`, A and B alone are
     trainable in the whole model. Training steps leave every other parameter as it was, bit for bit.
 5.4 (efficiency) Reduce the parameters significantly: an adapter adds rank·(in + out) trainable
-    numbers and keeps nothing else of W's size, be it in a buffer, attribute, list or closure.
+    numbers and keeps nothing else of W's or x's size, in a buffer, attribute, list or closure.
     - `count_parameters` counts shared parameters once, and buffers never.
-    - `forward` of a few rows makes no tensor of out·in elements or more, in training and in eval.
-      Views do not count, nor do autocast's own casts, nor the weight that a parent reads.
-5.5 (correctness) Merge back easily: a merged layer gives the unmerged output without dropout, in
-    float32 within 1e-6 · max(1, largest output), by one matrix product.
+    - `forward` of a few rows makes no tensor of out·in elements or more at any rank, in training
+      and eval, but views, scaled A or B, autocast's casts and the weight that a parent reads.
+5.5 (correctness) Merge back easily: a merged layer's forward is one matrix product and gives the
+    unmerged output without dropout, in float32 within 1e-6 · max(1, largest output).
     - Merging twice is merging once. Unmerging what is not merged does nothing.
     - Unmerging gives W back bit for bit, in bfloat16 too. While merged you hold W and the
       sum, afterwards W alone: no second copy, neither as a tensor nor as bytes, list or array.
@@ -47,9 +47,9 @@ Requirements
 5.7 (robustness) Follow the layer: an adapter takes over its layer's dtype, device and training
     flag, and may be cast or moved later.
     - Nothing is computed below the input's dtype. Autocast alone may lower that, but not float64.
-    - Dropout acts on the adapter's input alone, in training only, with the config's probability.
-      It drops every element of x by itself, also where x is expanded. torch.manual_seed decides
-      which; the next call drops others.
+    - Dropout acts on the adapter's input alone, in training only, on every element of x by itself,
+      also where x is expanded, with the config's probability, also in bfloat16, where torch.rand
+      has 256 values alone. torch.manual_seed decides which; the next call drops others.
 5.8 (correctness) Save and load the adapter alone: `load_state_dict(saved, strict=False)` into a
     freshly adapted model meets no unexpected key, and restores A, B and the output.
     You save copies of every A and B, bit for bit, merged or not, frozen or not; nothing else.
@@ -97,7 +97,7 @@ Conventions
 - A parameter or layer of the base that is called lora_A or adapter stays frozen and is not saved.
 - `original_layer` is the layer that was given; `lora_A` and `lora_B` are the trained numbers
   themselves, and writing to them changes the layer.
-- They stay the same parameters for good: an optimizer built before a merge works after it.
+- Merging leaves them the same parameters: an optimizer built before a merge works after it.
 - While merged, `original_layer.weight` is the merged weight in the layer's dtype, not trainable.
 - Meanwhile bias, A and B stay as they are, A and B keep requires_grad, and x alone gets a gradient.
 - `merge_weights` and `unmerge_weights` alone merge and unmerge, train() and eval() do not; they
@@ -107,10 +107,9 @@ Conventions
   An adapter that such a parent ignores would train nothing, and nobody would know. Either
   - it works in training and eval, merged or not, unmerged with gradients for A and B (a `weight`
     property that gives the merged weight does); or
-  - TypeError comes, from `apply_lora_to_model`, or from every forward that would leave it out:
-    an encoder layer may work in training and raise in eval.
-- Between calls a module keeps nothing but its parameters and what this text names; no input, no
-  mask, no result. Named is W, while merged. A call that failed leaves nothing behind.
+  - TypeError comes, from `apply_lora_to_model`, or from every forward that would leave it out, if
+    you like while merged too: an encoder layer may work in training and raise in eval.
+- Between calls a module keeps no input, mask or result (5.4); a failed call leaves nothing behind.
 - How near, times 1 + |right value|, for x around 1: float64 1e-9, under autocast too; float32 5e-6;
   float16 8e-3; bfloat16, and all but float64 under autocast, 5e-2.
 - `trainable_parameters` counts numbers; the bytes of a tensor are its elements times their size.
@@ -120,12 +119,13 @@ Conventions
 - A submission is one file on torch and the standard library.
 
 Not defined
-- a model that is itself an nn.Linear; a layer of which only some names match, or whose weight is
-  no plain parameter (lazy, weight_norm); applying twice; what a refused model is left like
-- while merged: casting, moving, loading, pickling, writing to W, A or B; merging inside autocast
+- a model that is itself an nn.Linear; a layer of which only some names match, whose weight is no
+  plain parameter (lazy, weight_norm), or with a forward, hooks or modules of its own; applying
+  twice; what a refused model is left like; merging or applying under autocast or inference_mode
+- while merged: casting, moving, loading, pickling, writing to W, A or B
 - weights that change inside one autocast region, where torch caches its casts of them; the
   output's dtype under autocast; an x of another dtype than the layer's
-- whether A's rows differ where in = 1; dropout where a parent reads the weight; a LoRALinear that
+- whether A's rows differ where in < 3; dropout where a parent reads the weight; a LoRALinear that
   you make yourself with rank 0; whether it freezes its layer before `apply_lora_to_model` does
 - a .grad from before; a dropout outside 0 … 1; steps below 1
 - names of parameters, keys of a state_dict, further attributes and helpers

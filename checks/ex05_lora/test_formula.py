@@ -206,6 +206,11 @@ def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Ge
             what = f"forward(x) after an edit of original_layer.{name}.data, in eval under no_grad"
             with also(by_the_old, adapter, x, output, name, old):
                 close(output, adapter.expected(x), what)
+        other = build(subject, rng)
+        adapter.layer.load_state_dict(other.layer.state_dict(), assign=True)
+        output, what = adapter.layer(x), "forward(x) after load_state_dict(…, assign=True)"
+        hint = "assign puts new parameters in the old ones' places: look them up in each call"
+        close(output, other.expected(x), what, hint=hint)
 
 
 def by_the_old(adapter: Adapter, x: Tensor, output: Tensor, name: str, old: Tensor) -> str:

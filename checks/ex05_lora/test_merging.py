@@ -13,6 +13,7 @@ from harness.testing import Close, Subject, Trace, also, halfway, is_tensor, req
 from .reference import (
     ALPHA,
     IN,
+    MATMULS,
     OUT,
     RANK,
     Adapter,
@@ -36,7 +37,6 @@ from .reference import (
     with_merged_weight,
 )
 
-MATMULS = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "matmul", "linear", "_addmm_activation")
 # That nothing is computed below float64 is 5.7's to say; of W and of the sum it is said here.
 LOOSE = 1e-5
 
@@ -370,7 +370,10 @@ def test_merging_leaves_trainable_what_is_trainable(subject: Subject, rng: torch
 
     after = {parameter.data_ptr() for parameter in trainable(model)}
     more = sorted(name for name, parameter in model.named_parameters() if parameter.data_ptr() in after - before)
-    assert not more, f"after merging and unmerging: {more} have become trainable; a new nn.Parameter asks for gradients"
+    assert not more, (
+        f"after merging and unmerging: {more} have become trainable\n"
+        "a new nn.Parameter asks for gradients; a flag kept from before W was frozen does so too"
+    )
     assert after == before, f"after merging and unmerging: {len(before - after)} matrices are no longer trainable"
 
 

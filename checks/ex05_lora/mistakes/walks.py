@@ -440,4 +440,89 @@ class LoRAConfig:
         ),
         only=True,
     ),
+    # What replaces parameters, what is rare, and what a call leaves.
+    Mistake(
+        "matrices_looked_up_once",
+        "5.1",
+        "assign=True",
+        (MODE, MODE + '        self.__dict__["_thin"] = self.lora_A, self.lora_B\n'),
+        (
+            RETURN,
+            """        a, b = self.__dict__["_thin"]
+        return output + self.dropout(x) @ a.mT @ b.mT * self.scaling
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "bias_looked_up_once",
+        "5.1",
+        "assign=True",
+        (MODE, MODE + '        self.__dict__["_shift"] = original_layer.bias\n'),
+        (ORIGINAL, '        output = F.linear(x, self.original_layer.weight, self.__dict__["_shift"])\n'),
+    ),
+    Mistake(
+        "dense_at_a_rank_above_in",
+        "5.4",
+        "rank 37",
+        (
+            RETURN,
+            """        if self.rank > min(self.lora_A.size(1), self.lora_B.size(0)):
+            return output + F.linear(self.dropout(x), self.lora_B @ self.lora_A) * self.scaling
+"""
+            + RETURN,
+        ),
+        wasteful=True,
+    ),
+    Mistake(
+        "mask_drawn_in_bfloat16",
+        "5.7",
+        "multiples of 1/256",
+        (
+            RETURN,
+            """        if self.training and 0 < self.dropout.p < 1:
+            x = torch.where(torch.rand_like(x) < self.dropout.p, 0.0, x / (1 - self.dropout.p))
+            return output + x @ self.lora_A.mT @ self.lora_B.mT * self.scaling
+"""
+            + RETURN,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "a_rare_dropout_is_skipped",
+        "5.7",
+        "0 of 100000 elements are dropped",
+        (DROPOUT, "        self.dropout = nn.Dropout(dropout if dropout > 0.01 else 0.0)\n"),
+        only=True,
+    ),
+    Mistake(
+        "the_last_input_is_kept",
+        "5.4",
+        "something of a call",
+        (ORIGINAL, ORIGINAL + '        self.__dict__["_x"] = x\n'),
+    ),
+    Mistake(
+        "the_last_dropped_input_is_kept",
+        "5.4",
+        "something of a call",
+        (
+            RETURN,
+            """        self.__dict__["_dropped"] = dropped = self.dropout(x)
+        return output + dropped @ self.lora_A.mT @ self.lora_B.mT * self.scaling
+""",
+        ),
+    ),
+    Mistake(
+        "the_last_result_is_kept",
+        "5.4",
+        "something of a call",
+        (
+            RETURN,
+            RETURN.replace("return output", "added = output")
+            + """        self.__dict__["_last"] = [added.detach()]
+        return added
+""",
+        ),
+        only=True,
+    ),
 ]
