@@ -144,7 +144,8 @@ def no_copy(seen: Trace, model: nn.Module, what: str, copies: int = 0) -> None:
     alive = seen.alive_bytes if seen.alive_bytes < allowed + weight // 2 else seen.alive_after_collection()
     counted = f" ({copies} more of W's size counted)" if copies else ""
     assert alive < allowed + weight // 2, (
-        f"{what}: {alive} bytes are alive; W, A and B have {allowed}{counted}\nis a copy of W, B A, or something of a call kept somewhere?"
+        f"{what}: {alive} bytes are alive; W, A and B have {allowed}{counted}\n"
+        "is a copy of W, or B A, kept somewhere, or the input, mask or result of a call?"
     )
 
 

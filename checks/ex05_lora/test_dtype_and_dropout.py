@@ -141,23 +141,21 @@ def test_dropout_comes_from_the_config(subject: Subject, close: Close, rng: torc
 
 
 @requirement("5.7")
-@pytest.mark.parametrize("p", [0.001, 0.999])
-def test_a_rare_event_in_bfloat16(subject: Subject, rng: torch.Generator, p: float) -> None:
+def test_a_rare_dropout_in_bfloat16(subject: Subject) -> None:
     """A probability below the steps of bfloat16, 1/256, is kept to."""
     original = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
-    layer = subject.LoRALinear(original, rank=1, alpha=1.0, dropout=p).train()
+    layer = subject.LoRALinear(original, rank=1, alpha=1.0, dropout=0.001).train()
     with torch.no_grad():
         for tensor, held in ((original.weight, 0.0), (layer.lora_A, 1.0), (layer.lora_B, 1.0)):
             tensor.fill_(held)
         seed(7)
-        output = is_tensor(layer(torch.ones(100_000, 1, dtype=torch.bfloat16)), "forward(x) in bfloat16")
+        output = is_tensor(layer(torch.ones(40_000, 1, dtype=torch.bfloat16)), "forward(x) in bfloat16")
 
     dropped = int((output == 0).sum())
-    # 100 are rare, give or take 10.
-    rare, which = (dropped, "dropped") if p < 0.5 else (output.numel() - dropped, "kept")
-    assert 40 <= rare <= 160, (
-        f"forward(x) in training in bfloat16, dropout {p}: {rare} of 100000 elements are {which}, "
-        "about 100 were wanted\n"
+    # 40, give or take 6.
+    assert 8 <= dropped <= 80, (
+        f"forward(x) in training in bfloat16, dropout 0.001: {dropped} of 40000 elements are dropped, "
+        "about 40 were wanted\n"
         "torch.rand in bfloat16 gives multiples of 1/256: draw in float32, or use F.dropout"
     )
 

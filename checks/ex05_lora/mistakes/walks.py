@@ -491,20 +491,20 @@ class LoRAConfig:
     Mistake(
         "a_rare_dropout_is_skipped",
         "5.7",
-        "0 of 100000 elements are dropped",
+        "0 of 40000 elements are dropped",
         (DROPOUT, "        self.dropout = nn.Dropout(dropout if dropout > 0.01 else 0.0)\n"),
         only=True,
     ),
     Mistake(
         "the_last_input_is_kept",
         "5.4",
-        "something of a call",
+        "mask or result of a call",
         (ORIGINAL, ORIGINAL + '        self.__dict__["_x"] = x\n'),
     ),
     Mistake(
         "the_last_dropped_input_is_kept",
         "5.4",
-        "something of a call",
+        "mask or result of a call",
         (
             RETURN,
             """        self.__dict__["_dropped"] = dropped = self.dropout(x)
@@ -515,7 +515,7 @@ class LoRAConfig:
     Mistake(
         "the_last_result_is_kept",
         "5.4",
-        "something of a call",
+        "mask or result of a call",
         (
             RETURN,
             RETURN.replace("return output", "added = output")
