@@ -232,7 +232,7 @@ MISTAKES = [
         (
             RETURN,
             """        if self.training and self.dropout.p > 0:
-            keep = (torch.rand_like(x) >= self.dropout.p).to(x.dtype)
+            keep = (torch.rand(x.shape, device=x.device) >= self.dropout.p).to(x.dtype)
             x = x * (keep / x.new_tensor(1 - self.dropout.p))
         return output + x @ self.lora_A.mT @ self.lora_B.mT * self.scaling
 """,
