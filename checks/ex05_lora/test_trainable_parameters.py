@@ -217,7 +217,7 @@ def test_forward_makes_nothing_as_large_as_the_weight(
         with torch.set_grad_enabled(grad), Trace() as seen:
             output = adapter.layer(x)
 
-        if adapter is not dropping:
+        if adapter is plain:
             close(output, adapter.expected(x), "forward(x)", tolerance=1e-2)
         # Where A and B are larger than W, they may be scaled: the products tell.
         largest = sum(seen.elements[name] for name in MATMULS) if adapter is thick else seen.largest

@@ -201,4 +201,25 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "mask_drawn_in_bfloat16",
+        "5.7",
+        "multiples of 1/256",
+        (
+            RETURN,
+            """        if self.training and 0 < self.dropout.p < 1:
+            x = torch.where(torch.rand_like(x) < self.dropout.p, 0.0, x / (1 - self.dropout.p))
+            return output + x @ self.lora_A.mT @ self.lora_B.mT * self.scaling
+"""
+            + RETURN,
+        ),
+        only=True,
+    ),
+    Mistake(
+        "a_rare_dropout_is_skipped",
+        "5.7",
+        "0 of 40000 elements are dropped",
+        (DROPOUT, "        self.dropout = nn.Dropout(dropout if dropout > 0.01 else 0.0)\n"),
+        only=True,
+    ),
 ]

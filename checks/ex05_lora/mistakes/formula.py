@@ -188,4 +188,24 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "matrices_looked_up_once",
+        "5.1",
+        "assign=True",
+        (MODE, MODE + '        self.__dict__["_thin"] = self.lora_A, self.lora_B\n'),
+        (
+            RETURN,
+            """        a, b = self.__dict__["_thin"]
+        return output + self.dropout(x) @ a.mT @ b.mT * self.scaling
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "bias_looked_up_once",
+        "5.1",
+        "assign=True",
+        (MODE, MODE + '        self.__dict__["_shift"] = original_layer.bias\n'),
+        (ORIGINAL, '        output = F.linear(x, self.original_layer.weight, self.__dict__["_shift"])\n'),
+    ),
 ]

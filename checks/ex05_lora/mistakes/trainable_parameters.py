@@ -4,6 +4,7 @@ from harness.model.bank import Mistake
 
 B = "        self.lora_B = nn.Parameter(weight.new_zeros(weight.size(0), rank))  # [out, rank]\n"
 MODE = "        self.train(original_layer.training)\n"
+ORIGINAL = "        output = self.original_layer(x)\n"
 RETURN = "        return output + self.dropout(x) @ self.lora_A.mT @ self.lora_B.mT * self.scaling\n"
 DENSE = (
     "            return F.linear(x, self.original_layer.weight + self.scaling * self.lora_B @ self.lora_A, self.bias)\n"
@@ -230,6 +231,49 @@ MISTAKES = [
             "    model.requires_grad_(False)\n",
             """    for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(("lora_A", "lora_B")))
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "dense_at_a_rank_above_in",
+        "5.4",
+        "rank 37",
+        (
+            RETURN,
+            """        if self.rank > min(self.lora_A.size(1), self.lora_B.size(0)):
+            return output + F.linear(self.dropout(x), self.lora_B @ self.lora_A) * self.scaling
+"""
+            + RETURN,
+        ),
+        wasteful=True,
+    ),
+    Mistake(
+        "the_last_input_is_kept",
+        "5.4",
+        "mask or result of a call",
+        (ORIGINAL, ORIGINAL + '        self.__dict__["_x"] = x\n'),
+    ),
+    Mistake(
+        "the_last_dropped_input_is_kept",
+        "5.4",
+        "mask or result of a call",
+        (
+            RETURN,
+            """        self.__dict__["_dropped"] = dropped = self.dropout(x)
+        return output + dropped @ self.lora_A.mT @ self.lora_B.mT * self.scaling
+""",
+        ),
+    ),
+    Mistake(
+        "the_last_result_is_kept",
+        "5.4",
+        "mask or result of a call",
+        (
+            RETURN,
+            RETURN.replace("return output", "added = output")
+            + """        self.__dict__["_last"] = [added.detach()]
+        return added
 """,
         ),
         only=True,
