@@ -46,6 +46,7 @@ def judge_all(judge: Judge, exercise: Exercise, request: dict[str, Any]) -> dict
 
 def use(checks: list[Check]) -> int:
     judge, exercise = Judge(checks), exercises()[sys.argv[1]]
+    judge.prepare()
     judge.read_banks()
     use_huge_pages()
     for line in sys.stdin:

@@ -123,7 +123,12 @@ def test_cold_gives_the_same_verdict(workspace: Workspace, monkeypatch: pytest.M
     cold = workspace.make("check", "EX=1").stdout
 
     assert cold == warm == again and "1.9 test_" in cold, f"{cold}\n{warm}\n{again}"
-    assert "50/50" in workspace.make("check", "EX=1", "SUBMISSION=answers").stdout
+    # Through a link to the environment: torch's files have another name then than the one that they lie under.
+    linked = workspace.top.parent / "linked"
+    linked.symlink_to(sys.prefix)
+    monkeypatch.setattr(sys, "executable", str(linked / "bin" / "python"))
+    through = workspace.make("check", "EX=1", "SUBMISSION=answers").stdout
+    assert "50/50" in through, through
 
 
 def test_the_board_needs_no_file_and_its_reader_may_leave_early(workspace: Workspace) -> None:

@@ -107,10 +107,11 @@ for name, code in json.load(sys.stdin).items():
 """
 LATE = """
 import sys, pytest
-from harness.runner import session
+from harness.runner import session, worker
 from harness.model.paths import TOP
 def use(checks):
     config = checks[0].item.config
+    worker.prepare(checks)
     config.option.submission = str(TOP / "answers")
     before = set(sys.modules)
     for check in checks:

@@ -50,6 +50,7 @@ def grade(request: Request, judge: Judge) -> int:
         out.print(
             "this system has no Landlock: what is graded can read the answers, and write to files", soft_wrap=True
         )
+    judge.prepare()
     judge.read_banks()
     version = checks_version()
     if request.forget_banks:

@@ -60,6 +60,13 @@ class Judge:
         """The names of the checks of a kind, in their order."""
         return [check.name for check in self.checks(exercise) if check.kind == kind]
 
+    def prepare(self) -> None:
+        """Does what workers of the learner's code would each do otherwise; a second time does nothing. Where torch is
+        compared before and after a submission, this comes first.
+        """
+        if CAN_FORK and not worker.prepared():
+            worker.prepare(check for checks in self._checks.values() for check in checks)
+
     def read_banks(self) -> None:
         """Reads what own tests are judged on, so that no later reading of files is needed."""
         for exercise in exercises().values():
@@ -161,7 +168,11 @@ class Judge:
         if of_kind["own test"] and not CAN_FORK:
             start_trials(wanted[0].item.config)
         try:
-            for kind in KINDS if CAN_FORK else KINDS[:1]:
+            # In a process that is not prepared the linters, which need no torch, run meanwhile.
+            order = KINDS if worker.prepared() else ("ruff", "mypy", "code", "own test")
+            for kind in order if CAN_FORK else KINDS[:1]:
+                if kind == "code":
+                    self.prepare()
                 for share in self._shares(of_kind[kind], room is not None):
                     running.append(started(worker.Work(share, folder, room, at_first_failure, walk_steps), seconds))
             here("ruff")

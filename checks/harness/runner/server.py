@@ -54,7 +54,9 @@ def serve(checks: list[Check], owners: set[int], run: Run, idle: Callable[[], No
     known = fingerprint()
     # Remembered, so that no fork has to read all files again.
     checks_version()
-    Judge(checks).read_banks()
+    judge = Judge(checks)
+    judge.prepare()
+    judge.read_banks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lint.start_mypy_daemon()
     use_huge_pages()

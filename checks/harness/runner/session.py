@@ -1,7 +1,5 @@
 """Collects the checks, without running any: a pytest session whose run loop hands it over instead."""
 
-import gc
-import linecache
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +8,7 @@ import pytest
 
 from harness.model.exercise import UsageError, selected
 from harness.model.paths import CHECKS, TOP
-from harness.runner import plugin, worker
-from harness.sandbox import audit
-from harness.sandbox.processes import CAN_FORK
+from harness.runner import worker
 from harness.testing.check import Check, check_of
 
 
@@ -31,11 +27,8 @@ class _HandedOver:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if not self.broken:
-            checks = [check_of(item) for item in session.items]
-            if CAN_FORK:
-                _prepare(checks)
             try:
-                self.code = self._use(checks)
+                self.code = self._use([check_of(item) for item in session.items])
             except SystemExit:  # rich's, when whoever read the output has gone: `make check | head`.
                 self.code = 1
         return True
@@ -43,18 +36,6 @@ class _HandedOver:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.broken.append(str(report.longrepr))
-
-
-def _prepare(checks: list[Check]) -> None:
-    """Does once what every fork would do: loads modules, and looks up what reports say of each check."""
-    plugin.load_late_modules()
-    worker.list_own_modules()
-    audit.loaded()
-    for check in checks:
-        _ = check.item.location
-    # What is there now is there to stay: forks neither walk nor copy it when they collect garbage.
-    linecache.clearcache()
-    gc.freeze()
 
 
 def collected(use: Callable[[list[Check]], int], ex: str = "", device: str = "cpu") -> int:

@@ -1,6 +1,8 @@
 """A worker, the process that runs a shard of an exercise's checks: limited, in its own session, reporting by lines."""
 
 import faulthandler
+import gc
+import linecache
 import os
 import re
 import resource
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from json.encoder import c_make_encoder, encode_basestring_ascii  # type: ignore[attr-defined]
@@ -58,10 +61,28 @@ class Work:
     walk_steps: int = 0
 
 
-def list_own_modules() -> None:
-    """Notes the judge's modules, whose names no submission is to find. Once, before forks: a look through all of
-    sys.modules would have each of them copy the memory that they lie in, for 40 ms.
+def prepared() -> bool:
+    """Whether `prepare` has been called."""
+    return bool(_own_modules)
+
+
+def prepare(checks: Iterable[Check]) -> None:
+    """Does once, before forks of this process, what each of them would do: loads modules, lists the judge's and torch's
+    (a look through all of sys.modules copies the memory that they lie in, for 40 ms), and looks up what reports say of
+    each check.
     """
+    plugin.load_late_modules()
+    _list_own_modules()
+    audit.loaded()
+    for check in checks:
+        _ = check.item.location
+    # What is there now is there to stay: forks neither walk nor copy it when they collect garbage.
+    linecache.clearcache()
+    gc.freeze()
+
+
+def _list_own_modules() -> None:
+    """Notes the judge's modules, whose names no submission is to find."""
     _own_modules[:] = [name for name in sys.modules if name.partition(".")[0] in ("checks", "conftest", "harness")]
 
 
@@ -236,7 +257,7 @@ def _forget_banks(session: pytest.Session) -> None:
 def _hide() -> None:
     """Takes from a submission's reach what it could alter the judge by: its modules' names, and the surroundings."""
     if not _own_modules:
-        list_own_modules()
+        _list_own_modules()
     for name in _own_modules:
         sys.modules.pop(name, None)
     sys.modules["__main__"] = ModuleType("__main__")

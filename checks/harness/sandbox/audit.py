@@ -23,9 +23,11 @@ _WHY = dict.fromkeys(_PROCESSES, "an exercise starts no processes")
 _WHY |= dict.fromkeys(_NETWORK, "an exercise uses no network")
 _BODY = ("__code__", "__defaults__", "__kwdefaults__")
 
-LIBRARY = os.path.realpath(Path(torch.__file__).parent)
+# torch's folder, as code names it and without links: .venv may be one.
+_LIBRARY = str(Path(torch.__file__).parent)
+_LIES_IN = os.path.realpath(_LIBRARY)
 # What reads source text to make scripts of it.
-_SCRIPTS = (f"{LIBRARY}/jit/", f"{LIBRARY}/_jit_internal.py", f"{LIBRARY}/_sources.py")
+_SCRIPTS = (f"{_LIBRARY}/jit/", f"{_LIBRARY}/_jit_internal.py", f"{_LIBRARY}/_sources.py")
 # What runs a text for whoever asks.
 _RUNNERS = ("/runpy.py", "/code.py")
 _PACKAGES = frozenset({"torch", "numpy", *sys.stdlib_module_names})
@@ -70,7 +72,7 @@ def watch(submission: Path, *, graded: bool = False) -> None:
             path, caller = arguments[0], look(1)
             if isinstance(path, (str, bytes)) and not _is_import(caller) and _reads_itself(caller, own):
                 real = _real(_plain(path))
-                if real.startswith(LIBRARY) and real.endswith((".py", ".pyc")):
+                if real.startswith(_LIES_IN) and real.endswith((".py", ".pyc")):
                     note(f"the source text of {Path(real).name}")
         elif event in ("compile", "marshal.loads", "code.__new__", "function.__new__"):
             if _is(look(1), own):
@@ -109,7 +111,7 @@ def _reads_itself(frame: FrameType | None, own: str) -> bool:
     while frame is not None:
         if _is(frame, own):
             return True
-        if frame.f_code.co_filename.startswith(LIBRARY) and not frame.f_code.co_filename.startswith(_SCRIPTS):
+        if frame.f_code.co_filename.startswith(_LIBRARY) and not frame.f_code.co_filename.startswith(_SCRIPTS):
             return False
         frame = frame.f_back
     return False
