@@ -66,15 +66,21 @@ def right(exercise: Exercise) -> list[Refactoring]:
 
 def _replaces(theirs: _Function, ours: _Function, definitions: set[str]) -> bool:
     """Whether a body can stand in another's place: its parameters are the same, and no function or class of the answer
-    goes idle, nor what looks at an attribute that is set: a fault in it would then be none.
+    goes idle, nor what looks at an attribute that is set, nor a refusal that stands elsewhere: a fault in it would then
+    be none.
     """
     there = {name.rpartition(".")[2] for name in definitions}
-    same = _parameters(theirs) == _parameters(ours)
+    same = _parameters(theirs) == _parameters(ours) and _refusals(theirs) <= _refusals(ours)
     return same and _names(theirs) & there >= _names(ours) & there and _stored(theirs) >= _stored(ours)
 
 
 def _parameters(function: _Function) -> list[str]:
     return [node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+
+
+def _refusals(function: _Function) -> int:
+    """How many errors a function raises."""
+    return sum(isinstance(node, ast.Raise) for node in ast.walk(function))
 
 
 def _stored(function: _Function) -> set[str]:
