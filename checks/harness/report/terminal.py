@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +18,7 @@ from harness.model.source import todo_lines
 from harness.model.submission import LoadError, read
 
 _STYLES = {"done": "green", "in progress": "yellow", "not started": "", "does not import": "red"}
-DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan"}
+_DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan"}
 MESSAGE_LINES = 12
 _NEXT_LINES = 2
 _TITLE = 8
@@ -42,6 +42,17 @@ def line(out: Console, text: str, style: str = "") -> None:
     """
     whole = not out.is_terminal or os.environ.get("TERM_PROGRAM") == "vscode"
     out.print(text, style=style, markup=False, soft_wrap=whole)
+
+
+def diff(out: Console, lines: Iterable[str]) -> None:
+    """The lines of a diff in their colours, each whole."""
+    for text in lines:
+        out.print(text, style=_DIFF_STYLES.get(text[0], ""), markup=False, soft_wrap=True)
+
+
+def counted(number: int, what: str) -> str:
+    """So many of something, in words."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def board(out: Console, verdicts: Sequence[ExerciseVerdict]) -> None:

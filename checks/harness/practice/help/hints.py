@@ -69,13 +69,13 @@ def _verdict(exercise: Exercise, text: str) -> ExerciseVerdict:
     """The verdict on the file as it is now; a starter needs no judge."""
     if text == exercise.starter:
         return verdict_of(exercise, [], untouched=True)
-    cache = VerdictCache(checks_version())
-    if cache.stale(exercise, exercise.file):
+    verdict = VerdictCache(checks_version()).verdict(exercise, exercise.file)
+    if verdict is None:
         raise UsageError(
             f"{shown(exercise.file)}: not judged as it is now; make check EX={exercise.number} first, or save it while "
             "make watch runs"
         )
-    return cache.entries[exercise.id].verdict(exercise)
+    return verdict
 
 
 def _next(exercise: Exercise, number: str, count: int, text: str) -> int:
