@@ -32,7 +32,7 @@ def console(stream: TextIO | None = None) -> Console:
 
 def begin(out: Console, exercise: Exercise, folder: Path) -> None:
     """Says what is being judged; VS Code's problem matcher takes this line as the start of a run."""
-    dots = "…" if _unicode(out) else "..."
+    dots = "..." if out.options.ascii_only else "…"
     out.print(f"judging {shown(folder / exercise.file_name)} {dots}", soft_wrap=True)
 
 
@@ -148,9 +148,9 @@ def rows(
     for one, count in zip(verdicts, counts, strict=True):
         if (begun := begins.get(one.requirement.id)) is not None:
             out.print(f" {begun}", markup=False, no_wrap=True, overflow="ellipsis")
-        mark, style = _mark(one, _unicode(out))
+        mark, style = _mark(one, out.options.ascii_only)
         title = one.requirement.title
-        title = title if len(title) <= width else f"{title[: width - 1]}{'…' if _unicode(out) else '~'}"
+        title = title if len(title) <= width else f"{title[: width - 1]}{'~' if out.options.ascii_only else '…'}"
         text = f"  [{style}]{mark}[/] {one.requirement.id:<{number}} {escape(f'{title:<{width}}')} {count}"
         out.print(text.rstrip(), soft_wrap=True)
 
@@ -269,12 +269,8 @@ def _column(path: Path, line: int) -> int:
     return len(text) - len(text.lstrip()) + 1
 
 
-def _unicode(out: Console) -> bool:
-    return out.encoding.lower().startswith("utf")
-
-
-def _mark(one: RequirementVerdict, unicode: bool) -> tuple[str, str]:
-    passed, failed = ("✓", "✗") if unicode else ("+", "x")
+def _mark(one: RequirementVerdict, ascii_only: bool) -> tuple[str, str]:
+    passed, failed = ("+", "x") if ascii_only else ("✓", "✗")
     if one.score:
         return passed, "green"
     if not one.judged:
