@@ -7,7 +7,7 @@ from pathlib import Path
 from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import shown, write_whole
 from harness.practice import debug, planted, refactorings, review
-from harness.practice.planted import Change
+from harness.practice.planted import Change, Fault
 from harness.practice.sessions import new
 from harness.runner.judge import Judge
 from harness.testing.check import Kind
@@ -56,7 +56,7 @@ def _hunt(judge: Judge, exercise: Exercise, seed: int, full: bool) -> Iterator[s
     for bug in bugs if full and len(bugs) > 1 else ():
         rest = [one for one in bugs if one is not bug]
         if not _failures(judge, exercise, rest, *_of(rest)):
-            yield f"{name} passes once {bug.mistake.name if bug.mistake else ''} is mended"
+            yield f"{name} passes once {bug.mistake.name} is mended"
 
 
 def _review(judge: Judge, exercise: Exercise, seed: int) -> Iterator[str]:
@@ -71,16 +71,16 @@ def _review(judge: Judge, exercise: Exercise, seed: int) -> Iterator[str]:
         yield f"practice: the right changes of {session.name} fail {failed[0]}"
     for fault in made.faults:
         if not _failures(judge, exercise, [*right, fault], *_of([fault])):
-            yield f"practice: {session.name}: {fault.mistake.name if fault.mistake else ''} passes"
+            yield f"practice: {session.name}: {fault.mistake.name} passes"
 
 
-def _of(changes: list[Change]) -> list[str]:
+def _of(faults: Sequence[Fault]) -> list[str]:
     """The requirements that catch some mistakes."""
-    return [number for change in changes if change.mistake is not None for number in change.mistake.requirements]
+    return [number for fault in faults for number in fault.mistake.requirements]
 
 
 def _failures(
-    judge: Judge, exercise: Exercise, changes: list[Change], *requirements: str, kinds: Sequence[Kind] = ("code",)
+    judge: Judge, exercise: Exercise, changes: Sequence[Change], *requirements: str, kinds: Sequence[Kind] = ("code",)
 ) -> list[str]:
     """The first failing check of the code with some changes, if any."""
     with tempfile.TemporaryDirectory() as folder:

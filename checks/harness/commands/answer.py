@@ -28,8 +28,7 @@ def run(ex: str, force: bool) -> int:
         theirs = read(exercise.file)
     except LoadError:
         theirs = ""
-    for line in difference(theirs, bank.answer(exercise), exercise.file_name):
-        out.print(line, style=terminal.DIFF_STYLES.get(line[0], ""), markup=False, soft_wrap=True)
+    terminal.diff(out, difference(theirs, bank.answer(exercise), exercise.file_name))
     replies = exercise.replies_file.read_text(encoding="utf-8") if exercise.replies_file.exists() else ""
     out.print(f"\n{replies.strip()}", markup=False, soft_wrap=True)
     return 0
@@ -37,10 +36,8 @@ def run(ex: str, force: bool) -> int:
 
 def is_done(exercise: Exercise) -> bool:
     """Whether the last verdict, if it is on the file as it is now, says done."""
-    cache = VerdictCache(checks_version())
-    if cache.stale(exercise, exercise.file):
-        return False
-    return cache.entries[exercise.id].verdict(exercise).state == "done"
+    verdict = VerdictCache(checks_version()).verdict(exercise, exercise.file)
+    return verdict is not None and verdict.state == "done"
 
 
 def difference(theirs: str, answer: str, file_name: str) -> list[str]:

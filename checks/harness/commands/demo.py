@@ -4,6 +4,7 @@
 """
 
 import ast
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,12 +145,9 @@ class Writer:
             table.add_row(about, Text(flat if len(flat) <= room else f"…{flat[1 - room :]}"))
         figures = {**self.run.figures(), "tokens/s": f"{self.rate:.0f}"}
         state = "done" if self.done else "writes"
-        facts = [""]
-        for name, value in figures.items():  # A name and its value stay on one line.
-            fact = f"{name} {value}"
-            facts += [""] * (len(facts[-1]) + len(fact) > width - len("│  │"))
-            facts[-1] += f"{fact}  "
-        below = Text("\n".join(line.rstrip() for line in facts), style="bold")
+        # A name and its value stay on one line.
+        facts = "  ".join(f"{name} {value}".replace(" ", "\xa0") for name, value in figures.items())
+        below = Text(textwrap.fill(facts, width - len("│  │")).replace("\xa0", " "), style="bold")
         return Panel(Group(table, below), title=f"{self.name}: {state}", title_align="left")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,7 @@ from harness.model.exercise import Exercise, UsageError, exercises, selected
 from harness.model.paths import TOP
 
 # The modes of practice that begin with the answer.
-PRACTICE = {
-    "debug": "mend what is planted in the answer",
-    "optimise": "make right code cheap",
-    "review": "review a change of the answer",
-}
+PRACTICE = ("debug", "optimise", "review")
 
 
 @dataclass(frozen=True)
@@ -44,65 +41,70 @@ class Request:
     owner: tuple[int, ...] = ()
 
 
+# What an option is for. Those that are False by default are flags.
+_OPTIONS = {
+    "ex": "the exercise: 3, 03 or ex03",
+    "submission": "a folder, relative to the top",
+    "device": "where the agreement checks run too, uncounted",
+    "out": "where the gradesheet goes, relative to the top",
+    "github": "also write what GitHub Actions shows",
+    "forget_banks": "remove answers and banks once read",
+    "once": "nothing waits for the next one",
+    "force": "before the exercise is done",
+    "all": "show every failure in full",
+    "full": "the whole table, which takes many minutes",
+    "restore": "one of the list",
+    "seed": "which one: the same number gives the same session",
+    "bugs": "how many, 1 to 4",
+    "end": "the report at the end",
+    "minutes": "how long it takes",
+    "n": "which topic",
+    "prompt": "how the text begins",
+    "model": "a folder with a Llama-format checkpoint; by default a toy",
+    "draft": "a folder with a smaller one of the same tokens",
+}
+# What a command does, and its options.
+_COMMANDS = {
+    "check": ("judge once", "ex submission device all"),
+    "grade": ("write the gradesheet", "ex submission out github forget_banks"),
+    "save": ("judge what has no verdict of its present state", "ex all once"),
+    "serve": ("be the fork server", ""),
+    "watch": ("judge each exercise when it is saved", "ex"),
+    "reset": ("bring the starter back", "ex"),
+    "answer": ("compare with the answer", "ex force"),
+    "bench": ("measure beside the answer and others", "ex full"),
+    "interview": ("a mock interview", "ex minutes seed end"),
+    "ask": ("what can be asked in an interview, or an answer", "ex n"),
+    "hint": ("one more hint on what is open", "ex"),
+    "progress": ("what happened so far", ""),
+    "attempts": ("list or restore what reset kept", "ex restore"),
+    "debug": ("mend what is planted in the answer", "ex seed force end bugs"),
+    "optimise": ("make right code cheap", "ex seed force end"),
+    "review": ("review a change of the answer", "ex seed force end"),
+    "practice": ("list the practice sessions", "ex"),
+    "demo": ("let a language model write with the code", "ex submission prompt model draft"),
+}
+
+
 def parse(arguments: list[str]) -> Request:
     """The request that a command line makes: a command's name, then its options."""
     parser = argparse.ArgumentParser(prog="python -m harness", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    def command(name: str, help: str, ex: bool = True) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=help, allow_abbrev=False)
-        if ex:
-            added.add_argument("--ex", default="", help="the exercise: 3, 03 or ex03")
-        return added
-
-    check = command("check", "judge once")
-    grade = command("grade", "write the gradesheet")
-    for judged in (check, grade):
-        judged.add_argument("--submission", default=Request.submission, help="a folder, relative to the top")
-    check.add_argument("--device", default=Request.device, help="where the agreement checks run too, uncounted")
-    grade.add_argument("--out", default=Request.out, help="where the gradesheet goes, relative to the top")
-    grade.add_argument("--github", action="store_true", help="also write what GitHub Actions shows")
-    grade.add_argument("--forget-banks", action="store_true", help="remove answers and banks once read")
-    check.add_argument("--all", action="store_true", help="show every failure in full")
-    save = command("save", "judge what has no verdict of its present state")
-    save.add_argument("--all", action="store_true", help="show every failure in full")
-    save.add_argument("--once", action="store_true", help="nothing waits for the next one")
-    save.add_argument("watched", nargs="*", help="the folders that pytest-watch appends to its runner; not needed")
-    serve = command("serve", "be the fork server", ex=False)
-    serve.add_argument("--owner", type=int, action="append", help="a process for which it serves")
-    command("watch", "judge each exercise when it is saved")
-    command("reset", "bring the starter back")
-    command("answer", "compare with the answer").add_argument("--force", action="store_true", help="before it is done")
-    bench = command("bench", "measure beside the answer and others")
-    bench.add_argument("--full", action="store_true", help="the whole table, which takes many minutes")
-    interview = command("interview", "a mock interview")
-    interview.add_argument("--minutes", default="", help="how long it takes")
-    interview.add_argument("--seed", default="", help="which one")
-    interview.add_argument("--end", action="store_true", help="the report at the end")
-    command("ask", "what can be asked in an interview, or an answer").add_argument(
-        "--n", default="", help="which topic"
-    )
-    command("hint", "one more hint on what is open")
-    command("progress", "what happened so far", ex=False)
-    command("attempts", "list or restore what reset kept").add_argument("--restore", default="", help="one of the list")
-    for name, help in PRACTICE.items():
-        mode = command(name, help)
-        mode.add_argument("--seed", default="", help="which one: the same number gives the same session")
-        mode.add_argument("--force", action="store_true", help="before the exercise is done")
-        mode.add_argument("--end", action="store_true", help="the report at the end")
-        if name == "debug":
-            mode.add_argument("--bugs", default="", help="how many, 1 to 4")
-    command("practice", "list the practice sessions")
-    demo = command("demo", "let a language model write with the code")
-    demo.add_argument("--submission", default=Request.submission, help="a folder, relative to the top")
-    demo.add_argument("--prompt", default="", help="how the text begins")
-    demo.add_argument("--model", default="", help="a folder with a Llama-format checkpoint; by default a toy")
-    demo.add_argument("--draft", default="", help="a folder with a smaller one of the same tokens")
-    options: dict[str, Any] = vars(parser.parse_args(arguments))
-    options.pop("watched", None)
-    if "owner" in options:
-        options["owner"] = tuple(options["owner"] or ())
-    return Request(**options)
+    for name, (does, options) in _COMMANDS.items():
+        command = commands.add_parser(name, help=does, allow_abbrev=False)
+        for option in options.split():
+            flag, usual = f"--{option.replace('_', '-')}", getattr(Request, option)
+            if usual is False:
+                command.add_argument(flag, action="store_true", help=_OPTIONS[option])
+            else:
+                command.add_argument(flag, default=usual, help=_OPTIONS[option])
+        if name == "save":
+            command.add_argument("watched", nargs="*", help="the folders that pytest-watch appends; not needed")
+        if name == "serve":
+            command.add_argument("--owner", type=int, action="append", default=[], help="a process for which it serves")
+    asked: dict[str, Any] = vars(parser.parse_args(arguments))
+    asked.pop("watched", None)
+    return Request(**{**asked, "owner": tuple(asked.get("owner", ()))})
 
 
 def one_exercise(command: str, ex: str) -> Exercise:
@@ -114,6 +116,18 @@ def one_exercise(command: str, ex: str) -> Exercise:
     if not ex.strip():
         raise UsageError(f"make {command} wants one exercise, as in: make {command} EX=1")
     return selected(ex)[0]
+
+
+def whole_number(option: str, text: str, least: int, most: int, more: str = "") -> int:
+    """The number that an option gives. `more` is said beside what is wanted instead.
+
+    Raises:
+        UsageError: it is none, or out of bounds.
+    """
+    text = text.strip()
+    if not re.fullmatch(rf"[0-9]{{1,{len(str(most))}}}", text) or not least <= int(text) <= most:
+        raise UsageError(f"{option}={text}: a number from {least} to {most} is wanted{more}")
+    return int(text)
 
 
 def submission_folder(name: str) -> Path:

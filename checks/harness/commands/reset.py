@@ -5,24 +5,24 @@ from pathlib import Path
 
 from harness.commands.request import one_exercise
 from harness.model.exercise import Exercise, UsageError
-from harness.model.paths import TOP
+from harness.model.paths import ATTEMPTS, shown
 from harness.model.submission import LoadError, read
 
 
-def keep(path: Path, attempts: Path) -> Path | None:
-    """Moves a file into `attempts` under a name that carries the time and overwrites nothing; None if there is no
+def keep(path: Path) -> Path | None:
+    """Moves a file into `attempts/` under a name that carries the time and overwrites nothing; None if there is no
     file.
     """
     if not path.is_symlink() and not path.exists():
         return None
-    attempts.mkdir(exist_ok=True)
+    ATTEMPTS.mkdir(exist_ok=True)
     base = f"{path.stem}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     for number in range(1, 1000):
-        kept = attempts / f"{base}{'' if number == 1 else f'_{number}'}.py"
+        kept = ATTEMPTS / f"{base}{'' if number == 1 else f'_{number}'}.py"
         if not kept.exists() and not kept.is_symlink():
             path.rename(kept)
             return kept
-    raise UsageError(f"{attempts.name}/ holds 999 files of this second; nothing was moved")
+    raise UsageError(f"{ATTEMPTS.name}/ holds 999 files of this second; nothing was moved")
 
 
 def is_starter(exercise: Exercise, path: Path) -> bool:
@@ -33,16 +33,16 @@ def is_starter(exercise: Exercise, path: Path) -> bool:
         return False
 
 
-def reset(exercise: Exercise, top: Path = TOP) -> str:
+def reset(exercise: Exercise) -> str:
     """Puts the starter in place of the learner's file; returns what was done, in words."""
-    path = top / "exercises" / exercise.file_name
+    path = exercise.file
     if is_starter(exercise, path):
-        return f"exercises/{exercise.file_name} is the starter already"
+        return f"{shown(path)} is the starter already"
     path.parent.mkdir(exist_ok=True)
-    kept = keep(path, top / "attempts")
+    kept = keep(path)
     path.write_text(exercise.starter, encoding="utf-8")
-    where = f"; the old file is {kept.relative_to(top)}" if kept else ""
-    return f"exercises/{exercise.file_name} is the starter again{where}"
+    where = f"; the old file is {shown(kept)}" if kept else ""
+    return f"{shown(path)} is the starter again{where}"
 
 
 def run(ex: str) -> int:

@@ -115,6 +115,10 @@ class VerdictCache:
         except (OSError, ValueError, KeyError, TypeError):
             self.entries = {}  # No cache, or not one of ours: everything is judged anew.
 
+    def verdict(self, exercise: Exercise, path: Path) -> ExerciseVerdict | None:
+        """The verdict on the file as it is now, if there is one."""
+        return None if self.stale(exercise, path) else self.entries[exercise.id].verdict(exercise)
+
     def stale(self, exercise: Exercise, path: Path) -> bool:
         """Whether the file has no verdict of its present state."""
         entry = self.entries.get(exercise.id)
@@ -125,14 +129,11 @@ class VerdictCache:
         self.entries[exercise.id] = entry
         stored = {
             "version": self._version,
-            "exercises": {name: _fields(kept) for name, kept in self.entries.items()},
-            "own tests": {
-                name: {digest: [line, [vars(one) for one in found]] for digest, (line, found) in tests.kept.items()}
-                for name, tests in self.own_tests.items()
-            },
+            "exercises": self.entries,
+            "own tests": {name: tests.kept for name, tests in self.own_tests.items()},
         }
         try:
-            write_whole(self._file, json.dumps(stored))
+            write_whole(self._file, json.dumps(stored, default=vars))
         except OSError as error:
             return f"{shown(self._file)} cannot be written ({error.strerror}): the verdict is not kept"
         return ""
@@ -140,10 +141,6 @@ class VerdictCache:
 
 def _of_digests(stored: dict[str, Any]) -> dict[str, tuple[int, list[Result]]]:
     return {digest: (int(line), [Result(**one) for one in found]) for digest, (line, found) in stored.items()}
-
-
-def _fields(entry: Entry) -> dict[str, Any]:
-    return {**vars(entry), "results": [vars(result) for result in entry.results]}
 
 
 def _entry(fields: dict[str, Any]) -> Entry:

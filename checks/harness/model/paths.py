@@ -11,6 +11,7 @@ EXERCISES = TOP / "exercises"
 ANSWERS = TOP / "answers"
 BUILD = TOP / "build"
 PRACTICE = TOP / "practice"
+ATTEMPTS = TOP / "attempts"
 
 
 def shown(path: Path) -> str:

@@ -1,7 +1,7 @@
 """From outcomes to states and points. Pure functions."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from harness.model.exercise import POINTS, Exercise, Requirement
@@ -51,6 +51,11 @@ class RequirementVerdict:
     @property
     def passed(self) -> int:
         return sum(result.outcome == "passed" for result in self.results)
+
+    @property
+    def fulfilled(self) -> bool:
+        """Whether it has checks, and all of them passed."""
+        return 0 < self.passed == len(self.results)
 
     @property
     def unwritten(self) -> bool:
@@ -109,32 +114,15 @@ def verdict_of(
     by_requirement: dict[str, list[Result]] = {requirement.id: [] for requirement in exercise.requirements}
     for result in results:
         by_requirement[result.requirement].append(result)
-    earned = {
-        requirement.id: bool(by_requirement[requirement.id])
-        and all(r.outcome == "passed" for r in by_requirement[requirement.id])
-        for requirement in exercise.requirements
-    }
-    allowed = _readability_allowed(exercise, by_requirement, earned)
-    verdicts = []
-    for requirement in exercise.requirements:
-        counts = earned[requirement.id] and (requirement.criterion != READABILITY or allowed)
-        verdicts.append(
-            RequirementVerdict(
-                requirement, tuple(by_requirement[requirement.id]), POINTS if counts and not untouched else 0
-            )
-        )
+    verdicts = [RequirementVerdict(one, tuple(by_requirement[one.id]), 0) for one in exercise.requirements]
+    others = [one for one in verdicts if one.requirement.criterion != READABILITY and one.judged]
+    # Readability earns only if at least half of the other requirements that were judged are earned.
+    readable = 2 * sum(one.fulfilled for one in others) >= len(others) > 0
+    for place, one in enumerate(verdicts):
+        if one.fulfilled and not untouched and (readable or one.requirement.criterion != READABILITY):
+            verdicts[place] = replace(one, score=POINTS)
     state, reason = _state(verdicts, untouched)
     return ExerciseVerdict(exercise, state, reason, tuple(verdicts), seconds)
-
-
-def _readability_allowed(exercise: Exercise, results: dict[str, list[Result]], earned: dict[str, bool]) -> bool:
-    """Readability earns only if at least half of the other requirements that were judged are earned."""
-    others = [
-        r.id
-        for r in exercise.requirements
-        if r.criterion != READABILITY and not any(x.kind == "unjudged" for x in results[r.id])
-    ]
-    return 2 * sum(earned[number] for number in others) >= len(others) > 0
 
 
 def _state(verdicts: list[RequirementVerdict], untouched: bool) -> tuple[State, str]:

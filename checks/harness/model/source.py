@@ -4,13 +4,14 @@ import ast
 import re
 from functools import lru_cache
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = ast.ClassDef | Function
 _TODO = re.compile(r"#\s*TODO\(([\d., ]+)\)")
 
 
 def public_names(text: str) -> set[str]:
     """The classes and functions that a file defines at its top level."""
-    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return {node.name for node in ast.parse(text).body if isinstance(node, kinds)}
+    return {node.name for node in ast.parse(text).body if isinstance(node, Definition)}
 
 
 def todo_lines(text: str) -> dict[str, int]:
@@ -28,14 +29,13 @@ def todo_numbers(line: str) -> list[str]:
     return re.split(r"[,\s]+", found[1].strip()) if found is not None else []
 
 
-def functions(text: str) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+def functions(text: str) -> dict[str, Function]:
     """The functions of a file and the methods of its classes, by dotted name."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    found: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
+    found: dict[str, Function] = {}
     for node in ast.parse(text).body:
         inner = node.body if isinstance(node, ast.ClassDef) else [node]
         prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
-        found |= {prefix + one.name: one for one in inner if isinstance(one, kinds)}
+        found |= {prefix + one.name: one for one in inner if isinstance(one, Function)}
     return found
 
 
@@ -83,7 +83,7 @@ def _definitions(text: str) -> list[tuple[str, int, int]]:
 def _in(tree: ast.AST, prefix: str) -> list[tuple[str, int, int]]:
     found: list[tuple[str, int, int]] = []
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, Definition):
             found.append((prefix + node.name, node.lineno, node.end_lineno or 0))
             found.extend(_in(node, f"{prefix}{node.name}."))
     return found

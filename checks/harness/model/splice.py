@@ -2,9 +2,7 @@
 
 import ast
 
-from harness.model.source import lines_of
-
-_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+from harness.model.source import Definition, lines_of
 
 
 def spliced(base: str, changes: str) -> str:
@@ -33,7 +31,7 @@ def spliced(base: str, changes: str) -> str:
 
 def _names(node: ast.stmt) -> set[str]:
     """The names that a statement at the top of a file defines."""
-    if isinstance(node, _Definition):
+    if isinstance(node, Definition):
         return {node.name}
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}

@@ -2,14 +2,13 @@
 
 import re
 
-from harness.commands.request import Request
+from harness.commands.request import Request, whole_number
 from harness.model.exercise import UsageError
 from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict
-from harness.model.submission import LoadError, read
 from harness.practice import planted, sessions
 from harness.practice.opening import closed, opened, standing, tell, verdict_now
-from harness.practice.planted import Change, Hunk
+from harness.practice.planted import Fault
 from harness.practice.sessions import Session
 from harness.report import terminal
 
@@ -24,7 +23,8 @@ _MOST_LINES = 3
 
 def run(request: Request) -> int:
     """Opens a hunt, or ends it."""
-    session, out = opened(request, first_text, _asked(request.bugs), bugs=1), terminal.console()
+    asked = {"bugs": whole_number("BUGS", request.bugs, 1, MOST)} if request.bugs.strip() else {}
+    session, out = opened(request, first_text, asked, bugs=1), terminal.console()
     if request.end and not session.ended:
         state = verdict_now(session, out).state
         if state == "does not import" and not request.force:
@@ -63,14 +63,14 @@ def first_text(session: Session) -> str:
     return planted.file_text(session.exercise, bugs(session))
 
 
-def bugs(session: Session) -> list[Change]:
+def bugs(session: Session) -> list[Fault]:
     """The mistakes that are planted, in the order of their lines; they follow from seed and bank.
 
     Raises:
         UsageError: the bank holds too few that go together.
     """
     exercise, wanted = session.exercise, int(session.options.get("bugs", 1))
-    found: list[Change] = []
+    found: list[Fault] = []
     for change in planted.mistaken(exercise, f"debug {exercise.id} {session.seed}"):
         small = change.size <= _MOST_LINES and not planted.too_long(change)
         fits = small and all(planted.apart(change, other) for other in found)
@@ -85,22 +85,20 @@ def report(session: Session) -> list[str]:
     """Each bug: found or not, its line, the note on it, and the smallest mend."""
     exercise, there = session.exercise, bugs(session)
     earned = set(session.saves[-1].earned) if session.saves else set()
-    text, (notes, unread) = _text(session), _notes(session)
+    text, (notes, unread) = sessions.notes(session, session.file.name).splitlines(), _notes(session)
     mended = [_state(change, earned, text) for change in there]
     places = [[planted.line_of(exercise, hunk, there) for hunk in change.hunks] for change in there]
     on = [_nearest(line, places) for line, _ in notes]
     lines = [f"{session.name}: {mended.count('found')} of {_count(session)} found, {session.took}"]
     for number, (change, state) in enumerate(zip(there, mended, strict=True)):
-        assert change.mistake is not None
         state = "named, not mended" if state == "not found" and number in on else state
-        name = change.mistake.name.replace("_", " ")
         requirements = ", ".join(change.mistake.requirements)
-        lines.append(f"{number + 1}. line {places[number][0]}, {state}: {name} ({requirements})")
+        lines.append(f"{number + 1}. line {places[number][0]}, {state}: {change.named} ({requirements})")
         said = [
             f"   your note, line {line}: {note}" for (line, note), bug in zip(notes, on, strict=True) if bug == number
         ]
         lines += said or ["   no note of yours is on it"]
-        lines += ["   the smallest mend:", *(f"   {line}" for line in planted.mend(exercise, change))]
+        lines += ["   the smallest mend:", *planted.mend(exercise, change)]
     lines += [f"   on no bug: line {line}: {note}" for (line, note), bug in zip(notes, on, strict=True) if bug is None]
     return lines + [f"   names no line: {line}" for line in unread]
 
@@ -112,25 +110,14 @@ def _nearest(line: int, places: list[list[int]]) -> int | None:
     return nearest if distances[nearest] <= _NEAR else None
 
 
-def _state(change: Change, earned: set[str], text: list[str]) -> str:
-    """Whether a bug was found: what it costs is earned, or else its lines are no longer as planted."""
-    assert change.mistake is not None
+def _state(change: Fault, earned: set[str], text: list[str]) -> str:
+    """Whether a bug was found: what it costs is earned, or else its lines are no longer as planted; where a hunk has
+    none, what it removed is not looked for.
+    """
     if earned.issuperset(change.mistake.requirements):
         return "found"
-    return "not found" if all(_stands(hunk, text) for hunk in change.hunks) else "changed, not mended"
-
-
-def _stands(hunk: Hunk, text: list[str]) -> bool:
-    """Whether a hunk's lines still stand in the file; where it has none, what it removed is not looked for."""
-    size = len(hunk.new)
-    return any(tuple(text[place : place + size]) == hunk.new for place in range(len(text)))
-
-
-def _text(session: Session) -> list[str]:
-    try:
-        return read(session.file).splitlines()
-    except LoadError:
-        return []
+    there = {tuple(text[place : place + len(hunk.new)]) for hunk in change.hunks for place in range(len(text))}
+    return "not found" if all(hunk.new in there for hunk in change.hunks) else "changed, not mended"
 
 
 def _notes(session: Session) -> tuple[list[tuple[int, str]], list[str]]:
@@ -153,13 +140,4 @@ What is wrong, and why? A line for each, before you mend it, as in
 
 
 def _count(session: Session) -> str:
-    number = int(session.options["bugs"])
-    return f"{number} bug" if number == 1 else f"{number} bugs"
-
-
-def _asked(bugs: str) -> dict[str, int]:
-    if not bugs.strip():
-        return {}
-    if bugs.strip() not in map(str, range(1, MOST + 1)):
-        raise UsageError(f"BUGS={bugs.strip()}: a number from 1 to {MOST} is wanted")
-    return {"bugs": int(bugs)}
+    return terminal.counted(int(session.options["bugs"]), "bug")

@@ -11,7 +11,7 @@ from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import BUILD, shown, write_whole
 from harness.model.results import ExerciseVerdict
 from harness.practice import planted, sessions
-from harness.practice.planted import Change
+from harness.practice.planted import Fault
 from harness.practice.sessions import Session, digest
 
 if TYPE_CHECKING:
@@ -34,49 +34,33 @@ def opened(request: Request, text: Text, options: dict[str, Any] | None = None, 
     Raises:
         UsageError: it cannot be opened; the text says why.
     """
-    exercise = one_exercise(request.command, request.ex)
-    found = sessions.chosen(request.command, exercise, request.seed, end=request.end)
-    if found is None:
+    exercise, asked = one_exercise(request.command, request.ex), options or {}
+    begins = f"make {request.command} EX={exercise.number}"
+    session = sessions.chosen(request.command, exercise, request.seed, end=request.end)
+    if session is None:
         if request.end:
-            raise UsageError(f"no session to end: {_begun_by(request.command, exercise, request.seed)} begins one")
+            seed = f" SEED={request.seed.strip()}" if request.seed else ""
+            raise UsageError(f"no session to end: {begins}{seed} begins one")
         if not request.force and not is_done(exercise):
-            raise UsageError(_not_yet(request.command, exercise))
-        found = sessions.new(request.command, exercise, request.seed, **{**usual, **(options or {})})
-        found.options["text"] = digest(text(found))
-    elif any(found.options.get(name) != value for name, value in (options or {}).items()):
-        raise UsageError(f"{shown(found.folder)} was begun otherwise; take another SEED, or go on: {found.command}")
-    if not found.ended:
-        _put(found, text(found))
-    return found
+            raise UsageError(
+                f"{exercise.id} is not done yet by its last verdict; a session shows much of the answer\n"
+                f"judge it now: make check EX={exercise.number}; open it all the same: {begins} FORCE=1"
+            )
+        session = sessions.new(request.command, exercise, request.seed, **{**usual, **asked})
+        session.options["text"] = digest(text(session))
+    elif any(session.options.get(name) != value for name, value in asked.items()):
+        raise UsageError(f"{shown(session.folder)} was begun otherwise; take another SEED, or go on: {session.command}")
+    if not session.ended:
+        first = text(session)
+        if digest(first) != session.options.get("text"):
+            raise UsageError(f"{shown(session.folder)}: the bank has changed since; another one: {begins} SEED=…")
+        sessions.begin(session, first)
+    return session
 
 
 def standing(session: Session) -> list[str]:
     """How a session stands that is gone on with, a line; nothing for a new one."""
     return [f"  so far: {session.so_far.partition(': ')[2]}"] if session.saves else []
-
-
-def _put(session: Session, first: str) -> None:
-    """Puts a session's file where it is missing.
-
-    Raises:
-        UsageError: the bank has changed since it began, so that what was planted is not known any more.
-    """
-    if digest(first) != session.options.get("text"):
-        name = f"make {session.mode} EX={session.exercise.number}"
-        raise UsageError(f"{shown(session.folder)}: the bank has changed since; another one: {name} SEED=…")
-    sessions.begin(session, first)
-
-
-def _begun_by(mode: str, exercise: Exercise, seed: str) -> str:
-    return f"make {mode} EX={exercise.number}" + (f" SEED={seed.strip()}" if seed else "")
-
-
-def _not_yet(mode: str, exercise: Exercise) -> str:
-    return (
-        f"{exercise.id} is not done yet by its last verdict; a session shows much of the answer\n"
-        f"judge it now: make check EX={exercise.number}; "
-        f"open it all the same: make {mode} EX={exercise.number} FORCE=1"
-    )
 
 
 def tell(out: Console, lines: Iterable[str]) -> None:
@@ -92,12 +76,11 @@ def closed(session: Session, out: Console) -> int:
     return 0
 
 
-def said_of(session: Session, changes: Sequence[Change]) -> dict[Change, str]:
+def said_of(session: Session, changes: Sequence[Fault]) -> dict[Fault, str]:
     """What the checks say of each change alone: the fact and the hint of the first message on what it breaks."""
     exercise, folder = session.exercise, BUILD / "practice" / session.name
 
-    def said(judge: "Judge", change: Change) -> str:
-        assert change.mistake is not None
+    def said(judge: "Judge", change: Fault) -> str:
         write_whole(folder / exercise.file_name, planted.file_text(exercise, [change]))
         failed = [one for one in judge.results(exercise, folder, ("code",)) if one.outcome != "passed"]
         first = next((one for one in failed if one.requirement in change.mistake.requirements), None)
@@ -111,8 +94,8 @@ def said_of(session: Session, changes: Sequence[Change]) -> dict[Change, str]:
 def verdict_now(session: Session, out: Console) -> ExerciseVerdict:
     """The verdict on a session's file as it is now, judged where there is none yet."""
     cache, exercise = session.verdicts(), session.exercise
-    if not cache.stale(exercise, session.file):
-        return cache.entries[exercise.id].verdict(exercise)
+    if (there := cache.verdict(exercise, session.file)) is not None:
+        return there
     # It loads torch.
     from harness.practice import saving
 

@@ -6,7 +6,7 @@ from harness.model.paths import shown
 from harness.model.results import ExerciseVerdict
 from harness.practice import planted
 from harness.practice.opening import closed, opened, said_of, standing, tell, verdict_now
-from harness.practice.planted import Change
+from harness.practice.planted import Fault
 from harness.practice.sessions import Session
 from harness.report import terminal
 
@@ -19,7 +19,10 @@ def run(request: Request) -> int:
         from harness.practice.measuring import figures
 
         how = "done" if verdict_now(session, out).state == "done" else "given up"
-        lines = [*_costs(session), *figures(session, first_text(session), out)]
+        # What the checks count before the change is said too: the bench may show nothing of it.
+        (said,) = said_of(session, [waste(session)]).values()
+        costs = ["what the check counted before:", *(f"   {line}" for line in said.splitlines())] if said else []
+        lines = [*costs, *figures(session, first_text(session), out)]
         session.end(how, lambda: [*report(session, how), *lines])
     if session.ended:
         return closed(session, out)
@@ -54,7 +57,7 @@ def first_text(session: Session) -> str:
     return planted.file_text(session.exercise, [waste(session)])
 
 
-def waste(session: Session) -> Change:
+def waste(session: Session) -> Fault:
     """The wasteful change of the answer; it follows from seed and bank.
 
     Raises:
@@ -70,25 +73,16 @@ def waste(session: Session) -> Change:
 def report(session: Session, how: str) -> list[str]:
     """What was wasteful, and the smallest mend."""
     change = waste(session)
-    assert change.mistake is not None
-    name, numbers = change.mistake.name.replace("_", " "), ", ".join(change.mistake.requirements)
     line = planted.line_of(session.exercise, change.hunks[0], [change])
     return [
         f"{session.name}: {how}, {session.took}",
-        f"wasteful was line {line}: {name} ({numbers})",
+        f"wasteful was line {line}: {change.named} ({', '.join(change.mistake.requirements)})",
         "the smallest mend:",
-        *(f"   {one}" for one in planted.mend(session.exercise, change)),
+        *planted.mend(session.exercise, change),
     ]
-
-
-def _costs(session: Session) -> list[str]:
-    """What the checks count before the change, where the bench may show nothing of it."""
-    said = said_of(session, [waste(session)])[waste(session)]
-    return ["what the check counted before:", *(f"   {line}" for line in said.splitlines())] if said else []
 
 
 def _efficiency(session: Session) -> list[Requirement]:
     """The requirements that the wasteful code may cost."""
-    change = waste(session)
-    caught_by = change.mistake.requirements if change.mistake is not None else ()
+    caught_by = waste(session).mistake.requirements
     return [one for one in session.exercise.requirements if one.id in caught_by]

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import eq
 from typing import TypeVar
 
 from ruff import find_ruff_bin
@@ -14,7 +15,7 @@ from ruff import find_ruff_bin
 from harness.model import bank
 from harness.model.bank import Mistake
 from harness.model.exercise import Exercise
-from harness.model.source import functions
+from harness.model.source import Function, functions
 
 Item = TypeVar("Item")
 COLUMNS = 120
@@ -35,10 +36,9 @@ class Hunk:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of an answer's code. `mistake` is the bank's, if it is one."""
+    """A change of an answer's code."""
 
     hunks: tuple[Hunk, ...]
-    mistake: Mistake | None = None
 
     @property
     def lines(self) -> range:
@@ -48,6 +48,18 @@ class Change:
     @property
     def size(self) -> int:
         return sum(hunk.size for hunk in self.hunks)
+
+
+@dataclass(frozen=True)
+class Fault(Change):
+    """A change that is a mistake of the bank."""
+
+    mistake: Mistake
+
+    @property
+    def named(self) -> str:
+        """The mistake's name as people read it."""
+        return self.mistake.name.replace("_", " ")
 
 
 def parts(text: str) -> tuple[list[str], list[str]]:
@@ -65,18 +77,14 @@ def code(exercise: Exercise) -> list[str]:
 def hunks(before: Sequence[str], after: Sequence[str]) -> tuple[Hunk, ...]:
     """What turns one text into another, line by line."""
     # Compared is what lies between the first line that differs and the last: a whole file would take 50 ms.
-    head = sum(1 for _ in takewhile(_same, zip(before, after, strict=False)))
-    tail = sum(1 for _ in takewhile(_same, zip(before[head:][::-1], after[head:][::-1], strict=False)))
+    head = sum(takewhile(bool, map(eq, before, after)))
+    tail = sum(takewhile(bool, map(eq, before[head:][::-1], after[head:][::-1])))
     ours, theirs = before[head : len(before) - tail], after[head : len(after) - tail]
     found = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes()
     return tuple(Hunk(head + i, head + j, tuple(theirs[k:m])) for tag, i, j, k, m in found if tag != "equal")
 
 
-def _same(pair: tuple[str, str]) -> bool:
-    return pair[0] == pair[1]
-
-
-def mistaken(exercise: Exercise, seed: str, *, wasteful: bool = False) -> Iterator[Change]:
+def mistaken(exercise: Exercise, seed: str, *, wasteful: bool = False) -> Iterator[Fault]:
     """The mistakes of the bank as changes, in the order that a seed gives; those in the learner's own test or in what
     only readability catches are left out, and those that write no code of their own: a function left out, or a stub.
     `wasteful`: those alone that are right but wasteful.
@@ -88,10 +96,10 @@ def mistaken(exercise: Exercise, seed: str, *, wasteful: bool = False) -> Iterat
         if wasteful and not mistake.wasteful:
             continue
         text = mistake.applied_to(answer)
-        change = Change(hunks(code(exercise), parts(text)[1]), mistake)
+        fault = Fault(hunks(code(exercise), parts(text)[1]), mistake)
         readable = all(criteria.get(number) == "readability" for number in mistake.requirements)
-        if not readable and not _touches(change, own) and not _stubbed(whole, text):
-            yield change
+        if not readable and not _touches(fault, own) and not _stubbed(whole, text):
+            yield fault
 
 
 def shuffled(all: Iterable[Item], seed: str) -> list[Item]:
@@ -131,25 +139,17 @@ def line_of(exercise: Exercise, hunk: Hunk, changes: Iterable[Change]) -> int:
 
 
 def mend(exercise: Exercise, change: Change) -> list[str]:
-    """The lines that take a change back, as in a diff."""
+    """The lines that take a change back, as in a diff, set in."""
     lines, shown = code(exercise), []
     for hunk in change.hunks:
-        shown += [f"-{line}" for line in hunk.new] + [f"+{line}" for line in lines[hunk.first : hunk.last]]
+        shown += [f"   -{line}" for line in hunk.new] + [f"   +{line}" for line in lines[hunk.first : hunk.last]]
     return shown
 
 
-def parses(text: str) -> bool:
-    try:
-        ast.parse(text)
-    except SyntaxError:
-        return False
-    return True
-
-
 def unremarkable(text: str) -> bool:
-    """Whether nothing in a text shows at a glance: it parses, and ruff finds no name or import that is not used."""
+    """Whether nothing in a text shows at a glance: ruff can parse it, and finds no name or import that is not used."""
     command = [find_ruff_bin(), "check", "--isolated", "--no-cache", "--quiet", "--select", "F", "-"]
-    return parses(text) and subprocess.run(command, input=text, text=True, capture_output=True).returncode == 0
+    return subprocess.run(command, input=text, text=True, capture_output=True).returncode == 0
 
 
 def _all(changes: Iterable[Change]) -> list[Hunk]:
@@ -167,7 +167,7 @@ def _touches(change: Change, places: list[range]) -> bool:
     return any(hunk.first < place.stop and place.start < hunk.last + 1 for hunk in change.hunks for place in places)
 
 
-def _stubbed(whole: dict[str, ast.FunctionDef | ast.AsyncFunctionDef], text: str) -> bool:
+def _stubbed(whole: dict[str, Function], text: str) -> bool:
     """Whether a function is gone, or one of several statements has one only."""
     left = functions(text)
     return any(
@@ -175,6 +175,6 @@ def _stubbed(whole: dict[str, ast.FunctionDef | ast.AsyncFunctionDef], text: str
     )
 
 
-def _statements(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+def _statements(function: Function) -> int:
     """How many statements a function's body has, its docstring not counted."""
     return len(function.body) - (ast.get_docstring(function) is not None)

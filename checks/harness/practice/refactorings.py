@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from harness.model import bank
 from harness.model.exercise import Exercise
-from harness.model.source import functions
+from harness.model.source import Function, functions
 from harness.practice import planted
 from harness.practice.planted import Change
 
 # A change that is much larger than any mistake tells what it is.
 MOST_LINES = 16
-_Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def right(exercise: Exercise) -> list[Refactoring]:
     return [one for one in proposed(exercise) if one.name in names]
 
 
-def _replaces(theirs: _Function, ours: _Function, definitions: set[str]) -> bool:
+def _replaces(theirs: Function, ours: Function, definitions: set[str]) -> bool:
     """Whether a body can stand in another's place: its parameters are the same, and no function or class of the answer
     goes idle, nor what looks at an attribute that is set, nor a refusal that stands elsewhere: a fault in it would then
     be none.
@@ -74,28 +73,28 @@ def _replaces(theirs: _Function, ours: _Function, definitions: set[str]) -> bool
     return same and _names(theirs) & there >= _names(ours) & there and _stored(theirs) >= _stored(ours)
 
 
-def _parameters(function: _Function) -> list[str]:
+def _parameters(function: Function) -> list[str]:
     return [node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)]
 
 
-def _refusals(function: _Function) -> int:
+def _refusals(function: Function) -> int:
     """How many errors a function raises."""
     return sum(isinstance(node, ast.Raise) for node in ast.walk(function))
 
 
-def _stored(function: _Function) -> set[str]:
+def _stored(function: Function) -> set[str]:
     """The attributes that a function sets."""
     nodes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
     return {node.attr for node in nodes if isinstance(node.ctx, ast.Store)}
 
 
-def _names(function: _Function) -> set[str]:
+def _names(function: Function) -> set[str]:
     nodes = [node for statement in function.body for node in ast.walk(statement)]
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     return attributes | {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
-def _body(function: _Function) -> tuple[int, int]:
+def _body(function: Function) -> tuple[int, int]:
     """The lines of a function below its docstring, or else below its head, counted from 0."""
     first, *rest = function.body
     documented = ast.get_docstring(function) is not None and rest

@@ -12,7 +12,7 @@ from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import shown
 from harness.practice import planted, refactorings, sessions
 from harness.practice.opening import closed, opened, said_of, tell
-from harness.practice.planted import Change, Hunk
+from harness.practice.planted import Change, Fault, Hunk
 from harness.practice.refactorings import Refactoring
 from harness.practice.sessions import Session
 from harness.report import terminal
@@ -31,7 +31,7 @@ _LINES = re.compile(r"(?:lines?|l)?\s*(\d+)(?:\s*[-–]\s*(\d+))?", re.IGNORECAS
 class Reviewed:
     """What a review is of: mistakes, and right changes."""
 
-    faults: tuple[Change, ...]
+    faults: tuple[Fault, ...]
     right: tuple[Refactoring, ...]
 
     @property
@@ -73,8 +73,7 @@ def run(request: Request) -> int:
             "",
         ],
     )
-    for line in diff:
-        out.print(line, style=terminal.DIFF_STYLES.get(line[0], ""), markup=False, soft_wrap=True)
+    terminal.diff(out, diff)
     tell(
         out,
         [
@@ -119,7 +118,7 @@ def _drawn(exercise: Exercise, seed: str) -> Reviewed:
         if len(right) < hunks - wrong and _free(one.around, taken):
             right.append(one)
             taken.append(one.around)
-    faults: list[Change] = []
+    faults: list[Fault] = []
     for fault in planted.mistaken(exercise, seed):
         fits = max(fault.size, len(fault.lines)) <= _MOST_LINES and not planted.too_long(fault)
         if fits and _free(fault.lines, taken) and planted.unremarkable(planted.file_text(exercise, [fault])):
@@ -156,7 +155,7 @@ def filled(session: Session) -> list[Row]:
     return rows
 
 
-def judged(session: Session, rows: Sequence[Row], says: Mapping[Change, str]) -> tuple[str, str, list[str]]:
+def judged(session: Session, rows: Sequence[Row], says: Mapping[Fault, str]) -> tuple[str, str, list[str]]:
     """How many faults were named, how many rows name none, and the report.
 
     Args:
@@ -170,18 +169,16 @@ def judged(session: Session, rows: Sequence[Row], says: Mapping[Change, str]) ->
     for row in rows:
         found = _on(row, places) or _by_requirement(row, faults, of)
         alarms.append(row) if found is None else of[found].append(row)
-    named = f"{sum(bool(of[fault]) for fault in faults)} of {_number(len(faults), 'fault')} named"
+    named = f"{sum(bool(of[fault]) for fault in faults)} of {terminal.counted(len(faults), 'fault')} named"
     unjust = [row for one in made.right for row in of[one.change]]
-    false = _number(len(alarms) + len(unjust), "false alarm")
+    false = terminal.counted(len(alarms) + len(unjust), "false alarm")
     lines = [f"{session.name}: {named}, {false}, {session.took}", "the model review:"]
     for fault in faults:
-        assert fault.mistake is not None
-        name = fault.mistake.name.replace("_", " ")
-        place, numbers = places[fault].start + 1, ", ".join(_requirements(fault))
-        lines.append(f"- line {place}, {numbers}, {'named' if of[fault] else 'missed'}: {name}")
+        place, numbers = places[fault].start + 1, ", ".join(fault.mistake.requirements)
+        lines.append(f"- line {place}, {numbers}, {'named' if of[fault] else 'missed'}: {fault.named}")
         lines += [f"   {line}" for line in says.get(fault, "").splitlines()]
         lines += [f"   yours: {_shown(row)}{_elsewhere(row, fault)}" for row in of[fault]]
-        lines += ["   the smallest mend:", *(f"   {line}" for line in planted.mend(exercise, fault))]
+        lines += ["   the smallest mend:", *planted.mend(exercise, fault)]
     for one in sorted(made.right, key=lambda one: one.around.start):
         lines.append(f"- line {places[one.change].start + 1}, right: {one.function} by other means")
         lines += [f"   false alarm: {_shown(row)}" for row in of[one.change]]
@@ -194,26 +191,22 @@ def _on(row: Row, places: Mapping[Change, range]) -> Change | None:
     return next((one for one, lines in places.items() if any(line in lines for line in row.lines)), None)
 
 
-def _by_requirement(row: Row, faults: Sequence[Change], of: Mapping[Change, Sequence[Row]]) -> Change | None:
+def _by_requirement(row: Row, faults: Sequence[Fault], of: Mapping[Change, Sequence[Row]]) -> Fault | None:
     """The fault that breaks what a row names, where its lines are on no change; of several, one that has no row yet."""
-    alike = [fault for fault in faults if set(row.requirements) & set(_requirements(fault))]
+    alike = [fault for fault in faults if set(row.requirements) & set(fault.mistake.requirements)]
     return min(alike, key=lambda fault: len(of[fault]), default=None)
 
 
-def _elsewhere(row: Row, fault: Change) -> str:
+def _elsewhere(row: Row, fault: Fault) -> str:
     """A remark where a row names another requirement than the fault breaks."""
-    other = row.requirements and not set(row.requirements) & set(_requirements(fault))
-    return f" (what breaks is {', '.join(_requirements(fault))})" if other else ""
+    other = row.requirements and not set(row.requirements) & set(fault.mistake.requirements)
+    return f" (what breaks is {', '.join(fault.mistake.requirements)})" if other else ""
 
 
 def _lines(session: Session, hunks: Sequence[Hunk], changes: Sequence[Change]) -> range:
     """The lines of the new file from a change's first to its last, with one around it."""
     first, last = (planted.line_of(session.exercise, hunk, changes) for hunk in (hunks[0], hunks[-1]))
     return range(first - 1, last + max(1, len(hunks[-1].new)) + 1)
-
-
-def _requirements(fault: Change) -> tuple[str, ...]:
-    return fault.mistake.requirements if fault.mistake is not None else ()
 
 
 def _free(lines: range, taken: Sequence[range]) -> bool:
@@ -226,10 +219,6 @@ def _shown(row: Row) -> str:
     first, last = row.lines[:1], row.lines[1:][-1:]
     named = [f"line {first[0]}{f'-{last[0]}' if last else ''}" if first else "", ", ".join(row.requirements)]
     return ": ".join(part for part in (", ".join(part for part in named if part), row.why) if part)
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _form(session: Session) -> str:

@@ -15,11 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from harness.commands.request import whole_number
 from harness.model.cache import VerdictCache, checks_version
 from harness.model.exercise import POINTS, Exercise, UsageError, exercises, within
 from harness.model.history import write
 from harness.model.paths import BUILD, PRACTICE, shown
 from harness.model.submission import LoadError, read
+from harness.report import terminal
 
 _NAME = re.compile(r"([a-z]+)-(ex\d\d)-(\d{1,6})")
 # A longer wait between two saves is a pause, of which this much counts as work.
@@ -88,7 +90,7 @@ class Session:
     def took(self) -> str:
         """Minutes at work, in words."""
         minutes = round(self.minutes)
-        return f"{minutes} minute{'s' if minutes > 1 else ''}" if minutes else "under a minute"
+        return terminal.counted(minutes, "minute") if minutes else "under a minute"
 
     @property
     def touched(self) -> float:
@@ -146,6 +148,11 @@ def sessions() -> list[Session]:
     return sorted(found, key=lambda session: session.created)
 
 
+def interviews() -> list[Session]:
+    """Those that have not ended."""
+    return [one for one in sessions() if one.mode == "interview" and not one.ended]
+
+
 def unreadable() -> Iterator[Path]:
     """Folders that are named like a session of an exercise that is there, but tell nothing of one."""
     for folder in sorted(PRACTICE.iterdir()) if PRACTICE.is_dir() else []:
@@ -169,7 +176,7 @@ def chosen(mode: str, exercise: Exercise, seed: str, *, end: bool = False) -> Se
         raise UsageError(f"{len(under_way)} are under way; END=1 wants SEED, one of {', '.join(under_way)}")
     if not seed:
         return max((one for one in mine if not one.ended), key=lambda one: one.touched, default=None)
-    number = _number(seed)
+    number = whole_number("SEED", seed, 0, 999_999)
     if (found := next((one for one in mine if one.seed == number), None)) is not None:
         return found
     folder = PRACTICE / f"{mode}-{exercise.id}-{number}"
@@ -180,7 +187,9 @@ def chosen(mode: str, exercise: Exercise, seed: str, *, end: bool = False) -> Se
 
 def new(mode: str, exercise: Exercise, seed: str, **options: Any) -> Session:
     """A session that is on no disk yet; without SEED, with a seed that no session has."""
-    return Session(mode, exercise, _number(seed) if seed else free_seed(), time.time(), options)
+    return Session(
+        mode, exercise, whole_number("SEED", seed, 0, 999_999) if seed else free_seed(), time.time(), options
+    )
 
 
 def free_seed() -> int:
@@ -212,12 +221,6 @@ def notes(session: Session, name: str = "notes.md") -> str:
 def digest(text: str) -> str:
     """Tells one text from another: what a session's file began as is kept as this in its option "text"."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _number(seed: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,6}", seed.strip()):
-        raise UsageError(f"SEED={seed.strip()}: a number from 0 to 999999 is wanted")
-    return int(seed)
 
 
 def _read(folder: Path) -> Session | None:

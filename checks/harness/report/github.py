@@ -53,11 +53,12 @@ def publish(verdicts: Sequence[ExerciseVerdict], graded: Sheet, folder: Path, to
         token: what `mute` returned.
     """
     print(command(token), *annotations(verdicts, folder), *notices(graded), sep="\n", flush=True)
-    _empty(os.environ)
+    for name in _LATER_STEPS:  # What this step's code may have left to later ones: variables, search path, state.
+        _written(name, "")
     places = gradesheet.places(verdicts, folder)
     encoded = base64.b64encode(json.dumps(classroom(verdicts, folder)).encode()).decode()
     written = {"GITHUB_OUTPUT": f"result={encoded}\n", "GITHUB_STEP_SUMMARY": summary(graded, places)}
-    lacking = [name for name, text in written.items() if not _written(os.environ.get(name, ""), text)]
+    lacking = [name for name, text in written.items() if not _written(name, text)]
     if lacking:
         print(f"github: {' and '.join(lacking)} not set, so the lines above are all; GitHub Actions sets both")
 
@@ -175,17 +176,11 @@ def _property(text: str) -> str:
     return _data(text).replace(":", "%3A").replace(",", "%2C")
 
 
-def _empty(environment: Mapping[str, str]) -> None:
-    """Takes from later steps what this step's code may have left them: variables, search path, state."""
-    for name in _LATER_STEPS:
-        _written(environment.get(name, ""), "")
-
-
 def _written(name: str, text: str) -> bool:
-    if not name:
-        return False
-    Path(name).write_text(text, encoding="utf-8")
-    return True
+    """Whether there is a file that a variable names; it then holds the text."""
+    if path := os.environ.get(name):
+        Path(path).write_text(text, encoding="utf-8")
+    return bool(path)
 
 
 def main(arguments: list[str]) -> int:

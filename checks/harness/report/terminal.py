@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +18,7 @@ from harness.model.source import todo_lines
 from harness.model.submission import LoadError, read
 
 _STYLES = {"done": "green", "in progress": "yellow", "not started": "", "does not import": "red"}
-DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan"}
+_DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan"}
 MESSAGE_LINES = 12
 _NEXT_LINES = 2
 _TITLE = 8
@@ -32,7 +32,7 @@ def console(stream: TextIO | None = None) -> Console:
 
 def begin(out: Console, exercise: Exercise, folder: Path) -> None:
     """Says what is being judged; VS Code's problem matcher takes this line as the start of a run."""
-    dots = "…" if _unicode(out) else "..."
+    dots = "..." if out.options.ascii_only else "…"
     out.print(f"judging {shown(folder / exercise.file_name)} {dots}", soft_wrap=True)
 
 
@@ -42,6 +42,17 @@ def line(out: Console, text: str, style: str = "") -> None:
     """
     whole = not out.is_terminal or os.environ.get("TERM_PROGRAM") == "vscode"
     out.print(text, style=style, markup=False, soft_wrap=whole)
+
+
+def diff(out: Console, lines: Iterable[str]) -> None:
+    """The lines of a diff in their colours, each whole."""
+    for text in lines:
+        out.print(text, style=_DIFF_STYLES.get(text[0], ""), markup=False, soft_wrap=True)
+
+
+def counted(number: int, what: str) -> str:
+    """So many of something, in words."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def board(out: Console, verdicts: Sequence[ExerciseVerdict]) -> None:
@@ -137,9 +148,9 @@ def rows(
     for one, count in zip(verdicts, counts, strict=True):
         if (begun := begins.get(one.requirement.id)) is not None:
             out.print(f" {begun}", markup=False, no_wrap=True, overflow="ellipsis")
-        mark, style = _mark(one, _unicode(out))
+        mark, style = _mark(one, out.options.ascii_only)
         title = one.requirement.title
-        title = title if len(title) <= width else f"{title[: width - 1]}{'…' if _unicode(out) else '~'}"
+        title = title if len(title) <= width else f"{title[: width - 1]}{'~' if out.options.ascii_only else '…'}"
         text = f"  [{style}]{mark}[/] {one.requirement.id:<{number}} {escape(f'{title:<{width}}')} {count}"
         out.print(text.rstrip(), soft_wrap=True)
 
@@ -258,12 +269,8 @@ def _column(path: Path, line: int) -> int:
     return len(text) - len(text.lstrip()) + 1
 
 
-def _unicode(out: Console) -> bool:
-    return out.encoding.lower().startswith("utf")
-
-
-def _mark(one: RequirementVerdict, unicode: bool) -> tuple[str, str]:
-    passed, failed = ("✓", "✗") if unicode else ("+", "x")
+def _mark(one: RequirementVerdict, ascii_only: bool) -> tuple[str, str]:
+    passed, failed = ("+", "x") if ascii_only else ("✓", "✗")
     if one.score:
         return passed, "green"
     if not one.judged:

@@ -9,10 +9,8 @@ from rich.table import Table
 from harness.commands.request import one_exercise
 from harness.commands.reset import is_starter, keep
 from harness.model.exercise import Exercise, UsageError
-from harness.model.paths import TOP, shown
+from harness.model.paths import ATTEMPTS, shown
 from harness.report import terminal
-
-ATTEMPTS = TOP / "attempts"
 
 
 def run(ex: str, restore: str) -> int:
@@ -65,7 +63,7 @@ def restored(exercise: Exercise, name: str) -> str:
         return f"{shown(exercise.file)} equals {shown(found)} already"
     try:
         exercise.file.parent.mkdir(exist_ok=True)
-        old = None if is_starter(exercise, exercise.file) else keep(exercise.file, ATTEMPTS)
+        old = None if is_starter(exercise, exercise.file) else keep(exercise.file)
         shutil.copyfile(found, exercise.file)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}; nothing was lost, make doctor says more") from None

@@ -40,7 +40,9 @@ def run(ex: str) -> int:
     terminal.line(out, f"{exercise.id} {number} {title} (step {step.number} of {len(exercise.steps)}, {step.name})")
     for place, hint in enumerate(hints[:shown_now], start=1):
         terminal.line(out, f"  {place}. {hint}")
-    terminal.line(out, f"hint {shown_now} of {len(hints)}; {_then(exercise, shown_now == len(hints))}")
+    last = f"it was the last; make answer EX={exercise.number} FORCE=1 shows the answer"
+    then = last if shown_now == len(hints) else "the next one comes after another attempt, once that is judged"
+    terminal.line(out, f"hint {shown_now} of {len(hints)}; {then}")
     return 0
 
 
@@ -69,13 +71,13 @@ def _verdict(exercise: Exercise, text: str) -> ExerciseVerdict:
     """The verdict on the file as it is now; a starter needs no judge."""
     if text == exercise.starter:
         return verdict_of(exercise, [], untouched=True)
-    cache = VerdictCache(checks_version())
-    if cache.stale(exercise, exercise.file):
+    verdict = VerdictCache(checks_version()).verdict(exercise, exercise.file)
+    if verdict is None:
         raise UsageError(
             f"{shown(exercise.file)}: not judged as it is now; make check EX={exercise.number} first, or save it while "
             "make watch runs"
         )
-    return cache.entries[exercise.id].verdict(exercise)
+    return verdict
 
 
 def _next(exercise: Exercise, number: str, count: int, text: str) -> int:
@@ -88,9 +90,3 @@ def _next(exercise: Exercise, number: str, count: int, text: str) -> int:
     hints[number] = history.Hint(before.shown + 1 if before is not None else 1, now)
     history.store(tracks)
     return hints[number].shown
-
-
-def _then(exercise: Exercise, last: bool) -> str:
-    if last:
-        return f"it was the last; make answer EX={exercise.number} FORCE=1 shows the answer"
-    return "the next one comes after another attempt, once that is judged"

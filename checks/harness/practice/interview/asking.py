@@ -1,9 +1,10 @@
 """`make ask`: the topics of the interview that runs, or the answer to one; what was asked is in the report."""
 
+from harness.commands.request import whole_number
 from harness.model.exercise import UsageError, selected
 from harness.practice.interview import clock
 from harness.practice.interview.statement import topics
-from harness.practice.sessions import Session, sessions
+from harness.practice.sessions import Session, interviews
 from harness.report import terminal
 
 
@@ -18,12 +19,11 @@ def run(ex: str, number: str) -> int:
             terminal.line(out, f" {place:>2}. {topic.name}{' (asked)' if place in asked else ''}")
         terminal.line(out, f"ask: make ask EX={session.exercise.number} N=1; {clock.reading(session)}")
         return 0
-    if not number.strip().isascii() or not number.strip().isdigit() or not 1 <= int(number) <= len(there):
-        raise UsageError(f"N={number.strip()}: a number from 1 to {len(there)} is wanted; make ask lists the topics")
-    session.options.setdefault("asked", []).append([round(clock.minute(session), 1), int(number)])
+    chosen = whole_number("N", number, 1, len(there), "; make ask lists the topics")
+    session.options.setdefault("asked", []).append([round(clock.minute(session), 1), chosen])
     session.store()
-    topic = there[int(number) - 1]
-    terminal.line(out, f"{number.strip()}. {topic.name}")
+    topic = there[chosen - 1]
+    terminal.line(out, f"{chosen}. {topic.name}")
     terminal.line(out, topic.text)
     terminal.line(out, f"{session.name}: {clock.reading(session)}")
     return 0
@@ -36,7 +36,7 @@ def under_way(ex: str) -> Session:
         UsageError: there is none.
     """
     wanted = selected(ex)
-    there = [one for one in sessions() if one.mode == "interview" and not one.ended]
+    there = interviews()
     found = [one for one in there if one.exercise in wanted]
     if not found:
         others = "".join(f"; make ask EX={one.exercise.number} asks in {one.name}" for one in there)

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from harness.model.paths import PRACTICE, shown, write_whole
 from harness.model.results import ExerciseVerdict
-from harness.practice.sessions import Session, sessions
+from harness.practice.sessions import Session, interviews
 
 # Parts of the time after which the learner is asked to think aloud.
 _PROMPTS = (0.1, 0.35, 0.7)
@@ -65,7 +65,7 @@ def bell() -> Callable[[], None]:
 
     def ring() -> None:
         with suppress(OSError):
-            for session in (one for one in sessions() if one.mode == "interview" and not one.ended):
+            for session in interviews():
                 before, passed[session.name] = passed.get(session.name), _passed(session)
                 if before is not None and passed[session.name] > before:
                     write_whole(PRACTICE / "clock.py", f"# {reading(session)}\n")

@@ -1,20 +1,14 @@
 """`make interview`: begins one, goes on with it, or ends it with a report."""
 
-from typing import TYPE_CHECKING
-
-from harness.commands.request import Request, one_exercise
+from harness.commands.request import Request, one_exercise, whole_number
 from harness.model.exercise import Exercise, UsageError
 from harness.model.paths import shown
-from harness.model.results import ExerciseVerdict
 from harness.practice import sessions
 from harness.practice.interview import clock, report
 from harness.practice.interview.statement import first_text
 from harness.practice.opening import judged
 from harness.practice.sessions import Session
 from harness.report import terminal
-
-if TYPE_CHECKING:
-    from harness.runner.judge import Judge
 
 MINUTES, LONGEST = 45, 240
 
@@ -25,8 +19,10 @@ def run(request: Request) -> int:
     session = _session(request, exercise)
     if request.end and not session.ended:
         terminal.begin(out, exercise, session.folder)
-        verdict = _whole_verdict(session)
-        how = "done" if report.earned_in_time(session) >= _counting(session) else "ended"
+        # On all of the exercise, own test and style included.
+        verdict = judged(exercise, lambda judge: judge.judge(exercise, session.folder).verdict(exercise))
+        counting = {one.id for one in session.scope.requirements}
+        how = "done" if report.earned_in_time(session) >= counting else "ended"
         session.end(how, lambda: report.text(session, verdict).splitlines())
         lines = report.summary(session, verdict)
     elif session.ended:
@@ -41,7 +37,11 @@ def run(request: Request) -> int:
             f"  think aloud, or note what you try: {shown(session.folder / 'notes.md')}",
             f"  end it, and get the report: {session.command} END=1",
             clock.reading(session),
-            *(f"under way too: {one.name}; {one.command} END=1 ends it" for one in _others(session)),
+            *(
+                f"under way too: {one.name}; {one.command} END=1 ends it"
+                for one in sessions.interviews()
+                if one.name != session.name
+            ),
         ]
     for line in lines:
         terminal.line(out, line)
@@ -49,7 +49,7 @@ def run(request: Request) -> int:
 
 
 def _session(request: Request, exercise: Exercise) -> Session:
-    minutes = _asked(request.minutes)
+    minutes = whole_number("MINUTES", request.minutes, 1, LONGEST) if request.minutes.strip() else 0
     found = sessions.chosen("interview", exercise, request.seed, end=request.end)
     if found is None:
         if request.end:
@@ -62,29 +62,3 @@ def _session(request: Request, exercise: Exercise) -> Session:
         sessions.begin(found, first_text(exercise, found.scope, clock.length(found)))
         sessions.put(found.folder / "notes.md", f"{clock.notes_head(found)}\n\n")
     return found
-
-
-def _others(session: Session) -> list[Session]:
-    """The other interviews that have not ended."""
-    there = [one for one in sessions.sessions() if one.mode == "interview" and not one.ended]
-    return [one for one in there if one.name != session.name]
-
-
-def _asked(minutes: str) -> int:
-    text = minutes.strip()
-    if text and not (text.isascii() and text.isdigit() and 1 <= int(text) <= LONGEST):
-        raise UsageError(f"MINUTES={text}: a number from 1 to {LONGEST} is wanted")
-    return int(text) if text else 0
-
-
-def _counting(session: Session) -> set[str]:
-    return {one.id for one in session.scope.requirements}
-
-
-def _whole_verdict(session: Session) -> ExerciseVerdict:
-    """The verdict on all of the exercise, own test and style included, as the file is now."""
-
-    def verdict(judge: "Judge") -> ExerciseVerdict:
-        return judge.judge(session.exercise, session.folder).verdict(session.exercise)
-
-    return judged(session.exercise, verdict)

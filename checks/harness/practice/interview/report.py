@@ -11,7 +11,7 @@ from harness.practice.interview import clock
 from harness.practice.interview.asking import questions
 from harness.practice.interview.statement import discussion, topics
 from harness.practice.sessions import Session
-from harness.report import timeline
+from harness.report import terminal, timeline
 
 NAME, PICTURE = "report.md", "report.png"
 _WORDS = {"correctness": "correct", "efficiency": "efficient", "robustness": "robust", "readability": "readable"}
@@ -99,8 +99,9 @@ def scores(session: Session, verdict: ExerciseVerdict) -> Iterator[tuple[str, in
 
 def _scores(session: Session, verdict: ExerciseVerdict) -> list[str]:
     return [
-        f"{_WORDS[name]}: {f'{earned} of {_number(count)}' if count else 'nothing of it counts in this time'}"
-        for name, earned, count in scores(session, verdict)
+        f"{_WORDS[name]}: "
+        + (f"{earned} of {terminal.counted(of, 'requirement')}" if of else "nothing of it counts in this time")
+        for name, earned, of in scores(session, verdict)
     ]
 
 
@@ -108,10 +109,6 @@ def _findings(verdict: ExerciseVerdict) -> list[str]:
     """Why it does not read well, where it does not."""
     failed = [result for result in verdict.results() if result.name.startswith(("test_ruff", "test_mypy"))]
     return [f"  {' '.join(one.message.split())}" for one in failed if one.outcome != "passed"]
-
-
-def _number(count: int) -> str:
-    return "1 requirement" if count == 1 else f"{count} requirements"
 
 
 def _own_test(session: Session, one: RequirementVerdict | None) -> str:

@@ -3,14 +3,11 @@
 import ast
 import re
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from harness.model.exercise import Exercise
-from harness.model.source import lines_of, todo_numbers
+from harness.model.source import Definition, lines_of, todo_numbers
 
-_DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 # A convention begins with what it is about; without one of these, so many words tell it.
 _WORDS_OF_A_TOPIC, _MOST_WORDS = 3, 8
 _VERB = re.compile(
@@ -46,7 +43,7 @@ def first_text(exercise: Exercise, scope: Exercise, minutes: int) -> str:
     lines, tree = starter.splitlines(), ast.parse(starter)
     cuts = [(_span(tree), f'"""{said}\n"""')]
     for node in ast.walk(tree):
-        if isinstance(node, _DOCUMENTED) and (docstring := ast.get_docstring(node)):
+        if isinstance(node, Definition) and (docstring := ast.get_docstring(node)):
             cuts.append((_span(node), textwrap.indent(_in_short(docstring), " " * (node.col_offset + 4))))
     for (first, last), text in sorted(cuts, reverse=True):
         lines[first - 1 : last] = text.splitlines()
@@ -69,19 +66,14 @@ def without(starter: str, counting: set[str]) -> str:
     without the imports that they alone need. A class is whole or gone: its checks call what is to be written later.
     """
     lines, tree = starter.splitlines(), ast.parse(starter)
-    gone = [lines_of(node) for node in _idle(tree.body, lines, counting)]
+    gone: list[range] = []
+    for node in tree.body:
+        numbers = {number for place in lines_of(node) for number in todo_numbers(lines[place - 1])}
+        if isinstance(node, Definition) and numbers and not numbers & counting:
+            gone.append(lines_of(node))
     left = [line for number, line in enumerate(lines, start=1) if not any(number in one for one in gone)]
     text = re.sub(r"\n{4,}", "\n\n\n", "\n".join(left)).rstrip() + "\n"
     return _without_imports(text, _names(tree) - _names(ast.parse(text)))
-
-
-def _idle(body: list[ast.stmt], lines: list[str], counting: set[str]) -> Iterator[_Documented]:
-    for node in body:
-        if not isinstance(node, _DOCUMENTED):
-            continue
-        numbers = {number for place in lines_of(node) for number in todo_numbers(lines[place - 1])}
-        if numbers and not numbers & counting:
-            yield node
 
 
 def _names(tree: ast.Module) -> set[str]:
