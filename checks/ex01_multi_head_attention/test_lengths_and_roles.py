@@ -14,11 +14,15 @@ from .reference import LK, LQ, VALUES, B, D, H, agree, build, inputs, some_mask,
 
 
 @requirement("1.1")
-@pytest.mark.parametrize(("lq", "lk"), [(1, 1), (1, 7), (5, 1), (9, 4), (4, 9), (67, 131)])
+@pytest.mark.parametrize(("lq", "lk"), [(1, 1), (1, 7), (5, 1), (9, 4), (4, 9), (67, 131), (4099, 2), (2, 4099)])
 def test_any_lengths(subject: Subject, close: Close, rng: torch.Generator, lq: int, lk: int) -> None:
-    """Any number of queries and keys gives the formula's output and weights."""
+    """Any number of queries and keys gives the formula's output and weights, at inference too."""
+    given, attention = [x[: 2 if lq * lk < 8000 else 1] for x in inputs(rng, lq=lq, lk=lk)], build(subject)
     hint = f"Lq = {lq}, Lk = {lk} keys, in float64"
-    agree(close, build(subject), inputs(rng, lq=lq, lk=lk), hint=hint)
+
+    agree(close, attention, given, hint=hint)
+    with torch.no_grad():
+        agree(close, attention.eval(), given, hint=f"{hint}, in eval under no_grad")
 
 
 @requirement("1.1")
@@ -41,8 +45,8 @@ def test_any_batch(subject: Subject, close: Close, rng: torch.Generator) -> None
     """Any number of batch rows gives the formula's output and weights."""
     attention = build(subject)
 
-    for batch in (1, 3, 5):
-        given = [torch.randn(batch, n, D, generator=rng, dtype=torch.float64) for n in (LQ, LK, LK)]
+    for batch, lq, lk in ((1, LQ, LK), (3, LQ, LK), (5, LQ, LK), (1031, 2, 3)):
+        given = [torch.randn(batch, n, D, generator=rng, dtype=torch.float64) for n in (lq, lk, lk)]
         agree(close, attention, given, hint=f"with {batch} batch rows")
 
 
