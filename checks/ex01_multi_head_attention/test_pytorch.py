@@ -60,9 +60,9 @@ def test_agrees_with_pytorch(
 @requirement("1.6")
 def test_any_number_of_heads(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """Any d_model and any number of heads that divides it, one and d_model too, give the formula; modules that share
-    one of them, or head_dim, do not mix.
+    one of them do not mix.
     """
-    sizes = [(20, 5), (20, 2), (15, 3), (12, 3), (7, 1), (6, 6)]
+    sizes = [(20, 5), (20, 2), (15, 5), (7, 1), (6, 6)]
     modules = [build(subject, d_model=d_model, heads=heads) for d_model, heads in sizes]
 
     for (d_model, heads), attention in zip(sizes, modules, strict=True):
@@ -77,14 +77,16 @@ def test_dropout_loses_no_precision(subject: Subject, close: Close, rng: torch.G
 
     weights = carries(unpack(attention(*given))[1], "forward: weights")
 
-    wanted = reference(attention, *given)[1] * (weights.detach() != 0) / 0.7
-    near = torch.isclose(weights, wanted, rtol=VALUES, atol=VALUES)
+    wanted = reference(attention, *given)[1]
+    shapes = f"weights of shape {tuple(weights.shape)} came, {tuple(wanted.shape)} was wanted"
+    assert weights.shape == wanted.shape, f"forward in training: {shapes}"
+    wanted = wanted * (weights.detach() != 0) / 0.7
+    near = torch.isclose(weights.double(), wanted, rtol=VALUES, atol=VALUES)
     hint = "in float64, in training with dropout 0.3: is the factor 1 / 0.7 rounded to float32?"
     close(weights[near], wanted[near].detach(), "forward: weights", hint=hint)
     if near.all():
-        grads = [torch.autograd.grad(x.square().sum(), given[:2]) for x in (weights, wanted)]
-        for name, came, want in zip(("query", "key"), *grads, strict=True):
-            close(came, want, f"backward: gradient of {name}", hint=hint)
+        came, want = (torch.autograd.grad(x.square().sum(), given[0])[0] for x in (weights, wanted))
+        close(came, want, "backward: gradient of query", hint=hint)
 
 
 @requirement("1.6")

@@ -183,7 +183,7 @@ MISTAKES = [
     Mistake(
         "cut_at_256",
         "1.1",
-        "4099",
+        "257",
         (QUERIES, "        query = query[:, :256]\n" + QUERIES),
     ),
     Mistake(

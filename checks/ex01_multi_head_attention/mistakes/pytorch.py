@@ -238,7 +238,7 @@ MISTAKES = [
     Mistake(
         "scale_by_num_heads_for_all_modules",
         "1.6",
-        "d_model=12, heads=3",
+        "d_model=15, heads=5",
         (
             COMPUTED,
             """\
