@@ -183,7 +183,7 @@ MISTAKES = [
     Mistake(
         "cut_at_256",
         "1.1",
-        "257",
+        "4099",
         (QUERIES, "        query = query[:, :256]\n" + QUERIES),
     ),
     Mistake(
