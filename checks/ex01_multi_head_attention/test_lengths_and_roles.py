@@ -22,6 +22,19 @@ def test_any_lengths(subject: Subject, close: Close, rng: torch.Generator, lq: i
 
 
 @requirement("1.1")
+@pytest.mark.parametrize(("lq", "lk"), [(4099, 2), (2, 4099)])
+def test_thousands(subject: Subject, close: Close, rng: torch.Generator, lq: int, lk: int) -> None:
+    """Thousands of queries or keys give the formula's output and weights, at inference too."""
+    given = [torch.randn(1, length, 4, generator=rng, dtype=torch.float64) for length in (lq, lk, lk)]
+    attention = build(subject, d_model=4, heads=2)
+
+    for graph in (nullcontext, torch.no_grad):
+        hint = f"Lq = {lq}, Lk = {lk} keys, in float64{', in eval under no_grad' * (graph is torch.no_grad)}"
+        with graph():
+            agree(close, attention.train(graph is nullcontext), given, hint=hint, heads=2)
+
+
+@requirement("1.1")
 def test_a_batch_row_gives_what_it_gives_alone(subject: Subject, close: Close, rng: torch.Generator) -> None:
     """The rows of a batch do not see each other."""
     given = inputs(rng)
@@ -41,8 +54,8 @@ def test_any_batch(subject: Subject, close: Close, rng: torch.Generator) -> None
     """Any number of batch rows gives the formula's output and weights."""
     attention = build(subject)
 
-    for batch in (1, 3, 5):
-        given = [torch.randn(batch, n, D, generator=rng, dtype=torch.float64) for n in (LQ, LK, LK)]
+    for batch, lq, lk in ((1, LQ, LK), (3, LQ, LK), (1031, 1, 2)):
+        given = [torch.randn(batch, n, D, generator=rng, dtype=torch.float64) for n in (lq, lk, lk)]
         agree(close, attention, given, hint=f"with {batch} batch rows")
 
 

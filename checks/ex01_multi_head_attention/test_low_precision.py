@@ -104,11 +104,12 @@ def test_autocast(subject: Subject, close: Close, rng: torch.Generator, dtype: t
 
 @requirement("1.7")
 def test_a_module_may_be_cast_between_calls(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """After .float() and .double() each call works in the new dtype, with its precision."""
-    given, attention, fresh = inputs(rng), build(subject), build(subject)
-    agree(close, attention.float(), inputs(rng, torch.float32), tolerance=2e-5)
-    hint = "the module was cast to float64 after a call in float32"
-    agree(close, attention.double(), given, hint=hint)
+    """After .float() or .half() and .double() each call works in the new dtype, with its precision."""
+    given, attention, fresh = inputs(rng), build(subject, heads=2), build(subject, heads=2)
+    for dtype, tolerance in ((torch.float16, 5e-3), (torch.float32, 2e-5)):  # Dh = 6: 1/√Dh is no number of float16.
+        agree(close, attention.to(dtype), inputs(rng, dtype), heads=2, tolerance=tolerance)
+        hint = f"the module was cast to float64 after a call in {dtype}"
+        agree(close, attention.double(), [3 * x for x in given], heads=2, hint=hint)
 
     fresh.load_state_dict(attention.state_dict())
     for name, came, wanted in zip(("output", "weights"), attention(*given), fresh(*given), strict=True):

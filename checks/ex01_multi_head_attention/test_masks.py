@@ -141,6 +141,23 @@ def test_a_long_run_of_hidden_keys(subject: Subject, close: Close, rng: torch.Ge
 
 
 @requirement("1.2")
+def test_each_of_many_queries_has_its_own_row(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """A mask [1, 1, Lq, Lk] hides from each of 1031 queries what its own row hides."""
+    given, mask = [x[:1] for x in inputs(rng, lq=1031)], some_mask((1, 1, 1031, LK), rng)
+    attention = build(subject)
+
+    _, weights = unpack(attention(*given, mask))
+
+    what = "forward with a mask of shape (1, 1, 1031, 7): weights"
+    # Allowed weights that are wrong for many queries cost 1.1.
+    wanted = reference(attention, given[0][:, :LQ], *given[1:], mask=mask[:, :, :LQ])[1]
+    close(weights[:, :, :LQ], wanted, f"{what} of the first queries", tolerance=VALUES)
+    hidden = torch.zeros(1, H, 1031, LK, dtype=torch.float64)
+    came = weights * ~mask if weights.shape == hidden.shape else weights
+    close(came, hidden, f"{what} of hidden keys", tolerance=0)
+
+
+@requirement("1.2")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_a_fully_masked_row_gives_zeros(subject: Subject, close: Close, rng: torch.Generator, training: bool) -> None:
     """A query that may attend to nothing has zero weights; its output is output_linear's bias."""

@@ -14,6 +14,7 @@ from .reference import (
     LK,
     LQ,
     PRECISE,
+    VALUES,
     B,
     D,
     H,
@@ -58,11 +59,34 @@ def test_agrees_with_pytorch(
 
 @requirement("1.6")
 def test_any_number_of_heads(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Any d_model and any number of heads that divides it, one and d_model too, give the formula."""
-    for d_model, heads in ((20, 5), (15, 3), (7, 1), (6, 6)):
+    """Any d_model and any number of heads that divides it, one and d_model too, give the formula; modules that share
+    one of them do not mix.
+    """
+    sizes = [(20, 5), (20, 2), (15, 5), (7, 1), (6, 6)]
+    modules = [build(subject, d_model=d_model, heads=heads) for d_model, heads in sizes]
+
+    for (d_model, heads), attention in zip(sizes, modules, strict=True):
         given = [torch.randn(B, n, d_model, generator=rng, dtype=torch.float64) for n in (LQ, LK, LK)]
-        attention = build(subject, d_model=d_model, heads=heads)
         agree(close, attention, given, hint=f"{d_model=}, {heads=}", heads=heads, tolerance=PRECISE)
+
+
+@requirement("1.6")
+def test_dropout_loses_no_precision(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """In float64 a weight that dropout keeps is w / (1 - p) to 1e-9, and so is its gradient; 1.5 judges the rest."""
+    given, attention = [x.requires_grad_() for x in inputs(rng)], build(subject, dropout=0.3).train()
+
+    weights = carries(unpack(attention(*given))[1], "forward: weights")
+
+    wanted = reference(attention, *given)[1]
+    shapes = f"weights of shape {tuple(weights.shape)} came, {tuple(wanted.shape)} was wanted"
+    assert weights.shape == wanted.shape, f"forward in training: {shapes}"
+    wanted = wanted * (weights.detach() != 0) / 0.7
+    near = torch.isclose(weights.double(), wanted, rtol=VALUES, atol=VALUES)
+    hint = "in float64, in training with dropout 0.3: is the factor 1 / 0.7 rounded to float32?"
+    close(weights[near], wanted[near].detach(), "forward: weights", hint=hint)
+    if near.all():
+        came, want = (torch.autograd.grad(x.square().sum(), given[0])[0] for x in (weights, wanted))
+        close(came, want, "backward: gradient of query", hint=hint)
 
 
 @requirement("1.6")
@@ -76,7 +100,8 @@ def test_new_weights_count_at_once(subject: Subject, close: Close, rng: torch.Ge
         for parameter in attention.parameters():
             parameter.mul_(-0.7)
     agree(close, attention, given, hint="the weights were changed in place before this call")
-    attention.load_state_dict({name: value * 1.3 for name, value in attention.state_dict().items()})
+    larger = {name: value.detach() * 1.3 for name, value in attention.named_parameters()}
+    attention.load_state_dict(attention.state_dict() | larger)
     agree(close, attention, given, hint="the weights were loaded anew before this call")
     for name in ("q_linear", "k_linear", "v_linear", "output_linear"):
         setattr(attention, name, nn.Linear(D, D, dtype=torch.float64))

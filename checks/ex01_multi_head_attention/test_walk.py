@@ -123,7 +123,7 @@ class Calls(Walk):
         Aspect("apply_mask", "1.2", {"": False, "apply_mask by itself": True}, 0.03),
         Aspect("refused", "1.2", {"": False, "after a mask of a bad shape": True}, 0.1),
         Aspect("dropout", "1.5", {
-            "": 0.0, "with dropout 0.5": 0.5, "with dropout 0.2": 0.2, "with dropout 1": 1.0,
+            "": 0.0, "with dropout 0.7": 0.7, "with dropout 0.3": 0.3, "with dropout 1": 1.0,
         }, 0.25),
         Aspect("mask dtype", "1.2", {
             "": torch.bool, "a mask of uint8": torch.uint8, "a mask of int32": torch.int32,

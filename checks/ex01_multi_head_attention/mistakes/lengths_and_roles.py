@@ -133,6 +133,42 @@ MISTAKES = [
             + QUERIES,
         ),
     ),
+    Mistake(
+        "last_queries_of_uneven_blocks_lost",
+        "1.1",
+        "Lq = 4099",
+        (
+            "        weights = scores.softmax(dim=-1)\n",
+            """\
+        weights = scores.softmax(dim=-1)
+        blocks = -(-scores.size(2) // 1024)
+        covered = scores.size(2) // blocks * blocks
+        weights = weights * (torch.arange(scores.size(2), device=scores.device) < covered)[:, None]
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "last_keys_of_uneven_blocks_lost_at_inference",
+        "1.1",
+        "Lk = 4099",
+        (
+            "        weights = scores.softmax(dim=-1)\n",
+            """\
+        if not torch.is_grad_enabled() and scores.size(3) > 2048:
+            scores = nn.functional.pad(scores[..., : scores.size(3) // 2048 * 2048], (0, 3), value=float("-inf"))
+        weights = scores.softmax(dim=-1)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "batch_rows_beyond_512_lost",
+        "1.1",
+        "1031 batch rows",
+        (RETURN, RETURN.replace("joined)", "joined * (torch.arange(len(joined)) < 512).to(joined)[:, None, None])")),
+        only=True,
+    ),
     # What one situation hides: special sizes, and what is put back.
     Mistake(
         "one_key_needs_no_softmax",
@@ -147,7 +183,7 @@ MISTAKES = [
     Mistake(
         "cut_at_256",
         "1.1",
-        "257",
+        "4099",
         (QUERIES, "        query = query[:, :256]\n" + QUERIES),
     ),
     Mistake(

@@ -48,6 +48,24 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "scale_rounded_by_a_cast",
+        "1.7",
+        "after a call in torch.float16",
+        (
+            "        self.num_heads = num_heads\n",
+            """\
+        self.num_heads = num_heads
+        self.register_buffer('scale', torch.tensor((d_model // num_heads) ** -0.5, dtype=torch.float64))
+""",
+        ),
+        (
+            "        scores = self.compute_attention_scores(q, k)  # [B, H, Lq, Lk]\n",
+            """\
+        scores = self.compute_attention_scores(q, k) * (self.scale * q.size(-1) ** 0.5).to(q.dtype)
+""",
+        ),
+    ),
+    Mistake(
         "a_constant_on_the_cpu",
         "1.7",
         "",

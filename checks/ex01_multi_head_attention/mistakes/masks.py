@@ -227,6 +227,20 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "rows_of_the_first_block_of_queries",
+        "1.2",
+        "weights of hidden keys",
+        (
+            APPLIED,
+            """\
+            if mask.size(2) > 512:
+                mask = torch.cat([mask[:, :, :512]] * 3, dim=2)[:, :, : mask.size(2)]
+"""
+            + APPLIED,
+        ),
+        only=True,
+    ),
+    Mistake(
         "open_mask_known_by_version",
         "1.2",
         "edited in place",

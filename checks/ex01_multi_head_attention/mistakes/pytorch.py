@@ -221,6 +221,65 @@ MISTAKES = [
         only=True,
     ),
     Mistake(
+        "head_dim_by_d_model_for_all_modules",
+        "1.6",
+        "d_model=20, heads=2",
+        (
+            COMPUTED,
+            """\
+        if not hasattr(MultiHeadAttention, 'sizes'):
+            MultiHeadAttention.sizes = {}
+        head_dim = MultiHeadAttention.sizes.setdefault(query.size(-1), q.size(-1))
+        scores = self.compute_attention_scores(q, k) * (q.size(-1) / head_dim) ** 0.5
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "scale_by_num_heads_for_all_modules",
+        "1.6",
+        "d_model=15, heads=5",
+        (
+            COMPUTED,
+            """\
+        if not hasattr(MultiHeadAttention, 'sizes'):
+            MultiHeadAttention.sizes = {}
+        head_dim = MultiHeadAttention.sizes.setdefault(self.num_heads, q.size(-1))
+        scores = self.compute_attention_scores(q, k) * (q.size(-1) / head_dim) ** 0.5
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "dropout_noise_in_float32",
+        "1.6",
+        "rounded to float32",
+        (
+            "        weights = self.dropout(weights)\n",
+            """\
+        if self.training and self.dropout.p > 0:
+            kept = 1 - self.dropout.p
+            noise = torch.empty(weights.shape, device=weights.device).bernoulli_(kept)
+            weights = weights * noise.div_(max(kept, 1e-9)).to(weights.dtype)
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "dropout_gradient_in_float32",
+        "1.6",
+        "backward: gradient of query",
+        (
+            "        weights = self.dropout(weights)\n",
+            """\
+        weights = self.dropout(weights)
+        if self.training and self.dropout.p > 0 and weights.requires_grad:
+            weights.register_hook(lambda grad: grad.float().to(grad.dtype))
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
         "heads_of_the_last_module_made",
         "1.6",
         "head",
