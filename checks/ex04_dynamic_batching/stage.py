@@ -273,7 +273,7 @@ class Stage:
         return callers
 
     def ask_at_once(self, *requests: Request, seconds: float = 0, gone: tuple[int, ...] = ()) -> list[Caller]:
-        """Callers of these, who all wait, for `seconds` or more, before one can be served; those `gone` are cancelled."""
+        """Callers of these, who wait for `seconds` at least before one can be served; those `gone` are cancelled."""
         gate = self.occupy()
         callers = self.ask(*requests)
         self.settle(seconds)
