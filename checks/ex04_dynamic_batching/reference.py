@@ -13,6 +13,7 @@ VOCABULARY, FIRST_NAME = 499, 500
 MOST_CHOSEN = 64
 # Tokens from here on name no request. Squares are of what is left of a token here, lest int64 overflow.
 LARGE, MODULUS = 1 << 22, 9973
+MASKS = torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64
 
 
 @dataclass(eq=False)
@@ -73,7 +74,8 @@ class Call:
     ids: Tensor
     mask: Tensor | None
     new: int
-    sampled: bool
+    sampled: bool | None
+    pad: object
     came: float = field(default_factory=time.monotonic)
     returned: bool = False
 
@@ -84,6 +86,26 @@ class Call:
             return [0] * len(self.ids)
         found: list[int] = (self.ids * ((self.ids >= FIRST_NAME) & (self.ids < LARGE))).amax(1).tolist()
         return found
+
+    @property
+    def flaw(self) -> str:
+        """What generate got that no model need take, though this one does; nothing where that is judged elsewhere."""
+        if self.pad is None or self.pad != 0:
+            return f"generate got pad_token_id {self.pad}, 0 was wanted\npass it: not every model has a default"
+        if self.sampled is None or self.sampled:
+            return f"generate got do_sample {self.sampled}, False was wanted\npass it: results differ from call to call"
+        if self.mask is None or self.mask.shape != self.ids.shape:
+            return ""
+        if self.mask.dtype not in MASKS or not self.mask.equal(self.mask.bool().to(self.mask.dtype)):
+            values = sorted(set(self.mask.flatten().tolist()))
+            return (
+                f"attention_mask holds {values} in {self.mask.dtype}, boolean or 0/1 as the Conventions say was wanted"
+            )
+        pads = self.ids.masked_fill(self.mask.bool(), 0)
+        if pads.any():
+            held = pads[pads != 0].tolist()
+            return f"pads hold {held[:5]}, token 0 was wanted\nthey may be left over from an earlier batch"
+        return ""
 
     def serves(self, request: Request) -> bool:
         return request.mark in self.marks
@@ -109,11 +131,11 @@ class Model(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         max_new_tokens: int = 20,
-        do_sample: bool = False,
-        pad_token_id: int = 0,
+        do_sample: bool | None = None,
+        pad_token_id: int | None = None,
     ) -> Tensor:
         mask = None if attention_mask is None else attention_mask.clone()
-        call = Call(input_ids.clone(), mask, int(max_new_tokens), bool(do_sample))
+        call = Call(input_ids.clone(), mask, int(max_new_tokens), do_sample, pad_token_id)
         with self._lock:
             self.calls.append(call)
             self.active += 1
@@ -123,7 +145,7 @@ class Model(nn.Module):
             for request, error in self.errors:
                 if call.serves(request):
                     raise error
-            return self._continued(input_ids, mask, call.new, call.sampled)
+            return self._continued(input_ids, mask, call.new, bool(call.sampled))
         finally:
             call.returned = True
             with self._lock:

@@ -317,8 +317,8 @@ class Rules:
             raise Fault("4.4", f"generate got {len(call.ids)} rows for {len(requests)} requests", self.about(""))
         if (most := max(request.new for request in requests)) < call.new:
             raise Fault("4.4", f"a batch's longest request asks for {most} tokens, generate for {call.new}")
-        if call.sampled:
-            raise Fault("4.2", "generate got do_sample=True")
+        if call.flaw:
+            raise Fault("4.2", call.flaw)
 
     def unchanged(self) -> None:
         """No prompt was written to."""

@@ -272,11 +272,14 @@ class Stage:
         loop.loop.call_soon_threadsafe(start)
         return callers
 
-    def ask_at_once(self, *requests: Request, seconds: float = 0) -> list[Caller]:
-        """Callers of these requests, all of whom wait, for `seconds` at least, before the first can be served."""
+    def ask_at_once(self, *requests: Request, seconds: float = 0, gone: tuple[int, ...] = ()) -> list[Caller]:
+        """Callers of these, who wait for `seconds` at least before one can be served; those `gone` are cancelled."""
         gate = self.occupy()
         callers = self.ask(*requests)
         self.settle(seconds)
+        for place in gone:
+            callers[place].cancel()
+            self.settle()
         gate.open()
         return callers
 
@@ -285,7 +288,7 @@ class Stage:
         for caller in callers:
             caller.cancel()
         for caller in callers:
-            if not self._patience.wait(caller.finished, self._number):
+            if not self.waits(caller.finished):
                 fact = f"the caller of request {caller.request.name} was cancelled and did not end"
                 self._fail(fact, self.blocks(caller))
 
@@ -459,8 +462,7 @@ class Stage:
         return f"the event loop of {stuck[0]}'s caller is blocked" if stuck else ""
 
     def _fail(self, fact: str, hint: Why = "") -> None:
-        kind = Hang if self._patience.is_over else AssertionError
-        raise kind(told(fact, hint))
+        raise (Hang if self._patience.is_over else AssertionError)(told(fact, hint))
 
     # Tidying up
 

@@ -19,7 +19,7 @@ Requirements
     is below 1.3 times the number of prompt tokens.
 4.2 (correctness) Handle padding: a caller gets what its request gets alone, whatever shares the
     batch: its prompt, then exactly max_length new tokens, greedily chosen.
-    - Pads stand on the left, and are never attended to.
+    - Pads are token 0, stand on the left, and are never attended to.
     - A prompt may hold any token, 0 and those beyond 2^53 too, and have any strides.
 4.3 (correctness) Process in real time: callers wake as soon as their own batch is done.
     - They come from one or several event loops and threads, and share batches.
@@ -39,7 +39,7 @@ Requirements
     tokens are all served. Of the batches that may go, the one whose oldest request has waited
     longest goes first. A batch takes the oldest requests of its bucket.
 4.7 (robustness) Survive faults: a fault costs its own requests only.
-    - input_tokens that are not int64 [1, L] with L >= 1, and max_length < 1, get ValueError.
+    - input_tokens that are not int64 [1, L], L >= 1, and max_length < 1, get ValueError at once.
     - If `generate` raises, each caller of that batch gets an error of the same type and text, also
       if the type's __init__ makes the text: hand on the error itself. The next batch works.
     - A caller that is cancelled, or whose loop closes as under asyncio.run, harms no other caller.
@@ -51,7 +51,7 @@ Requirements
     - Any thread but the batcher's may call it, an event loop's too: that loop is blocked meanwhile.
     - Once it has returned, add_request raises RuntimeError. A request that comes while shutdown
       waits is served or gets RuntimeError; nobody hangs.
-    - The batcher's threads have ended when it returns, or end right after.
+    - The batcher's threads, its timers too, have ended when it returns, or end right after.
 4.10 (correctness) Write your own test: `test_dynamic_batcher` passes on right code, whoever wrote
     it, and fails on each of the slips listed below.
 4.11 (readability) Reads well: ruff (E, F, W, B; lines up to 120; a docstring, not an empty one, for
@@ -95,11 +95,11 @@ By hand
 
 Conventions
 - A model has `generate`, and maybe nothing else. It takes input_ids (int64 [B, W]), attention_mask
-  ([B, W]), max_new_tokens, do_sample (False) and pad_token_id (0), by position or by keyword, and
-  returns int64 [B, W + max_new_tokens].
+  ([B, W]), max_new_tokens, do_sample (False) and pad_token_id (0), all of them, by position or by
+  keyword, and returns int64 [B, W + max_new_tokens].
 - A mask is boolean or 0/1 in uint8, int32, int64, float32 or float64; true or 1 means "may attend".
-- A decoder continues from the last position, so pads stand on the left. A pad is token 0; only the
-  mask tells it from a token 0 of a prompt.
+- A decoder continues from the last position, so pads stand on the left. Only the mask tells a
+  pad from a token 0 of a prompt.
 - A bucket depends on the prompt's length alone, not on max_length.
 - A request's time counts from its add_request, also while the device is busy. The time of one that
   has gone, or was cancelled, counts for no other.
@@ -119,10 +119,10 @@ Not defined
   batch too; the order of those that come from two loops at the same moment
 - which refusal comes first where several apply; others than those listed; pads up to the bucket's
   edge; whether prompts are copied, results are views, or callers share one error
-- out of `generate`: StopIteration, concurrent.futures.CancelledError, what is no Exception
+- out of `generate`: StopIteration, an error that asyncio.wrap_future changes, what is no Exception
 - a model whose `generate` is replaced, which writes to its inputs, or which uses its output again
-- devices other than the CPU; an infinite or negative max_wait_time; any other limit below 1; a
-  batcher that is never shut down, or that `generate` shuts down
+- devices other than the CPU; input_tokens that are no Tensor; a max_wait_time below 0 or above a
+  day; any other limit below 1; a batcher that is never shut down, or that `generate` shuts down
 
 Your own test (4.10) runs on other code, right and wrong, in place of your BatchRequest,
 DynamicBatcher and QueueFullError. It may use DynamicBatcher and QueueFullError as this text has

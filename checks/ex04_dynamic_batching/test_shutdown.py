@@ -143,15 +143,22 @@ def test_nobody_hangs_who_came_just_before_shutdown(stage: Stage) -> None:
 @pytest.mark.parametrize("kind", ["unused", "used"])
 def test_the_threads_end(stage: Stage, kind: str) -> None:
     """After shutdown no thread of the batcher is alive, whatever happened before."""
-    requests = stage.requests(9, 10, 20)
-    stage.start()
+    *requests, bad, late = stage.requests(9, 10, 11, 12, 20, 28, 9, 9)
+    bad.new = 0
+    stage.start(max_wait_time=NEVER)
     if kind == "used":
         stage.model.errors.append((requests[0], OSError("device lost")))
-        callers = stage.ask(*requests)
+        callers = stage.ask(*requests, bad)
         stage.settle()
-        stage.cancel(callers[2])
+        stage.cancel(callers[4])
     stage.shut_down()
+    if kind == "used":
+        stage.ask(late)
+        stage.settle()
     stage.end_loops()
 
     left = stage.left_threads()
-    assert not left, f"shutdown() has returned, and {len(left)} thread of the batcher is alive: {left[0]}"
+    assert not left, (
+        f"shutdown() has returned, and {len(left)} thread of the batcher is alive: {left[0]}\n"
+        "what a request starts has to end with it, a timer too, however it ends (max_wait_time 60)"
+    )

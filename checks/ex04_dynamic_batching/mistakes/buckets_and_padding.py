@@ -173,10 +173,40 @@ MISTAKES = [
     Mistake(
         "pads_with_minus_one",
         "4.2",
-        "no token id",
+        "pads hold",
         (IDS, "functional.pad(prompt, (n, 0), value=-1)"),
         only=True,
     ),
+    Mistake(
+        "pads_with_the_first_token",
+        "4.2",
+        "pads hold",
+        (IDS, "torch.cat([prompt[:, :1].expand(1, n), prompt], 1)"),
+        only=True,
+    ),
+    Mistake(
+        "input_ids_left_from_the_last_batch",
+        "4.2",
+        "left over from an earlier batch",
+        ("self._closed = False", "self._closed = False\n        self._ids: dict[tuple[int, int], Tensor] = {}"),
+        (
+            "output = self.model.generate(",
+            """buffer = self._ids.setdefault((len(batch), width), torch.zeros(len(batch), width, dtype=torch.int64))
+        for row, prompt in enumerate(prompts):
+            buffer[row, pads[row] :] = prompt[0]
+        output = self.model.generate(""",
+        ),
+        ("input_ids=torch.cat(ids)", "input_ids=buffer"),
+        only=True,
+    ),
+    Mistake(
+        "mask_in_int8",
+        "4.2",
+        "torch.int8",
+        ("attention_mask=torch.cat(mask)", "attention_mask=torch.cat(mask).to(torch.int8)"),
+        only=True,
+    ),
+    Mistake("no_pad_token_id", "4.2", "pad_token_id None", ("            pad_token_id=0,\n", ""), only=True),
     Mistake(
         "width_of_the_last_batch",
         "4.2",

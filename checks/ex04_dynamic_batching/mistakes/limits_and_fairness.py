@@ -174,4 +174,40 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "newest_takes_the_place_of_a_cancelled",
+        "4.6",
+        "was cancelled while it waited",
+        (
+            FORGET,
+            """for place in reversed(range(len(self._waiting))):
+            if self._waiting[place].future.cancelled():
+                last = self._waiting.pop()
+                if place < len(self._waiting):
+                    self._waiting[place] = last""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "a_bucket_keeps_the_age_of_a_cancelled",
+        "4.6",
+        "was cancelled while it waited",
+        ("self._closed = False", "self._closed = False\n        self._since: dict[int, float] = {}"),
+        (
+            "self._waiting.append(request)",
+            """self._waiting.append(request)
+            self._since.setdefault(self.get_length_bucket(input_tokens.size(1)), request.timestamp)""",
+        ),
+        (
+            TAKEN,
+            TAKEN
+            + """
+                        edge = self.get_length_bucket(batch[0].input_tokens.size(1))
+                        self._since.pop(edge)
+                        if len(requests) > len(batch):
+                            self._since[edge] = requests[len(batch)].timestamp""",
+        ),
+        (BY_AGE, "return [buckets[edge] for edge in sorted(buckets, key=self._since.__getitem__)]"),
+        only=True,
+    ),
 ]

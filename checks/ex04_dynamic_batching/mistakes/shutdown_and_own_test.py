@@ -6,6 +6,7 @@ REFUSE = """            if self._closed:
                 raise RuntimeError("the batcher is shut down")
 """
 REQUEST = "        request = BatchRequest(request_id, input_tokens, max_length)\n"
+APPEND = "self._waiting.append(request)"
 CLOSE = """self._closed = True
             self._changed.notify_all()"""
 SHUT = """with self._changed:
@@ -134,6 +135,36 @@ MISTAKES = [
         (JOIN, "self._served.wait()"),
         only=True,
     ),
+    Mistake(
+        "timer_outlives_its_batch",
+        "4.9",
+        "a timer too",
+        (
+            APPEND,
+            APPEND
+            + """
+            if len(self._waiting) == 1:
+                timer = threading.Timer(self.max_wait_time, lambda: None)
+                timer.daemon = True
+                timer.start()""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "timer_of_a_refused_request",
+        "4.9",
+        "a timer too",
+        (
+            REQUEST,
+            REQUEST
+            + """        timer = threading.Timer(self.max_wait_time, lambda: None)
+        timer.daemon = True
+        timer.start()
+        request.future.add_done_callback(lambda _: timer.cancel())
+""",
+        ),
+        only=True,
+    ),
     # Futures of the callers' event loops in place of thread-safe ones.
     Mistake(
         "shutdown_needs_the_callers_loop",
@@ -210,6 +241,13 @@ MISTAKES = [
         "4.10",
         "fails on right code",
         ("assert max(rows for rows, _ in calls) <= 3", "assert max(rows for rows, _ in calls) <= 2"),
+        only=True,
+    ),
+    Mistake(
+        "own_test_wants_the_longest_as_width",
+        "4.10",
+        "as wide as the bucket's upper edge",
+        ("for rows, width in calls if width > 8) == 2", "for rows, width in calls if width == 14) == 2"),
         only=True,
     ),
     Mistake(

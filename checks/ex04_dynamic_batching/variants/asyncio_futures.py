@@ -1,4 +1,4 @@
-"""Futures of the callers' own event loops, woken by call_soon_threadsafe; a thread that starts late, no daemon."""
+"""Futures of the callers' own event loops; batches as wide as the bucket's upper edge; a thread that starts late."""
 
 import asyncio
 import threading
@@ -121,7 +121,7 @@ class DynamicBatcher:
     def run(self, batch: list[BatchRequest]) -> list[Tensor]:
         """One call of the model, by position, with a boolean mask."""
         lengths = [request.input_tokens.shape[1] for request in batch]
-        longest, most = max(lengths), max(request.max_length for request in batch)
+        longest, most = self.get_length_bucket(max(lengths)), max(request.max_length for request in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask = torch.zeros(len(batch), longest, dtype=torch.bool)
         for i, (request, length) in enumerate(zip(batch, lengths, strict=True)):
