@@ -439,7 +439,9 @@ class Played:
             region.enter_context(autocast(step["autocast"]))
             for _ in range(2 if "two" in step["calls"] else 1):
                 args, kwargs = self.arguments(step, given[2])
-                self.outputs.append(call(*args, **kwargs))
+                output = call(*args, **kwargs)
+                # What is made from others is used outside the module, too.
+                self.outputs.append((output, self.made) if self.made else output)
             self.between(step, module)
             if step["backward"] != "same":
                 region.close()
@@ -451,7 +453,8 @@ class Played:
 
     def arguments(self, step: Step, mask: Tensor) -> Given:
         """What a call gets."""
-        x, other = (leaf * 1.5 if "made" in step["source"] else leaf for leaf in self.leaves)
+        self.made = [leaf.sin() * 1.5 for leaf in self.leaves] if "made" in step["source"] else []
+        x, other = self.made or self.leaves
         args, kwargs = ARGUMENTS[step["arguments"]](x, other, mask, self.layers[0])
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and not tensor.is_inference():
