@@ -30,7 +30,7 @@ MISTAKES = [
             OWN_TEST_LAYER,
             OWN_TEST_LAYER + "    encoder_layer.register_parameter('unused', nn.Parameter(torch.ones(2)))\n",
         ),
-        (LAST_ASSERT, LAST_ASSERT + "    assert encoder_layer.get_parameter('unused').grad is None\n"),
+        (LAST_ASSERT, "    assert encoder_layer.get_parameter('unused').grad is None\n" + LAST_ASSERT),
         only=True,
     ),
     Mistake(
@@ -39,13 +39,13 @@ MISTAKES = [
         "fails on right code",
         (
             LAST_ASSERT,
-            LAST_ASSERT
-            + """    entered.clear()
+            """    entered.clear()
     loss = wrapped.train()(input_ids).sum()
     loss.backward(retain_graph=True)
     loss.backward()
     assert list(entered.values()) == [3, 3, 3]
-""",
+"""
+            + LAST_ASSERT,
         ),
         only=True,
     ),

@@ -1,4 +1,4 @@
-"""The wrapper shares its module's dictionaries, so that all names stay; hooks whose recomputation stops early and is kept."""
+"""The wrapper shares its module's dictionaries, so all names stay; its recomputation stops early and is kept."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
