@@ -357,10 +357,9 @@ def load(twins: Twins, how: str) -> None:
 
 def earlier(twins: Twins, step: Step, rng: torch.Generator) -> None:
     """What the wrapped module is called with before the step."""
-    how, wrapped = f"{step['earlier']} {step['evaluated']}", twins.wrapped
+    how, wrapped, mode = f"{step['earlier']} {step['evaluated']}", twins.wrapped, twins.wrapped.training
     if how == " ":
         return
-    mode = wrapped.training
     if "wrong" in how:
         with suppress(RuntimeError):
             wrapped(torch.ones(2, D + 1))
@@ -422,8 +421,7 @@ class Played:
     def __init__(
         self, step: Step, module: nn.Module, call: Any, layers: list[Layer], given: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        needs = not step["source"].endswith("without gradient")
-        one = "two leaves" in step["arguments"]
+        needs, one = not step["source"].endswith("without gradient"), "two leaves" in step["arguments"]
         self.leaves = [given[0 if one else number].detach().requires_grad_(needs) for number in (0, 1)]
         self.layers = layers
         self.versions: list[tuple[Tensor, int]] = []
@@ -440,8 +438,7 @@ class Played:
             for _ in range(2 if "two" in step["calls"] else 1):
                 args, kwargs = self.arguments(step, given[2])
                 output = call(*args, **kwargs)
-                # What is made from others is used outside the module, too.
-                self.outputs.append((output, self.made) if self.made else output)
+                self.outputs.append((output, self.made) if self.made else output)  # used outside, too
             self.between(step, module)
             if step["backward"] != "same":
                 region.close()

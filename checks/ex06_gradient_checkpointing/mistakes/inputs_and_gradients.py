@@ -74,13 +74,6 @@ MISTAKES = [
         ("(*new_args, **new_kwargs)", "(*new_args, **({} if torch.is_grad_enabled() else new_kwargs))"),
         only=True,
     ),
-    Mistake(
-        "kwargs_dropped_from_saved_tensors",
-        "6.4",
-        "keyword arguments",
-        (AGAIN, "            self.function(*self.args)\n"),
-        only=True,
-    ),
     Mistake("kwargs_dropped_in_both", "6.4", "output", (RECOMPUTED, RECOMPUTED.replace(", **kwargs", ""))),
     Mistake(
         "kwargs_without_gradient",
@@ -357,19 +350,6 @@ MISTAKES = [
         "6.4",
         "KeyError",
         ("if number not in self.recomputed", "if not self.recomputed"),
-        only=True,
-    ),
-    Mistake(
-        "second_backward_without_random_state",
-        "6.7",
-        "second backward",
-        (
-            SET_STATE,
-            """            if not getattr(self, "done", False):
-                torch.set_rng_state(self.random_state)
-            self.done = True
-""",
-        ),
         only=True,
     ),
     Mistake(
