@@ -28,7 +28,7 @@ Requirements
     - In eval, without gradients, or with use_checkpoint=False a layer gives its plain output and
       is entered once.
     - When its output is let go, nothing of a call is alive (in cycles: once they are collected).
-    - A wrapper has its module's training flag. No flag changes; train() and eval() still work.
+    - A wrapper starts with its module's training flag. No flag changes; train(), eval() still work.
 6.3 (robustness) Mixed precision: each call's second forward runs under the autocast state of its
     first (float16, bfloat16 or off). Backward may run under another one, and leaves that as it is.
 6.4 (correctness) Nested modules, any arguments: a wrapped module trains as the plain one does.
@@ -69,7 +69,7 @@ In plain text
       no match                            no layer; look inside
       match, nn.ModuleList or Sequential  its elements are layers
       match, any other module             a layer
-      element that is an nn.ModuleList    its elements are layers
+      element that is an nn.ModuleList    opened likewise, at any depth
       any other element                   a layer, an nn.Sequential too
     Elements may have any name, "norm" too. Subclasses count as their base. No layer holds layers.
 
@@ -106,8 +106,7 @@ Conventions
   The wrapper decides.
 - A step is as good after calls in eval or without gradients, and after one that failed, which
   leaves nothing switched on.
-- An output carries a gradient where the plain module's does. Where none of the plain module's
-  outputs does (all weights frozen, no input needs one), none does.
+- An output carries a gradient where the plain one does, and none if no weight or input needs one.
 - One tensor given as several arguments is one tensor the second time too: attention asks whether
   its key is its query. Two that share memory are two: x and x.detach().
 - A layer may be called several times before backward, and is entered twice for each call. Other
@@ -119,12 +118,13 @@ Conventions
 Not defined
 - no match; a second apply_checkpointing; n < 0; a layer that the model holds twice; a matching
   nn.ModuleDict or nn.ParameterList; matching attribute names with "Norm"
-- weights or modes that change between forward and backward; torch.autograd.grad,
-  backward(inputs=…), double backward; code that writes in place to a layer's input or output
-- whether an output without gradient (y.detach(), a buffer) carries one beside others that do
-- names in named_parameters; further attributes of a wrapper (nn.TransformerEncoder reads some);
-  Python's random; a state_dict's _metadata; the wrapper's part in the key that an error names
-- tensors in other containers (namedtuple); CUDA; a peak that torch.profiler contradicts
+- weights or modes that change between forward and backward; weights that a layer uses without
+  holding them (by a closure); memory inside a nested wrapper while the outer one recomputes
+- torch.autograd.grad, backward(inputs=…), double backward; code that writes in place to a layer's
+  input or output; whether y.detach() or a buffer as output carries a gradient if a weight needs one
+- names in named_parameters; further attributes of a wrapper (nn.TransformerEncoder reads some); a
+  state_dict's _metadata, which BatchNorm reads; the wrapper's part in the key that an error names
+- tensors in other containers (namedtuple); Python's random; CUDA; a peak torch.profiler contradicts
 
 Your own test (6.8) runs on other code, right and wrong, in place of your `checkpoint`,
 CheckpointWrapper, SelectiveCheckpointing, `measure_memory_usage` and `train_step`.

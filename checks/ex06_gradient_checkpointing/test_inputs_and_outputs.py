@@ -47,12 +47,16 @@ def agrees_with_plain(
     args: tuple[Any, ...],
     used: tuple[int, ...] | None = None,
     hint: str = "",
+    made: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Outputs and the gradients of inputs and parameters are the plain module's, and something is computed twice."""
+    """Outputs and the gradients of inputs and parameters are the plain module's, and something is computed twice.
+
+    If `made`, inputs that need a gradient are made from others, and used outside the module too.
+    """
     plain, module = seeded(Rich), seeded(Rich)
-    expected, leaves = on_leaves(plain, args, kwargs)
-    differentiate(expected, used)
+    expected, leaves, outside = on_leaves(plain, args, kwargs, made)
+    differentiate((expected, outside), used)
 
     def told() -> str:
         """What is special in this call, if it is that which fails."""
@@ -64,10 +68,10 @@ def agrees_with_plain(
 
     with calls(module.block.up) as entered:
         try:
-            outputs, came = on_leaves(subject.CheckpointWrapper(module), args, kwargs)
+            outputs, came, outside = on_leaves(subject.CheckpointWrapper(module), args, kwargs, made)
             call = ", ".join(["…"] * len(args) + [f"{name}=…" for name in kwargs])
             same_structure(close, outputs, expected, f"forward of a wrapped module({call})", told)
-            differentiate(outputs, used)
+            differentiate((outputs, outside), used)
         except (AssertionError, NotImplementedError):
             raise
         except Exception as error:
@@ -92,14 +96,20 @@ def usual_step_works(subject: Subject) -> bool:
     return False
 
 
+MADE = (
+    "; its tensors are made from others, and used outside the module too: each of them, however deep, has to be a "
+    "detached one in the second computation, or backward goes on behind it"
+)
 DEEP = "every tensor that needs a gradient gets its own, in args and kwargs, however deep"
 
 
-def on_leaves(module: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
-    """Calls the module on leaves of its own; gives its outputs, and the leaves."""
+def on_leaves(module: Any, args: Any, kwargs: Any, made: bool) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """Calls the module on leaves of its own, or on what is made from them; gives its outputs, the leaves, and that."""
     leaves: dict[int, Tensor] = {}
-    args, kwargs = tree_map_only(Tensor, lambda t: leaves.setdefault(id(t), twin(t)), (args, kwargs))
-    return module(*args, **kwargs), list(leaves.values())
+    tree_map_only(Tensor, lambda t: leaves.setdefault(id(t), twin(t)), (args, kwargs))
+    given = {key: leaf.sin() if made and leaf.requires_grad else leaf for key, leaf in leaves.items()}
+    args, kwargs = tree_map_only(Tensor, lambda t: given[id(t)], (args, kwargs))
+    return module(*args, **kwargs), list(leaves.values()), list(given.values()) if made else []
 
 
 def differentiate(outputs: Any, used: tuple[int, ...] | None) -> None:
@@ -156,11 +166,16 @@ def test_keyword_arguments(subject: Subject, close: Close, rng: torch.Generator)
     """Keyword arguments reach both computations: numbers, and tensors with their gradients, however deep."""
     x, other, a = randoms(rng, 3)
 
-    agrees_with_plain(subject, close, (x,), hint="scale=3.0 is a keyword argument here", scale=3.0)
+    hint = "scale=3.0 is a keyword argument here; keyword arguments must reach the second computation too"
+    agrees_with_plain(subject, close, (x,), hint=hint, scale=3.0)
     hint = "other=… and scale=-2.0 are keyword arguments here"
     agrees_with_plain(subject, close, (x,), hint=hint, other=other, scale=-2.0)
     hint = "mode=… and x=… are keyword arguments here, x is nested, and two outputs carry gradient"
-    agrees_with_plain(subject, close, (), hint=hint, mode="structures", x=(x, {"a": a, "b": ([other], 3)}))
+    for made in (False, True):
+        hint += MADE if made else ""
+        agrees_with_plain(
+            subject, close, (), hint=hint, made=made, mode="structures", x=(x, {"a": a, "b": ([other], 3)})
+        )
 
 
 @requirement("6.4")
@@ -189,11 +204,14 @@ def test_arguments_that_are_no_tensors(subject: Subject, close: Close, rng: torc
 
 @requirement("6.4")
 def test_nested_structures(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """Tensors deep in tuples, lists and dicts get their gradients; outputs deep in them carry gradient."""
-    for grad in (True, False):
+    """Tensors deep in tuples, lists and dicts get their gradients, also if they are made from others and used outside
+    too; outputs deep in them carry gradient.
+    """
+    for grad, made in ((True, False), (True, True), (False, False)):
         x, a, b, unused = randoms(rng, 4, grad)
+        hint = "x is nested here" + MADE if made else ""
 
-        agrees_with_plain(subject, close, ((x, {"a": a, "b": ([b], 3)}), unused, "structures"))
+        agrees_with_plain(subject, close, ((x, {"a": a, "b": ([b], 3)}), unused, "structures"), hint=hint, made=made)
 
 
 class Asks(nn.Module):

@@ -36,7 +36,9 @@ from .reference import (
 
 @requirement("6.6")
 def test_train_step_by_hand(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """One step of SGD with weight decay: the loss before it, old gradients ignored, w - lr·(g + d·w) afterwards."""
+    """One step of SGD with weight decay, in two groups of parameters: the loss before it, old gradients ignored, and
+    w - lr·(g + d·w) afterwards.
+    """
     for shape in ((B, L), (1, 2)):
         batch = {name: torch.randint(V, shape, generator=rng) for name in ("input_ids", "targets")}
         model, plain = seeded(lambda: Stack(1)), seeded(lambda: Stack(1))
@@ -45,7 +47,8 @@ def test_train_step_by_hand(subject: Subject, close: Close, rng: torch.Generator
         wanted = [(p - 0.5 * (p.grad + 0.25 * p)).detach() for p in plain.parameters()]
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 7.0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.25)
+        groups = [{"params": list(part.parameters())} for part in (model.embedding, model.layers, model.head)]
+        optimizer = torch.optim.SGD(groups, lr=0.5, weight_decay=0.25)
 
         came = subject.train_step(model, batch, optimizer, nn.CrossEntropyLoss())
 
@@ -59,6 +62,26 @@ def test_train_step_by_hand(subject: Subject, close: Close, rng: torch.Generator
         for (name, parameter), value in zip(model.named_parameters(), wanted, strict=True):
             what = f"train_step with SGD and weight decay: {name} afterwards"
             close(parameter.detach(), value, what, hint=hint)
+
+
+@requirement("6.6")
+def test_a_frozen_weight_keeps_no_old_gradient(subject: Subject, rng: torch.Generator) -> None:
+    """The old gradient of a weight that is frozen now is cleared too, so that the optimizer leaves the weight alone."""
+    batch = {name: tokens(rng) for name in ("input_ids", "targets")}
+    model = seeded(lambda: Stack(1))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    model.embedding.requires_grad_(False)
+
+    subject.train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.5), nn.CrossEntropyLoss())
+
+    changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    wanted = [name for name in before if not name.startswith("embedding")]
+    assert changed == wanted, (
+        f"train_step on a model whose embedding is frozen, but has an old gradient: {changed} change, not {wanted}\n"
+        "clear the old gradients of all that the optimizer holds: zero_grad asks not which of them need one now"
+    )
 
 
 def criterion_shapes(subject: Subject, batch: dict[str, Tensor]) -> str:

@@ -357,10 +357,9 @@ def load(twins: Twins, how: str) -> None:
 
 def earlier(twins: Twins, step: Step, rng: torch.Generator) -> None:
     """What the wrapped module is called with before the step."""
-    how, wrapped = f"{step['earlier']} {step['evaluated']}", twins.wrapped
+    how, wrapped, mode = f"{step['earlier']} {step['evaluated']}", twins.wrapped, twins.wrapped.training
     if how == " ":
         return
-    mode = wrapped.training
     if "wrong" in how:
         with suppress(RuntimeError):
             wrapped(torch.ones(2, D + 1))
@@ -422,8 +421,7 @@ class Played:
     def __init__(
         self, step: Step, module: nn.Module, call: Any, layers: list[Layer], given: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        needs = not step["source"].endswith("without gradient")
-        one = "two leaves" in step["arguments"]
+        needs, one = not step["source"].endswith("without gradient"), "two leaves" in step["arguments"]
         self.leaves = [given[0 if one else number].detach().requires_grad_(needs) for number in (0, 1)]
         self.layers = layers
         self.versions: list[tuple[Tensor, int]] = []
@@ -439,7 +437,8 @@ class Played:
             region.enter_context(autocast(step["autocast"]))
             for _ in range(2 if "two" in step["calls"] else 1):
                 args, kwargs = self.arguments(step, given[2])
-                self.outputs.append(call(*args, **kwargs))
+                output = call(*args, **kwargs)
+                self.outputs.append((output, self.made) if self.made else output)  # used outside, too
             self.between(step, module)
             if step["backward"] != "same":
                 region.close()
@@ -451,7 +450,8 @@ class Played:
 
     def arguments(self, step: Step, mask: Tensor) -> Given:
         """What a call gets."""
-        x, other = (leaf * 1.5 if "made" in step["source"] else leaf for leaf in self.leaves)
+        self.made = [leaf.sin() * 1.5 for leaf in self.leaves] if "made" in step["source"] else []
+        x, other = self.made or self.leaves
         args, kwargs = ARGUMENTS[step["arguments"]](x, other, mask, self.layers[0])
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and not tensor.is_inference():

@@ -295,4 +295,24 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "kwargs_dropped_from_saved_tensors",
+        "6.4",
+        "keyword arguments",
+        (AGAIN, "            self.function(*self.args)\n"),
+        only=True,
+    ),
+    Mistake(
+        "second_backward_without_random_state",
+        "6.7",
+        "second backward",
+        (
+            SET_STATE,
+            """            if not getattr(self, "done", False):
+                torch.set_rng_state(self.random_state)
+            self.done = True
+""",
+        ),
+        only=True,
+    ),
 ]

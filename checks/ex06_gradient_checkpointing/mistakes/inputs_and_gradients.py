@@ -67,7 +67,12 @@ LEAVES = "    leaves, spec = tree_flatten((args, kwargs))\n"
 MISTAKES = [
     # 6.4
     Mistake(
-        "kwargs_dropped", "6.4", "keyword arguments", (AGAIN, "            self.function(*self.args)\n"), only=True
+        "kwargs_dropped",
+        "6.4",
+        "keyword arguments",
+        REENTRANT,
+        ("(*new_args, **new_kwargs)", "(*new_args, **({} if torch.is_grad_enabled() else new_kwargs))"),
+        only=True,
     ),
     Mistake("kwargs_dropped_in_both", "6.4", "output", (RECOMPUTED, RECOMPUTED.replace(", **kwargs", ""))),
     Mistake(
@@ -195,6 +200,22 @@ MISTAKES = [
             GIVEN
             + "            given = [t if any(u is v for v in args) else t.detach() for t, u in zip(given, tensors)]\n",
         ),
+        only=True,
+    ),
+    Mistake(
+        "dicts_passed_on_as_they_are",
+        "6.4",
+        "made from others",
+        REENTRANT,
+        (LEAVES, LEAVES.replace("))\n", "), is_leaf=lambda x: isinstance(x, dict) and x is not kwargs)\n")),
+        only=True,
+    ),
+    Mistake(
+        "lists_passed_on_as_they_are",
+        "6.4",
+        "made from others",
+        REENTRANT,
+        (LEAVES, LEAVES.replace("))\n", "), is_leaf=lambda x: isinstance(x, list))\n")),
         only=True,
     ),
     Mistake(
@@ -329,19 +350,6 @@ MISTAKES = [
         "6.4",
         "KeyError",
         ("if number not in self.recomputed", "if not self.recomputed"),
-        only=True,
-    ),
-    Mistake(
-        "second_backward_without_random_state",
-        "6.7",
-        "second backward",
-        (
-            SET_STATE,
-            """            if not getattr(self, "done", False):
-                torch.set_rng_state(self.random_state)
-            self.done = True
-""",
-        ),
         only=True,
     ),
     Mistake(

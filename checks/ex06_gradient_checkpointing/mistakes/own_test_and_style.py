@@ -3,6 +3,7 @@
 from harness.model.bank import Mistake
 
 OWN_TEST = "    torch.manual_seed(0)\n    input_ids = torch.randint(11, (2, 5))\n"
+OWN_TEST_LAYER = "    encoder_layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)\n"
 LAST_ASSERT = '    assert 1.9 < peak < 2.1, f"x + 1 - 2 for 1 MiB has a peak of 2 MiB; {peak} was measured"\n'
 
 MISTAKES = [
@@ -14,6 +15,40 @@ MISTAKES = [
         only=True,
     ),
     Mistake("own_test_that_fails", "6.8", "fails on right code", ("1.9 < peak < 2.1", "peak > 3"), only=True),
+    Mistake(
+        "own_test_with_a_mask_of_zeros",
+        "6.8",
+        "kwargs_dropped",
+        ('torch.full((5, 5), float("-inf")).triu(1)', "torch.zeros(5, 5)"),
+        only=True,
+    ),
+    Mistake(
+        "own_test_that_wants_no_zeros",
+        "6.8",
+        "fails on right code",
+        (
+            OWN_TEST_LAYER,
+            OWN_TEST_LAYER + "    encoder_layer.register_parameter('unused', nn.Parameter(torch.ones(2)))\n",
+        ),
+        (LAST_ASSERT, "    assert encoder_layer.get_parameter('unused').grad is None\n" + LAST_ASSERT),
+        only=True,
+    ),
+    Mistake(
+        "own_test_that_counts_a_second_backward",
+        "6.8",
+        "fails on right code",
+        (
+            LAST_ASSERT,
+            """    entered.clear()
+    loss = wrapped.train()(input_ids).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert list(entered.values()) == [3, 3, 3]
+"""
+            + LAST_ASSERT,
+        ),
+        only=True,
+    ),
     Mistake("own_test_without_memory", "6.8", "peak_is_a_sum", (LAST_ASSERT, "    assert peak > 0\n"), only=True),
     Mistake(
         "untyped",

@@ -28,6 +28,26 @@ MISTAKES = [
         (UPDATE, UPDATE + ZERO_GRAD),
         only=True,
     ),
+    Mistake(
+        "frozen_weights_not_cleared",
+        "6.6",
+        "embedding is frozen",
+        (
+            ZERO_GRAD,
+            """    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = None
+""",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "first_group_cleared",
+        "6.6",
+        "zero_grad before",
+        (ZERO_GRAD, '    for parameter in optimizer.param_groups[0]["params"]:\n        parameter.grad = None\n'),
+        only=True,
+    ),
     Mistake("no_step", "6.6", "afterwards", (UPDATE, ""), only=True),
     Mistake(
         "step_by_hand",

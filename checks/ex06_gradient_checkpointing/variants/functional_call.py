@@ -1,4 +1,4 @@
-"""torch.func.functional_call with the parameters as explicit inputs of an autograd.Function, and autograd.grad."""
+"""torch.func.functional_call with the parameters as inputs of an autograd.Function; zeros for those without use."""
 
 import weakref
 from collections.abc import Callable
@@ -89,7 +89,8 @@ class Run(torch.autograd.Function):
                 allow_unused=True,
             )
             for number, gradient in zip(wanted, found, strict=True):
-                results[number] = gradient
+                unused = gradient is None and number < len(segment.names)
+                results[number] = torch.zeros_like(tensors[number]) if unused else gradient
         return None, *results
 
 

@@ -1,4 +1,4 @@
-"""The wrapper shares its module's dictionaries, so that all names stay; hooks whose recomputation stops early."""
+"""The wrapper shares its module's dictionaries, so all names stay; its recomputation stops early and is kept."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,7 +37,7 @@ class Frame:
         """The tensor of a number."""
         if number not in self.values:
             self.recompute()
-        return self.values.pop(number)
+        return self.values[number]
 
     def recompute(self) -> None:
         """Runs the function until the last saved tensor has been seen."""
