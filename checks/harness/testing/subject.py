@@ -108,8 +108,9 @@ def neutral_state() -> None:
     torch.set_default_device(None)
     if torch.are_deterministic_algorithms_enabled():  # The setter loads torch's compiler, for more than a second.
         torch.use_deterministic_algorithms(False)
-    if torch.get_num_threads() != 1:
-        torch.set_num_threads(1)
+    # Also where it is 1 already: else the first of a fork's threads that computes makes torch's pool anew, and another
+    # one that computes at that moment fails.
+    torch.set_num_threads(1)
     seed(0)
 
 
