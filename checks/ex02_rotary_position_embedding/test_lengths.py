@@ -124,13 +124,18 @@ def test_decoding_computes_no_cosine_again(subject: Subject, close: Close, rng: 
 
 @requirement("2.3")
 def test_a_cast_module_computes_no_cosine_twice(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A cast may cost a new table once, not in every later call."""
+    """A cast may cost a new table once, in the next call, however short that is."""
     for dtype in (torch.bfloat16, torch.float64):
-        rope = subject.RotaryPositionEmbedding(DH, 64).to(dtype)
-        rope(rows(rng, 23, dtype))
+        rope = subject.RotaryPositionEmbedding(DH, 4)
+        rope(rows(rng, 23))
+        rope.to(dtype)
+        rope(rows(rng, 9, dtype))
 
-        after = f"after a call with 23 rows in a module cast to {named(dtype)}"
-        agree_without_turns(close, rope, rows(rng, 9), after, tolerance=LOOSE[torch.bfloat16])
+        after = (
+            f"after 23 rows, .to({named(dtype)}) and 9 rows, for which any new table has to be as long as the old one"
+        )
+        for length in (9, 23):
+            agree_without_turns(close, rope, rows(rng, length), after, tolerance=LOOSE[torch.bfloat16])
 
 
 @requirement("2.3")
@@ -176,6 +181,9 @@ def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Genera
         f"forward(x) on meta: a result on {moved.device} came, on meta was wanted; is a table of the first device left?"
     )
     assert moved.shape == x.shape, f"forward(x) on meta: shape {tuple(moved.shape)} came, {tuple(x.shape)} was wanted"
+    with autocast_on_meta(), Turns() as turns:
+        rope(x[:, :, :4].to("meta"))
+    none_seen(turns, "forward(4 rows) on meta, after 9 there")
     hint = "a module on the meta device was called before: is a cache shared between devices?"
     agree(close, subject.RotaryPositionEmbedding(DH, 4), x, hint=hint)
     if any(True for _ in (*rope.buffers(), *rope.parameters())):  # What is in them does not come back from meta.

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,9 +15,9 @@ from .reference import (
     NEAR,
     ROUGH,
     ROUNDING,
+    MadeOf,
     Turns,
     angles_of,
-    let_go,
     named,
     none_seen,
     shapes,
@@ -103,11 +102,12 @@ class Turning(Walk):
             "cast",
             "2.7",
             {
-                "": (),
-                "after .to(bfloat16)": (torch.bfloat16,),
-                "after .to(float16).to(float64)": (torch.float16, torch.float64),
+                "": ((), False),
+                "after .to(bfloat16)": ((torch.bfloat16,), False),
+                "after .to(float16).to(float64)": ((torch.float16, torch.float64), False),
+                "after a call as far, .to(bfloat16) and a call for one position": ((torch.bfloat16,), True),
             },
-            rate=0.15,
+            rate=0.2,
         ),
         Aspect(
             "inference",
@@ -193,8 +193,9 @@ class Turning(Walk):
         x.requires_grad_(step["gradient"])
         before = [(tensor._version, tensor.detach().clone()) for tensor in tensors(given)] if step["watched"] else []
         counted = Turns() if step["counted"] and step["method"] == "forward" and last <= seen else None
+        made = MadeOf(x=x) if step["let go"] else None
 
-        with step["mode"](), counted or nullcontext():
+        with step["mode"](), counted or nullcontext(), made or nullcontext():
             result = getattr(rope, step["method"])(*given)
 
         is_tensor(result, what)
@@ -213,10 +214,9 @@ class Turning(Walk):
             del tensor
         if step["gradient"] and step["mode"] is torch.enable_grad:
             self._backward(result, x, angles, what, step, rng)
-        if step["let go"]:
-            kept = {"x": ref(x.untyped_storage()), "the result": ref(result.untyped_storage())}
+        if made:
             given = before = x = result = None  # type: ignore[assignment]
-            let_go(kept, what)
+            made.let_go(what)
         if rope is not state.rope:
             state.subject.RotaryPositionEmbedding(10, 6)  # Of what modules share, the last one's is as before.
 
@@ -225,11 +225,18 @@ class Turning(Walk):
         own, length = rope is state.rope, rows_of(step)
         if rope.training is step["eval"]:
             rope.train(not step["eval"])
-        for dtype in step["cast"]:
+        dtypes, between = step["cast"]
+        row, last = torch.ones(1, 1, 1, step["module"][0]), step["first"] + length
+        if between:
+            rope(row, last)
+        for dtype in dtypes:
             rope.to(dtype)
-        if own and step["cast"]:
-            state.seen = 0  # A cast may cost a new table.
+        if own and dtypes:
+            state.seen = 0  # A cast may cost a new table, in the next call.
         seen = state.seen if own else 0
+        if between:
+            rope(row)
+            seen = last
         inferred = step["mode"] is torch.inference_mode
         if not (step["inference"] or step["beside"] or step["refused"] is not None or inferred):
             return seen

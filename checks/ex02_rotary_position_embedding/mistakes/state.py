@@ -291,4 +291,26 @@ MISTAKES = [
             + TURN,
         ),
     ),
+    Mistake(
+        "weights_kept_in_eval",
+        "2.3",
+        "stays alive",
+        (V, V + "        self.weights = None if self.training else (q @ k.mT).softmax(dim=-1).detach()\n"),
+        wasteful=True,
+    ),
+    Mistake(
+        "mask_of_the_scores_kept_without_gradients",
+        "2.3",
+        "stays alive",
+        (HEADS, HEADS + "        self.hidden: Tensor | None = None\n"),
+        (TO_BOOL, TO_BOOL + "            self.hidden = None if torch.is_grad_enabled() else ~mask\n"),
+        wasteful=True,
+    ),
+    Mistake(
+        "quarter_turn_kept",
+        "2.3",
+        "stays alive",
+        (TURN, "        self.quarter = self.rotate_half(x.detach())\n" + TURN),
+        wasteful=True,
+    ),
 ]
