@@ -3,7 +3,7 @@
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -222,14 +222,19 @@ class MadeOf(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        # A table may take its dtype and device from x.
-        if name.startswith("new_") or name.endswith("_like"):
-            return result
-        if any(tensor.untyped_storage() in self._alive for tensor in every_tensor((args, kwargs))):
-            for tensor in every_tensor(result):
-                made = f"what {name.strip('_')} made, of shape {tuple(tensor.shape)},"
-                self._alive.setdefault(tensor.untyped_storage(), made)
+        alive = self._alive
+        if any(
+            [
+                tensor.untyped_storage() in alive
+                for tensor in every_tensor([*args, *kwargs.values()] if kwargs else args)
+            ]
+        ):
+            name = func.overloadpacket.__name__
+            # A table may take its dtype and device from x.
+            if not (name.startswith("new_") or name.endswith("_like")):
+                for tensor in every_tensor((result,)):
+                    if (storage := tensor.untyped_storage()) not in alive:
+                        alive[storage] = f"what {name.strip('_')} made, of shape {tuple(tensor.shape)},"
         return result
 
     def let_go(self, what: str) -> None:
@@ -242,15 +247,15 @@ class MadeOf(DispatchMode):
         )
 
 
-def every_tensor(values: Any) -> Iterator[Tensor]:
-    """The tensors among what an operation takes or gives."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from every_tensor(value)
-    elif isinstance(values, dict):
-        yield from every_tensor(list(values.values()))
+def every_tensor(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among what an operation takes or gives, and in lists there."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += every_tensor(value)
+    return found
 
 
 def refuses_mask(attention: Any, x: Tensor, shape: tuple[int, ...], heads: int = H, hint: str = "") -> None:

@@ -12,7 +12,24 @@ from torch import Tensor
 
 from harness.testing import Close, Subject, is_tensor, requirement
 
-from .reference import DH, DTYPES, LOOSE, ROUGH, D, H, L, Turns, agree, build, named, none_seen, rows, some_x
+from .reference import (
+    DH,
+    DTYPES,
+    LOOSE,
+    ROUGH,
+    D,
+    H,
+    L,
+    MadeOf,
+    Turns,
+    agree,
+    build,
+    formula,
+    named,
+    none_seen,
+    rows,
+    some_x,
+)
 
 
 def agree_without_turns(close: Close, rope: Any, x: Tensor, after: str, tolerance: float = ROUGH) -> None:
@@ -152,6 +169,29 @@ def test_attention_computes_no_cosine_again(subject: Subject, close: Close, rng:
     agree(close, attention.rotary_emb, rows(rng, 7, dim=D // H), hint="this is the attention layer's rotary_emb")
 
 
+@requirement("2.3")
+def test_attention_keeps_nothing_of_a_call(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """In train() and eval(), with and without gradients: what is made of x and mask goes with the output."""
+    attention, inputs = build(subject), {"x": some_x(rng, 7), "mask": torch.ones(1, 1, 7, 7).tril()}
+    expected = {names: formula(attention, *(inputs[name] for name in names)) for names in (("x",), ("x", "mask"))}
+    for training, mode, names in (
+        (True, torch.enable_grad, ("x", "mask")),
+        (True, torch.no_grad, ("x", "mask")),
+        (False, torch.enable_grad, ("x",)),
+        (False, torch.no_grad, ("x",)),
+    ):
+        given = {name: inputs[name].clone() for name in names}
+        what = f"attention({', '.join(names)}) in {'train' if training else 'eval'}(), {mode.__name__}"
+        attention.train(training)
+
+        with mode(), MadeOf(**given) as made:
+            output = attention(*given.values())
+
+        close(output, expected[names], what, tolerance=ROUGH)
+        del given, output
+        made.let_go(what)
+
+
 @contextmanager
 def autocast_on_meta() -> Iterator[None]:
     """Lets autocast take the meta device, which it does not know, so that it may be named by a tensor's device type."""
@@ -181,9 +221,10 @@ def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Genera
         f"forward(x) on meta: a result on {moved.device} came, on meta was wanted; is a table of the first device left?"
     )
     assert moved.shape == x.shape, f"forward(x) on meta: shape {tuple(moved.shape)} came, {tuple(x.shape)} was wanted"
-    with autocast_on_meta(), Turns() as turns:
-        rope(x[:, :, :4].to("meta"))
-    none_seen(turns, "forward(4 rows) on meta, after 9 there")
+    if called:
+        with autocast_on_meta(), Turns() as turns:
+            rope(x[:, :, :4].to("meta"))
+        none_seen(turns, "forward(4 rows) on meta, after 9 there")
     hint = "a module on the meta device was called before: is a cache shared between devices?"
     agree(close, subject.RotaryPositionEmbedding(DH, 4), x, hint=hint)
     if any(True for _ in (*rope.buffers(), *rope.parameters())):  # What is in them does not come back from meta.

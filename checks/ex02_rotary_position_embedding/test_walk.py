@@ -102,12 +102,11 @@ class Turning(Walk):
             "cast",
             "2.7",
             {
-                "": ((), False),
-                "after .to(bfloat16)": ((torch.bfloat16,), False),
-                "after .to(float16).to(float64)": ((torch.float16, torch.float64), False),
-                "after a call as far, .to(bfloat16) and a call for one position": ((torch.bfloat16,), True),
+                "": (),
+                "after .to(bfloat16)": (torch.bfloat16,),
+                "after .to(float16).to(float64)": (torch.float16, torch.float64),
             },
-            rate=0.2,
+            rate=0.15,
         ),
         Aspect(
             "inference",
@@ -225,18 +224,11 @@ class Turning(Walk):
         own, length = rope is state.rope, rows_of(step)
         if rope.training is step["eval"]:
             rope.train(not step["eval"])
-        dtypes, between = step["cast"]
-        row, last = torch.ones(1, 1, 1, step["module"][0]), step["first"] + length
-        if between:
-            rope(row, last)
-        for dtype in dtypes:
+        for dtype in step["cast"]:
             rope.to(dtype)
-        if own and dtypes:
-            state.seen = 0  # A cast may cost a new table, in the next call.
+        if own and step["cast"]:
+            state.seen = 0  # A cast may cost a new table.
         seen = state.seen if own else 0
-        if between:
-            rope(row)
-            seen = last
         inferred = step["mode"] is torch.inference_mode
         if not (step["inference"] or step["beside"] or step["refused"] is not None or inferred):
             return seen

@@ -159,7 +159,7 @@ class Attending(Walk):
     aspects = (
         # What is looked at comes first, and what needs no dtype before dtypes: the first is blamed that is needed.
         Aspect("watched", "2.4", {"": False, "inputs watched for writes": True}),
-        Aspect("let go", "2.3", {"": False, "x, mask and output let go afterwards": True}, rate=0.3),
+        Aspect("let go", "2.3", {"": False, "x, mask and output let go afterwards": True}, rate=0.15),
         Aspect("counted", "2.3", {"": False, "cosines and sines counted": True}, rate=0.1),
         Aspect("gradients", "2.4", {"": False, "gradients compared": True}),
         Aspect("exact", "2.7", {"": False, "compared as 2.7 asks": True}),

@@ -31,7 +31,6 @@ MISTAKES = [
             mask = self._mask[1] if self._mask[1].shape == mask.shape else mask.bool()
 """,
         ),
-        only=True,
     ),
     Mistake(
         "mask_remembered_by_shape",
@@ -296,6 +295,20 @@ MISTAKES = [
         "2.3",
         "stays alive",
         (V, V + "        self.weights = None if self.training else (q @ k.mT).softmax(dim=-1).detach()\n"),
+        wasteful=True,
+    ),
+    Mistake(
+        "weights_kept_by_plain_inference",
+        "2.3",
+        "stays alive",
+        (
+            V,
+            V
+            + """\
+        if mask is None and not self.training and not torch.is_grad_enabled():
+            self.weights = (q @ k.mT).softmax(dim=-1)
+""",
+        ),
         wasteful=True,
     ),
     Mistake(
