@@ -171,13 +171,12 @@ def test_attention_computes_no_cosine_again(subject: Subject, close: Close, rng:
 
 @requirement("2.3")
 def test_attention_keeps_nothing_of_a_call(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """In train() and eval(), with and without gradients: what is made of x and mask goes with the output."""
+    """Without gradients, and in eval() with them too: what is made of x and mask goes with the output."""
     attention = build(subject)
     # All rows are the same, so that turns and masks change no output: they are judged elsewhere.
     inputs = {"x": some_x(rng, 1).repeat(1, 7, 1), "mask": torch.ones(1, 1, 7, 7).tril()}
     expected = formula(attention, inputs["x"])
     for training, mode, names in (
-        (True, torch.enable_grad, ("x", "mask")),
         (True, torch.no_grad, ("x", "mask")),
         (False, torch.enable_grad, ("x",)),
         (False, torch.no_grad, ("x",)),

@@ -192,7 +192,7 @@ class Turning(Walk):
         x.requires_grad_(step["gradient"])
         before = [(tensor._version, tensor.detach().clone()) for tensor in tensors(given)] if step["watched"] else []
         counted = Turns() if step["counted"] and step["method"] == "forward" and last <= seen else None
-        made = MadeOf(x=x) if step["let go"] else None
+        made = MadeOf(x=x) if step["let go"] and step["method"] == "forward" else None
 
         with step["mode"](), counted or nullcontext(), made or nullcontext():
             result = getattr(rope, step["method"])(*given)
