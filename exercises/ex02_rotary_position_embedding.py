@@ -18,18 +18,18 @@ Requirements
     the distance between their positions alone, and changes with it.
     Inputs are never written to, not even to be restored.
 2.2 (correctness) Give each pair its own frequency: pair i turns by base**(-2i/dim) per position,
-    for every base above 0 and every even dim.
+    for every base from 0.5 on and every even dim.
 2.3 (efficiency) Handle variable lengths efficiently: you keep tables of cosines and sines.
     - Lengths and dtypes come in any order, also after a move to another device (meta, too).
       Each call gives what a fresh module gives, as "How near" asks.
-    - Positions below the largest seq_len so far cost no cosine, sine, tangent, `polar`, complex
-      exponential or complex power again, in torch or in Python, while the device is the same.
-    - A call for more positions may make the whole table anew, and ahead. The first call after
-      any `.to(dtype)`, even one that changes nothing, may make it anew too.
+    - Positions below the largest seq_len since the last move cost no cosine, sine, tangent,
+      `polar`, complex exponential or complex power again, in torch or in Python.
+    - A call for more positions may make the whole table anew, and ahead. So may the first call
+      after any `.to(dtype)`, even one that changes nothing; no later call, even if it is longer.
     - Nothing in the state_dict depends on positions: it loads into a module with another
       max_position_embeddings, or one that has seen other lengths.
-    - Between calls a module keeps nothing but its parameters and what this text names;
-      no input, no mask, no result. Named are tables, also of frequencies, numbers and flags.
+    - Between calls a module keeps no input, mask or result, and no tensor made of one. Tables
+      may be kept, also of frequencies, of other devices or for all modules, numbers and flags.
 2.4 (correctness) Be compatible with multi-head attention: the layer equals the formula below.
     Queries and keys turn, values do not.
     - Masks are causal, padding or any other, one per head too. Padded rows may hold 1e6.
@@ -40,7 +40,7 @@ Requirements
       the next call uses the new ones, edits of `.data` too, and a mask as it is then.
     - Inputs are never written to, not even to be restored.
 2.5 (correctness) Compare RoPE with sinusoidal embeddings: you measure how a shift changes scores.
-    Equal arguments give equal results, whatever a caller did to earlier ones.
+    Equal arguments of either function give equal results, whatever calls or callers did before.
 2.6 (correctness) Decode step by step: with seq_len, a prefill, then one token or several at a time
     give the rows of the full pass, also beyond max_position_embeddings.
     This is about `RotaryPositionEmbedding`; the attention layer has no cache.
@@ -99,7 +99,7 @@ Conventions
 - A mask is boolean or 0/1 in uint8, int32, int64, float32 or float64; true or 1 means "may attend".
 - A mask has 4 dimensions and broadcasts to [B, H, L, L] without enlarging it: padding is
   [B, 1, 1, L], and [B, L] is refused even where B = L would let it pass for [L, L].
-  You may use `F.scaled_dot_product_attention`.
+  You may use `F.scaled_dot_product_attention`, and call the projections or read their weights.
 - Nothing is computed below the input's dtype. Results have x's dtype, whatever the mask's is.
 - Tables and their angles alone may be float32 for a float64 x; they are never below float32,
   whatever x or the module is cast to: bfloat16 cannot tell position 4000 from 4001. The
@@ -126,16 +126,16 @@ Conventions
 
 Not defined
 - What has a `-` in the table, and what a call under autocast itself returns.
-- Sizes of 0, NaN, infinity or integers in x; a dim, num_heads or base of 0 or less; gradients of
-  gradients; attention whose weights differ from x in dtype or device.
+- Sizes of 0, NaN, infinity or integers in x; a dim or num_heads of 0 or less, a base below 0.5;
+  gradients of gradients; attention whose weights differ from x in dtype or device.
 - A comparison with an odd dim, seq_len or shift below 1, or another default dtype; copying,
   pickling or compiling a module, or moving it back from meta.
 
-Your own test (2.9) runs with other code, right and wrong, in place of all classes and functions.
-It sets its own seed and takes at most 1 s. You may call, read and fill q_proj, k_proj, v_proj and
-o_proj (nn.Linear), and call rotary_emb. Rely on no helper of yours, no hook, buffer or dtype of a
-table, nor on how often rotary_emb is called; do not replace it. Allow 1e-4 for a rotation and 1e-3
-for attention. The sinusoidal embedding may be float64.
+Your own test (2.9) runs with other code, right and wrong, for both classes and both functions. It
+sets its own seed and takes at most 1 s. It may call, read and fill q_proj, k_proj, v_proj, o_proj
+(nn.Linear), call rotary_emb and use helpers in this file; not methods or attributes that you add
+to a class, a hook, a buffer, a table's dtype, nor how often rotary_emb is called. Do not replace
+it. Allow 1e-4 for a rotation and 1e-3 for attention. The sinusoidal embedding may be float64.
 Attention hides q and k: compute the formula from its projections.
 It has to fail on each of these slips:
 - identity: forward returns x as it came

@@ -1,12 +1,15 @@
 """What the checks of ex02 share: sizes, inputs, references in float64, and a count of cosines and sines."""
 
+import gc
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from harness.testing import Close, DispatchMode, Subject, also, is_tensor, refuses, seed
 
@@ -207,10 +210,52 @@ def untouched(tensor: Tensor, version: int, copy: Tensor, what: str) -> None:
     assert tensor._version == version and torch.equal(tensor, copy), f"{what}: it was written to"
 
 
-def let_go(kept: dict[str, Any], what: str) -> None:
-    """Nothing of a call is alive any more."""
-    alive = [name for name, storage in kept.items() if storage() is not None]
-    assert not alive, f"{what}: {' and '.join(alive)} stays alive after the call; what a module keeps is its tables"
+class MadeOf(DispatchMode):
+    """Follows given tensors, by name, and all that is made of them while it is on, for as long as it lives."""
+
+    def __init__(self, **given: Tensor) -> None:
+        super().__init__()
+        # A storage's Python object lives as long as the storage itself.
+        self._alive: WeakKeyDictionary[UntypedStorage, str] = WeakKeyDictionary()
+        for name, tensor in given.items():
+            self._alive[tensor.untyped_storage()] = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        alive = self._alive
+        if any(
+            [
+                tensor.untyped_storage() in alive
+                for tensor in every_tensor([*args, *kwargs.values()] if kwargs else args)
+            ]
+        ):
+            name = func.overloadpacket.__name__
+            # A table may take its dtype and device from x.
+            if not (name.startswith("new_") or name.endswith("_like")):
+                for tensor in every_tensor((result,)):
+                    if (storage := tensor.untyped_storage()) not in alive:
+                        alive[storage] = f"what {name.strip('_')} made, of shape {tuple(tensor.shape)},"
+        return result
+
+    def let_go(self, what: str) -> None:
+        """Nothing of a call is alive any more, once the caller has let go of it."""
+        if self._alive:
+            gc.collect()
+        assert not self._alive, (
+            f"{what}: {' and '.join(sorted(set(self._alive.values())))} stays alive after the call\n"
+            "a module keeps no input, no mask, no result and nothing that is made of them"
+        )
+
+
+def every_tensor(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among what an operation takes or gives, and in lists there."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += every_tensor(value)
+    return found
 
 
 def refuses_mask(attention: Any, x: Tensor, shape: tuple[int, ...], heads: int = H, hint: str = "") -> None:

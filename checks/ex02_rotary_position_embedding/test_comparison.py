@@ -37,18 +37,21 @@ def test_sinusoidal_by_hand(subject: Subject, close: Close) -> None:
 
 
 @requirement("2.5")
-@pytest.mark.parametrize(("seq_len", "dim"), [(1, 2), (7, 6), (61, 14), (300, 130)])
-def test_sinusoidal_equals_the_paper(subject: Subject, close: Close, seq_len: int, dim: int) -> None:
-    """Feature 2i is sin(p / 10000**(2i/dim)), feature 2i + 1 its cosine."""
-    expected = sinusoidal(torch.arange(seq_len), dim)
+def test_sinusoidal_equals_the_paper(subject: Subject, close: Close) -> None:
+    """Feature 2i is sin(p / 10000**(2i/dim)), feature 2i + 1 its cosine, whatever sizes were asked for before."""
+    sizes = [(1, 2), (7, 6), (21, 2), (7, 14), (61, 14), (61, 6), (300, 130), (7, 6)]
+    for number, (seq_len, dim) in enumerate(sizes):
+        what = f"sinusoidal_position_embedding({seq_len}, {dim})"
 
-    table = is_tensor(subject.sinusoidal_position_embedding(seq_len, dim), "sinusoidal_position_embedding")
+        table = is_tensor(subject.sinusoidal_position_embedding(seq_len, dim), what)
 
-    assert table.dtype in (torch.float32, torch.float64), (
-        f"sinusoidal_position_embedding({seq_len}, {dim}): {table.dtype} came, float32 or float64 was wanted"
-    )
-    close(table.double(), expected, f"sinusoidal_position_embedding({seq_len}, {dim})", tolerance=NEAR,
-          hint="features 2i and 2i + 1 share the frequency 10000**(-2i/dim)")  # fmt: skip
+        hint = "features 2i and 2i + 1 share the frequency 10000**(-2i/dim)"
+        if number:
+            hint += f"\nsizes asked for before: {sizes[:number]}; is a table kept, and for what?"
+        assert table.dtype in (torch.float32, torch.float64), (
+            f"{what}: {table.dtype} came, float32 or float64 was wanted"
+        )
+        close(table.double(), sinusoidal(torch.arange(seq_len), dim), what, tolerance=NEAR, hint=hint)
 
 
 @requirement("2.5")
@@ -84,6 +87,14 @@ def test_comparison_depends_on_nothing_else(subject: Subject, dim: int) -> None:
     )
 
 
+def sinusoidal_change(seq_len: int, dim: int, shift: int) -> float:
+    """The largest change of a score with the sinusoidal embedding added, in float64."""
+    query, key = torch.randn(2, dim, generator=torch.Generator().manual_seed(0)).double()
+    table = sinusoidal(torch.arange(seq_len + shift), dim)
+    scores = (query + table) @ (key + table).T
+    return float((scores[shift:, shift:] - scores[:seq_len, :seq_len]).abs().max())
+
+
 SIZES = [
     {},
     {"seq_len": 11, "dim": 6, "shift": 5},
@@ -98,11 +109,7 @@ SIZES = [
 def test_comparison_is_measured(subject: Subject, arguments: dict[str, int]) -> None:
     """The sinusoidal change is what this check measures; the rotary change is near 0, but not 0."""
     seq_len, dim, shift = ({"seq_len": 64, "dim": 32, "shift": 16} | arguments).values()
-    query, key = torch.randn(2, dim, generator=torch.Generator().manual_seed(0)).double()
-    table = sinusoidal(torch.arange(seq_len + shift), dim)
-    scores = (query + table) @ (key + table).T
-    expected = float((scores[shift:, shift:] - scores[:seq_len, :seq_len]).abs().max())
-
+    expected = sinusoidal_change(seq_len, dim, shift)
     compare = subject.compare_position_embeddings
     seed(11)  # Not the seed that the text asks for: what is drawn from the global stream is something else.
 
@@ -136,11 +143,20 @@ def test_comparison_is_measured(subject: Subject, arguments: dict[str, int]) -> 
 
 @requirement("2.5")
 def test_comparison_depends_on_its_arguments(subject: Subject) -> None:
-    """The rotary change is a rounding error, and so not the same for every length, dim and shift."""
-    compare = subject.compare_position_embeddings
+    """Each of several comparisons in a row is measured for its own length, dim and shift, not for one before."""
+    compare, ropes = subject.compare_position_embeddings, set()
+    # Neighbours share length and dim, dim and the sum of the others, dim and shift, length and shift, or all numbers.
+    for sizes in ((23, 32, 40), (23, 32, 16), (7, 32, 32), (5, 32, 32), (5, 130, 32), (32, 130, 5)):
+        came, wanted = compare(*sizes), sinusoidal_change(*sizes)
 
-    ropes = {compare(*sizes)["rope"] for sizes in ((7, 4, 3), (23, 32, 40), (11, 130, 200))}
+        assert abs(came["sinusoidal"] - wanted) <= 1e-3, (
+            f"compare_position_embeddings{sizes}: sinusoidal {came['sinusoidal']:.4f} came, {wanted:.4f} was wanted\n"
+            "other sizes were compared before: is a result kept for less than all of seq_len, dim and shift?"
+        )
+        if sizes[1] == 32:
+            ropes.add(came["rope"])
 
     assert len(ropes) > 1, (
-        f"compare_position_embeddings: rope is {ropes} for every seq_len, dim and shift\nmeasure it, as for sinusoidal"
+        f"compare_position_embeddings: rope is {ropes} for every seq_len and shift of dim 32\n"
+        "measure it each time, as for sinusoidal"
     )

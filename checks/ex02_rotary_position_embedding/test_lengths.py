@@ -12,7 +12,24 @@ from torch import Tensor
 
 from harness.testing import Close, Subject, is_tensor, requirement
 
-from .reference import DH, DTYPES, LOOSE, ROUGH, D, H, L, Turns, agree, build, named, none_seen, rows, some_x
+from .reference import (
+    DH,
+    DTYPES,
+    LOOSE,
+    ROUGH,
+    D,
+    H,
+    L,
+    MadeOf,
+    Turns,
+    agree,
+    build,
+    formula,
+    named,
+    none_seen,
+    rows,
+    some_x,
+)
 
 
 def agree_without_turns(close: Close, rope: Any, x: Tensor, after: str, tolerance: float = ROUGH) -> None:
@@ -124,13 +141,18 @@ def test_decoding_computes_no_cosine_again(subject: Subject, close: Close, rng: 
 
 @requirement("2.3")
 def test_a_cast_module_computes_no_cosine_twice(subject: Subject, close: Close, rng: torch.Generator) -> None:
-    """A cast may cost a new table once, not in every later call."""
+    """A cast may cost a new table once, in the next call, however short that is."""
     for dtype in (torch.bfloat16, torch.float64):
-        rope = subject.RotaryPositionEmbedding(DH, 64).to(dtype)
-        rope(rows(rng, 23, dtype))
+        rope = subject.RotaryPositionEmbedding(DH, 4)
+        rope(rows(rng, 23))
+        rope.to(dtype)
+        rope(rows(rng, 9, dtype))
 
-        after = f"after a call with 23 rows in a module cast to {named(dtype)}"
-        agree_without_turns(close, rope, rows(rng, 9), after, tolerance=LOOSE[torch.bfloat16])
+        after = (
+            f"after 23 rows, .to({named(dtype)}) and 9 rows, for which any new table has to be as long as the old one"
+        )
+        for length in (9, 23):
+            agree_without_turns(close, rope, rows(rng, length), after, tolerance=LOOSE[torch.bfloat16])
 
 
 @requirement("2.3")
@@ -145,6 +167,30 @@ def test_attention_computes_no_cosine_again(subject: Subject, close: Close, rng:
 
     none_seen(turns, "attention(7 rows) after a call with 9 rows")
     agree(close, attention.rotary_emb, rows(rng, 7, dim=D // H), hint="this is the attention layer's rotary_emb")
+
+
+@requirement("2.3")
+def test_attention_keeps_nothing_of_a_call(subject: Subject, close: Close, rng: torch.Generator) -> None:
+    """Without gradients, and in eval() with them too: what is made of x and mask goes with the output."""
+    attention = build(subject)
+    # All rows are the same, so that turns and masks change no output: they are judged elsewhere.
+    inputs = {"x": some_x(rng, 1).repeat(1, 7, 1), "mask": torch.ones(1, 1, 7, 7).tril()}
+    expected = formula(attention, inputs["x"])
+    for training, mode, names in (
+        (True, torch.no_grad, ("x", "mask")),
+        (False, torch.enable_grad, ("x",)),
+        (False, torch.no_grad, ("x",)),
+    ):
+        given = {name: inputs[name].clone() for name in names}
+        what = f"attention({', '.join(names)}) in {'train' if training else 'eval'}(), {mode.__name__}"
+        attention.train(training)
+
+        with mode(), MadeOf(**given) as made:
+            output = attention(*given.values())
+
+        close(output, expected, what, tolerance=ROUGH)
+        del given, output
+        made.let_go(what)
 
 
 @contextmanager
@@ -176,6 +222,10 @@ def test_a_module_may_be_moved(subject: Subject, close: Close, rng: torch.Genera
         f"forward(x) on meta: a result on {moved.device} came, on meta was wanted; is a table of the first device left?"
     )
     assert moved.shape == x.shape, f"forward(x) on meta: shape {tuple(moved.shape)} came, {tuple(x.shape)} was wanted"
+    if called:
+        with autocast_on_meta(), Turns() as turns:
+            rope(x[:, :, :4].to("meta"))
+        none_seen(turns, "forward(4 rows) on meta, after 9 there")
     hint = "a module on the meta device was called before: is a cache shared between devices?"
     agree(close, subject.RotaryPositionEmbedding(DH, 4), x, hint=hint)
     if any(True for _ in (*rope.buffers(), *rope.parameters())):  # What is in them does not come back from meta.

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,9 +15,9 @@ from .reference import (
     NEAR,
     ROUGH,
     ROUNDING,
+    MadeOf,
     Turns,
     angles_of,
-    let_go,
     named,
     none_seen,
     shapes,
@@ -193,8 +192,9 @@ class Turning(Walk):
         x.requires_grad_(step["gradient"])
         before = [(tensor._version, tensor.detach().clone()) for tensor in tensors(given)] if step["watched"] else []
         counted = Turns() if step["counted"] and step["method"] == "forward" and last <= seen else None
+        made = MadeOf(x=x) if step["let go"] and step["method"] == "forward" else None
 
-        with step["mode"](), counted or nullcontext():
+        with step["mode"](), counted or nullcontext(), made or nullcontext():
             result = getattr(rope, step["method"])(*given)
 
         is_tensor(result, what)
@@ -213,10 +213,9 @@ class Turning(Walk):
             del tensor
         if step["gradient"] and step["mode"] is torch.enable_grad:
             self._backward(result, x, angles, what, step, rng)
-        if step["let go"]:
-            kept = {"x": ref(x.untyped_storage()), "the result": ref(result.untyped_storage())}
+        if made:
             given = before = x = result = None  # type: ignore[assignment]
-            let_go(kept, what)
+            made.let_go(what)
         if rope is not state.rope:
             state.subject.RotaryPositionEmbedding(10, 6)  # Of what modules share, the last one's is as before.
 

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,9 @@ from .reference import (
     MASK_DTYPES,
     NEAR,
     ROUGH,
+    MadeOf,
     Turns,
     angles_of,
-    let_go,
     named,
     none_seen,
     refuses_mask,
@@ -281,13 +280,14 @@ class Attending(Walk):
         length = sizes["L"]
         counted = Turns() if step["counted"] and length <= layer.seen else None
         layer.seen = max(layer.seen, length)
+        made = MadeOf(**dict(zip(("x", "mask"), given, strict=False))) if step["let go"] else None
         graded = step["gradients"] and step["mode"] is torch.enable_grad and dtype not in HALF
         graded = graded and step["scores"] < 20 and step["mask"] != "padding of 1e6"
         numbers = layer.numbers.detach().requires_grad_(graded)
         with torch.set_grad_enabled(graded):
             expected = formula(layer, numbers, x, mask)
 
-        with step["mode"](), counted or nullcontext():
+        with step["mode"](), counted or nullcontext(), made or nullcontext():
             output = attention(*given)
 
         kept = slice(None) if step["mask"] != "padding of 1e6" or mask is None else mask.ne(0)[:, 0, 0]
@@ -299,12 +299,9 @@ class Attending(Walk):
             untouched(tensor, version, copy, f"{name} of {what}")
         if graded:
             self._backward(output, expected, kept, x, numbers, layer, what, rng)
-        if step["let go"]:
-            alive = {"x": ref(x.untyped_storage()), "the output": ref(output.untyped_storage())}
-            if mask is not None:
-                alive["mask"] = ref(mask.untyped_storage())
+        if made:
             tensor = given = before = x = mask = base = output = expected = kept = None  # type: ignore[assignment]
-            let_go(alive, what)
+            made.let_go(what)
         if step["weights"]:
             renew(layer, old, "in place")
 

@@ -182,4 +182,58 @@ MISTAKES = [
         ),
         only=True,
     ),
+    Mistake(
+        "comparison_remembered_by_its_rows",
+        "2.5",
+        "other sizes were compared before",
+        (RESULT, MEASURED + "    return dict(REMEMBERED.setdefault((seq_len + shift, dim), measured))\n"),
+        (
+            "def compare_position_embeddings(",
+            "REMEMBERED: dict[tuple[int, int], dict[str, float]] = {}\n\n\ndef compare_position_embeddings(",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "comparison_remembered_without_its_shift",
+        "2.5",
+        "other sizes were compared before",
+        (RESULT, MEASURED + "    return dict(REMEMBERED.setdefault((seq_len, dim), measured))\n"),
+        (
+            "def compare_position_embeddings(",
+            "REMEMBERED: dict[tuple[int, int], dict[str, float]] = {}\n\n\ndef compare_position_embeddings(",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "sinusoidal_table_kept_by_its_dim",
+        "2.5",
+        "sizes asked for before",
+        (SINUS, SINUS.replace("return ", "table = ") + "    return EMBEDDINGS.setdefault(dim, table).clone()\n"),
+        (
+            "def sinusoidal_position_embedding(",
+            "EMBEDDINGS: dict[int, Tensor] = {}\n\n\ndef sinusoidal_position_embedding(",
+        ),
+    ),
+    Mistake(
+        "sinusoidal_table_kept_by_its_length",
+        "2.5",
+        "sizes asked for before",
+        (SINUS, SINUS.replace("return ", "table = ") + "    return EMBEDDINGS.setdefault(seq_len, table).clone()\n"),
+        (
+            "def sinusoidal_position_embedding(",
+            "EMBEDDINGS: dict[int, Tensor] = {}\n\n\ndef sinusoidal_position_embedding(",
+        ),
+        only=True,
+    ),
+    Mistake(
+        "rope_remembered_by_its_dim",
+        "2.5",
+        "for every seq_len",
+        (RESULT, MEASURED + '    return measured | {"rope": ROPES.setdefault(dim, measured["rope"])}\n'),
+        (
+            "def compare_position_embeddings(",
+            "ROPES: dict[int, float] = {}\n\n\ndef compare_position_embeddings(",
+        ),
+        only=True,
+    ),
 ]

@@ -331,4 +331,37 @@ MISTAKES = [
         ),
         wasteful=True,
     ),
+    Mistake(
+        "a_cast_table_as_short_as_the_next_call",
+        "2.3",
+        "after 23 rows, .to(",
+        (
+            NO_INFERENCE,
+            """\
+    def _apply(self, *args, **kwargs):
+        self._cos = self._sin = self._cos[:0]
+        return super()._apply(*args, **kwargs)
+
+"""
+            + NO_INFERENCE,
+        ),
+        wasteful=True,
+    ),
+    Mistake(
+        "nothing_kept_on_another_device",
+        "2.3",
+        "after 9 there",
+        (STALE, "        if seq_len > rows:\n"),
+        (GROW, GROW.replace("x.device", "self._cos.device")),
+        (
+            TURN,
+            """\
+        if x.device != self._cos.device:
+            cos, sin = self._table(seq_len, x.device)
+            return self.apply_rotary_pos_emb(x, cos[positions], sin[positions])
+"""
+            + TURN,
+        ),
+        wasteful=True,
+    ),
 ]

@@ -31,7 +31,6 @@ MISTAKES = [
             mask = self._mask[1] if self._mask[1].shape == mask.shape else mask.bool()
 """,
         ),
-        only=True,
     ),
     Mistake(
         "mask_remembered_by_shape",
@@ -290,5 +289,41 @@ MISTAKES = [
 """
             + TURN,
         ),
+    ),
+    Mistake(
+        "weights_kept_in_eval",
+        "2.3",
+        "stays alive",
+        (V, V + "        self.weights = None if self.training else (q @ k.mT).softmax(dim=-1).detach()\n"),
+        wasteful=True,
+    ),
+    Mistake(
+        "weights_kept_by_plain_inference",
+        "2.3",
+        "stays alive",
+        (
+            V,
+            V
+            + """\
+        if mask is None and not self.training and not torch.is_grad_enabled():
+            self.weights = (q @ k.mT).softmax(dim=-1)
+""",
+        ),
+        wasteful=True,
+    ),
+    Mistake(
+        "mask_of_the_scores_kept_without_gradients",
+        "2.3",
+        "stays alive",
+        (HEADS, HEADS + "        self.hidden: Tensor | None = None\n"),
+        (TO_BOOL, TO_BOOL + "            self.hidden = None if torch.is_grad_enabled() else ~mask\n"),
+        wasteful=True,
+    ),
+    Mistake(
+        "quarter_turn_kept",
+        "2.3",
+        "stays alive",
+        (TURN, "        self.quarter = self.rotate_half(x.detach())\n" + TURN),
+        wasteful=True,
     ),
 ]
