@@ -24,7 +24,6 @@ from .reference import (
     Turns,
     agree,
     build,
-    formula,
     named,
     none_seen,
     rows,
@@ -170,12 +169,10 @@ def test_attention_computes_no_cosine_again(subject: Subject, close: Close, rng:
 
 
 @requirement("2.3")
-def test_attention_keeps_nothing_of_a_call(subject: Subject, close: Close, rng: torch.Generator) -> None:
+def test_attention_keeps_nothing_of_a_call(subject: Subject, rng: torch.Generator) -> None:
     """Without gradients, and in eval() with them too: what is made of x and mask goes with the output."""
     attention = build(subject)
-    # All rows are the same, so that turns and masks change no output: they are judged elsewhere.
-    inputs = {"x": some_x(rng, 1).repeat(1, 7, 1), "mask": torch.ones(1, 1, 7, 7).tril()}
-    expected = formula(attention, inputs["x"])
+    inputs = {"x": some_x(rng, 7), "mask": torch.ones(1, 1, 7, 7).tril()}
     for training, mode, names in (
         (True, torch.no_grad, ("x", "mask")),
         (False, torch.enable_grad, ("x",)),
@@ -188,7 +185,7 @@ def test_attention_keeps_nothing_of_a_call(subject: Subject, close: Close, rng: 
         with mode(), MadeOf(**given) as made:
             output = attention(*given.values())
 
-        close(output, expected, what, tolerance=ROUGH)
+        is_tensor(output, what)  # Its values are judged elsewhere.
         del given, output
         made.let_go(what)
 
