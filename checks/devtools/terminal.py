@@ -1,6 +1,7 @@
 """A command in a real terminal, as people see it; for tests and benches."""
 
 import os
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ class Terminal:
             dimensions=(60, 80),
             encoding="utf-8",
             codec_errors="replace",
+            preexec_fn=_heed_ctrl_c,
         )
         self.pid = int(self._child.pid or 0)
 
@@ -46,3 +48,8 @@ class Terminal:
             with suppress(pexpect.TIMEOUT, pexpect.EOF):
                 self._child.expect_exact(pexpect.EOF, timeout=0.1)
         return not self._child.isalive()
+
+
+def _heed_ctrl_c() -> None:
+    """As a terminal's shell has it: whoever was started in the background hands on that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
