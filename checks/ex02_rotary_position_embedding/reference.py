@@ -3,7 +3,6 @@
 import gc
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, UntypedStorage
 
-from harness.testing import Close, DispatchMode, Subject, also, is_tensor, refuses, seed
+from harness.testing import Close, DispatchMode, Subject, also, every_tensor, is_tensor, refuses, seed
 
 B, H, L, DH = 2, 3, 5, 10
 D = 12  # of the attention layer: 3 heads with 4 features
@@ -223,12 +222,8 @@ class MadeOf(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         alive = self._alive
-        if any(
-            [
-                tensor.untyped_storage() in alive
-                for tensor in every_tensor([*args, *kwargs.values()] if kwargs else args)
-            ]
-        ):
+        given = every_tensor([*args, *kwargs.values()] if kwargs else args)
+        if any(tensor.untyped_storage() in alive for tensor in given):
             name = func.overloadpacket.__name__
             # A table may take its dtype and device from x.
             if not (name.startswith("new_") or name.endswith("_like")):
@@ -245,17 +240,6 @@ class MadeOf(DispatchMode):
             f"{what}: {' and '.join(sorted(set(self._alive.values())))} stays alive after the call\n"
             "a module keeps no input, no mask, no result and nothing that is made of them"
         )
-
-
-def every_tensor(values: Sequence[Any]) -> list[Tensor]:
-    """The tensors among what an operation takes or gives, and in lists there."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += every_tensor(value)
-    return found
 
 
 def refuses_mask(attention: Any, x: Tensor, shape: tuple[int, ...], heads: int = H, hint: str = "") -> None:

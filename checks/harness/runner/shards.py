@@ -11,7 +11,7 @@ from harness.model.limits import HANG_SECONDS
 from harness.model.results import NOT_RUN, Outcome, Result
 from harness.runner import worker
 from harness.sandbox.processes import Lines, Stopwatch
-from harness.testing.check import Check
+from harness.testing.check import Check, Kind
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Shard:
     ended: bool = False
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         return self.work.checks[0].kind
 
     @property

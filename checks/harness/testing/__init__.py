@@ -13,7 +13,7 @@ from harness.testing.forbid import Prebuilt, forbid, prebuilt_attention
 from harness.testing.own_test import OwnTest
 from harness.testing.stock import own_test_checks, style_checks, walk_check
 from harness.testing.subject import Subject, fill, plain, seed
-from harness.testing.trace import DispatchMode, Trace, calls
+from harness.testing.trace import DispatchMode, Trace, calls, every_tensor
 from harness.testing.walk import Aspect, Step, Walk
 
 requirement = pytest.mark.requirement
@@ -37,6 +37,7 @@ __all__ = [
     "also",
     "calls",
     "describe",
+    "every_tensor",
     "fill",
     "forbid",
     "halfway",

@@ -10,11 +10,11 @@ from harness.testing.own_test_process import Trials
 from harness.testing.subject import Subject
 from harness.testing.walk import Walk
 
-Check = Callable[..., None]
+CheckFunction = Callable[..., None]
 _WALKED = pytest.StashKey[dict[Walk, dict[str, Exception]]]()
 
 
-def walk_check(walk: Walk, steps: int) -> Check:
+def walk_check(walk: Walk, steps: int) -> CheckFunction:
     """The check of a walk, once for each requirement that it can cost: the same calls, what was found for this one.
 
     Args:
@@ -35,7 +35,7 @@ def walk_check(walk: Walk, steps: int) -> Check:
     return test_calls_in_any_order
 
 
-def own_test_checks(number: str, own: OwnTest) -> tuple[Check, Check]:
+def own_test_checks(number: str, own: OwnTest) -> tuple[CheckFunction, CheckFunction]:
     """The checks of the requirement `number`, the learner's own test: on right code, and on each slip."""
 
     @pytest.mark.requirement(number)
@@ -53,7 +53,7 @@ def own_test_checks(number: str, own: OwnTest) -> tuple[Check, Check]:
     return test_own_test_passes_on_right_code, test_own_test_catches
 
 
-def style_checks(number: str) -> tuple[Check, Check]:
+def style_checks(number: str) -> tuple[CheckFunction, CheckFunction]:
     """The checks of the requirement `number`, "reads well": ruff and mypy."""
 
     @pytest.mark.requirement(number)
